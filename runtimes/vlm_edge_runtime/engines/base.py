@@ -1,0 +1,151 @@
+"""What an engine must do. ONNX Runtime on the CPU implements this today; TensorRT and native kernels slot in here.
+
+Two shapes of work exist: a `Graph` maps named arrays to named arrays (vision encoder, projector, text encoder), and a
+`Decoder` owns a KV cache and produces tokens. Everything above this file is independent of who executes the graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.manifest import TensorSpec
+
+Array = npt.NDArray[np.generic]
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """One loaded graph. `run` may be called from any thread; calls on one graph are serialised by the engine."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs for the named inputs. Raises DeviceError with the graph's name if the engine refuses."""
+
+    def close(self) -> None:
+        """Frees the session and its memory; further calls raise DeviceError."""
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingParams:
+    """How the next token is chosen for one row; the order of operations is transformers' (penalty, temperature, k, p, min-p).
+
+    `temperature` 0 means greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 switch each filter off.
+    `seed` drives a counter-based generator of its own per row, so a row's text does not depend on its neighbours.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    logprobs: int = -1
+    """−1: none; 0: the chosen token's log probability; n > 0: also the n most likely tokens (before any filter)."""
+
+
+@dataclass(slots=True)
+class RowTokens:
+    """What one row produced in one `decode` call (EOS included, as the last token, when it was reached)."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    finished: bool = False
+
+
+class DecoderState(Protocol):
+    """A KV cache of fixed capacity for `batch` rows, each with its own length.
+
+    Rows are filled one by one (`prefill` appends to a row at its current length, so a reused prefix is simply a row that is
+    already partly filled) and decoded together. A write past the capacity raises ContextLengthError before anything runs.
+    """
+
+    batch: int
+    capacity: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Valid KV entries per row."""
+
+    def prefill(self, row: int, inputs_embeds: Array, positions: Array) -> None:
+        """Appends `inputs_embeds` float32 [S, hidden] at `positions` int64 [S] (or [3, S] for M-RoPE) to one row.
+
+        Leaves the last token's logits as that row's next-token logits.
+        """
+
+    def logits(self, row: int) -> npt.NDArray[np.float32]:
+        """A copy of the row's next-token logits, float32 [vocab]."""
+
+    def start(self, row: int, params: SamplingParams, history: npt.NDArray[np.int64], next_position: int) -> None:
+        """Arms a prefilled row for `decode`. `history`: token ids that the repetition penalty looks at (the prompt's);
+
+        `next_position`: the position of the first generated token (all three axes of M-RoPE advance together from it).
+        """
+
+    def decode(self, max_steps: int) -> list[RowTokens]:
+        """Up to `max_steps` tokens for every unfinished row, the interpreter lock released. Stops early when all rows met EOS
+
+        or `cancel` was called. The newest token's own KV is computed lazily, by the next `decode` call.
+        """
+
+    def push(self, row: int, token: int) -> None:
+        """Teacher forcing: replaces the row's pending token by `token` (parity checks, constrained decoding)."""
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forgets a row's entries from `length` on, and its pending token and logits."""
+
+    def cancel(self) -> None:
+        """Makes a running `decode` return after the current step. Safe from any thread."""
+
+    def close(self) -> None:
+        """Frees the cache."""
+
+
+class Decoder(Protocol):
+    """A loaded decoder: `embed_tokens` and `decoder` graphs with a token loop around them."""
+
+    hidden_size: int
+    vocab_size: int
+
+    def embed(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Token embeddings: int64 [S] → float32 [S, hidden]."""
+
+    def allocate(self, batch: int, capacity: int) -> DecoderState:
+        """A new, empty cache. Raises DeviceError when the memory cannot be had."""
+
+    def close(self) -> None:
+        """Frees both sessions."""
+
+
+@dataclass(slots=True, frozen=True)
+class EngineOptions:
+    """What `load()` passes to an engine. `threads` 0 means the number of physical cores."""
+
+    threads: int = 0
+    spin: bool = True
+
+
+class Engine(Protocol):
+    """Loads the graphs of one build."""
+
+    name: str
+
+    def graph(self, role: str) -> Graph:
+        """The graph of that role, loaded on first use."""
+
+    def decoder(self) -> Decoder:
+        """The decoder pair, loaded on first use."""
+
+    def graph_times(self) -> Mapping[str, Sequence[float]]:
+        """Seconds of each call so far, per graph role (for `bench` and `vlm.stats`)."""
+
+    def close(self) -> None:
+        """Frees every session."""
