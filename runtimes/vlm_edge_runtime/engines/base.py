@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.manifest import TensorSpec
+from vlm_edge_runtime.bundle.manifest import TensorSpec
 
 Array = npt.NDArray[np.generic]
 
