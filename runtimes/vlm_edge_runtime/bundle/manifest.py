@@ -20,7 +20,7 @@ class _Struct(msgspec.Struct, forbid_unknown_fields=True):
     """Strict base: a manifest with an unknown key is from another schema and is refused."""
 
 
-class TensorSpec(_Struct, kw_only=True, frozen=True):
+class TensorSpec(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One input or output of a graph. `dtype` is a numpy name (`float32`, `int64`, `bool` …)."""
 
     name: str
@@ -28,7 +28,7 @@ class TensorSpec(_Struct, kw_only=True, frozen=True):
     shape: tuple[Dim, ...]
 
 
-class FileRef(_Struct, kw_only=True, frozen=True):
+class FileRef(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """A file of the bundle: path relative to the bundle's root, its SHA-256 (hex) and size in bytes."""
 
     file: str
