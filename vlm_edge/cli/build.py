@@ -1,0 +1,110 @@
+"""`vlm-edge build`: lower the portable graphs of a bundle for one or more targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vlm_edge_runtime.bundle.manifest import Build
+from vlm_edge_runtime.errors import TargetError
+
+from .console import echo_json, need_extra, progress, size, stdout, table
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+@click.command(name="build", short_help="Bundle → build for a target.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    required=True,
+    help="Target name or a TOML file of your own (repeatable); see `vlm-edge targets`.",
+)
+@click.option("--precision", help="One word for all graphs, or vision=int8,projector=fp32,decoder=int4.")
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Weights per quantisation scale in 4/8-bit weight-only graphs.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder of pictures: int8 activations get static ranges from them.",
+)
+@click.option("--name", help="Name of the build (default: the target's name).")
+@click.option("--overwrite", is_flag=True, help="Replace a build of the same name.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, no progress.")
+def command(
+    bundle: Path,
+    targets: tuple[str, ...],
+    precision: str | None,
+    block_size: str,
+    calibrate: Path | None,
+    name: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Lower the portable graphs of BUNDLE for a target. Needs no PyTorch, so a device can do it too.
+
+    \b
+    vlm-edge build tiny-llava.vlm --target cpu-int4
+    vlm-edge build tiny-llava.vlm --target cpu-int4 --precision vision=fp32,decoder=int4 --name cpu-int4-fp32vision
+    """
+    need_extra("build", "onnx", "onnx_ir")
+    if name and len(targets) > 1:
+        raise click.UsageError("--name fits one --target only.")
+    with progress(quiet=as_json) as listener:
+        builds = build_targets(bundle, targets, precision, int(block_size), calibrate, name, overwrite, listener)
+    if as_json:
+        import msgspec
+
+        echo_json(msgspec.to_builtins(builds))
+        return
+    for made in builds:
+        drawn = table(f"{bundle}  build {made.name}", "graph", "precision", "nodes", "size", right=("nodes", "size"))
+        for role, graph in made.graphs.items():
+            drawn.add_row(role, graph.precision, str(graph.nodes), size(graph.model.bytes + sum(d.bytes for d in graph.data)))
+        stdout.print(drawn)
+
+
+def build_targets(
+    bundle: Path,
+    targets: Sequence[str],
+    precision: str | None,
+    block_size: int,
+    calibrate: Path | None,
+    name: str | None,
+    overwrite: bool,
+    listener: Any,
+) -> list[Build]:
+    """Builds each target in turn. Shared with `vlm-edge export --target`."""
+    from vlm_edge.targets.build import build
+
+    pictures = _pictures(calibrate) if calibrate else None
+    return [
+        build(
+            bundle,
+            target,
+            precision=precision,
+            block_size=block_size,
+            calibration=pictures,
+            name=name,
+            overwrite=overwrite,
+            progress=listener,
+        )
+        for target in targets
+    ]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in _PICTURES)
+    if not found:
+        raise TargetError(f"no picture ({', '.join(sorted(_PICTURES))}) in {folder}: calibration needs some tens of them.")
+    return found

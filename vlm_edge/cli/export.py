@@ -1,0 +1,100 @@
+"""`vlm-edge export`: checkpoint → bundle, and straight on to builds when targets are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .console import echo_json, need_extra, progress, size, stdout, table
+
+
+@click.command(name="export", short_help="Checkpoint → portable bundle.")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--target", "targets", multiple=True, help="Also build for this target (repeatable); see `vlm-edge targets`.")
+@click.option("--precision", help="Precision of the builds, e.g. int4 or vision=int8,projector=fp32,decoder=int4.")
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Weights per quantisation scale in 4/8-bit weight-only graphs.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder of pictures: int8 activations get static ranges from them.",
+)
+@click.option("--revision", help="Branch, tag or commit of a hub checkpoint.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint. Off unless you ask.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch on several shapes.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, no progress.")
+def command(
+    source: str,
+    out: Path,
+    targets: tuple[str, ...],
+    precision: str | None,
+    block_size: str,
+    calibrate: Path | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    check: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Split SOURCE into its graphs, export them to portable ONNX, check them against PyTorch, write the bundle OUT.
+
+    SOURCE is a local checkpoint folder or a hub id. The family is found from config.json's model_type.
+
+    \b
+    vlm-edge export tests/checkpoints/tiny-llava tiny-llava.vlm --target cpu-int4
+    vlm-edge export HuggingFaceTB/SmolVLM-256M-Instruct smolvlm.vlm --target cpu-int4 --precision vision=int8,decoder=int4
+    """
+    need_extra("export", "torch", "transformers", "onnxscript")
+    from vlm_edge.targets import load_target
+
+    for target in targets:
+        load_target(target)  # a wrong name is said before minutes of tracing, not after
+    if precision and not targets:
+        raise click.UsageError("--precision says how a build is quantised: name one with --target.")
+    with progress(quiet=as_json) as listener:
+        from vlm_edge.export import export
+
+        manifest = export(
+            source,
+            out,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            check=check,
+            progress=listener,
+        )
+        if targets:
+            from .build import build_targets
+
+            build_targets(out, targets, precision, int(block_size), calibrate, None, overwrite, listener)
+    from vlm_edge_runtime.bundle.reader import read_manifest
+
+    manifest = read_manifest(out)
+    if as_json:
+        import msgspec
+
+        echo_json(msgspec.to_builtins(manifest))
+        return
+    drawn = table(
+        f"{out}  ({manifest.family}, {manifest.model_type})",
+        "graph",
+        "nodes",
+        "parameters",
+        "size",
+        right=("nodes", "parameters", "size"),
+    )
+    for role, graph in manifest.graphs.items():
+        drawn.add_row(role, str(graph.nodes), f"{graph.parameters:,}", size(graph.model.bytes))
+    data = {ref.file: ref.bytes for graph in manifest.graphs.values() for ref in graph.data}
+    drawn.add_row("[dim]weights, stored once[/]", "", "", size(sum(data.values())))
+    stdout.print(drawn)
+    for name in manifest.builds:
+        stdout.print(f"Try it:  [bold]vlm-edge run {out} --build {name} --image PICTURE --prompt QUESTION[/]", highlight=False)
