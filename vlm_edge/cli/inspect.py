@@ -1,0 +1,151 @@
+"""`vlm-edge inspect`: what a bundle is, without running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from vlm_edge_runtime.bundle.manifest import Build, GraphEntry, Manifest, ParityRecord
+from vlm_edge_runtime.bundle.reader import check_files, open_bundle, read_manifest
+
+from .console import echo_json, size, stdout, table
+
+_VERDICT = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "red"}
+
+
+@click.command(name="inspect", short_help="Show what a bundle holds.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--context-length", type=click.IntRange(1), help="Plan the memory for this many tokens (default: the model's).")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows of the KV cache in the plan.")
+@click.option("--verify", is_flag=True, help="Check the hash of every file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document: manifest and memory plan.")
+def command(bundle: Path, context_length: int | None, batch: int, verify: bool, as_json: bool) -> None:
+    """Show BUNDLE: graphs, shapes, precision, sizes, the memory plan for a context length, and the parity verdicts.
+
+    \b
+    vlm-edge inspect tiny-llava.vlm
+    vlm-edge inspect tiny-llava.vlm --context-length 512 --json
+    """
+    manifest = read_manifest(bundle)
+    if verify:
+        check_files(bundle, manifest.files)
+        for name in ("portable", *manifest.builds):
+            open_bundle(bundle, build=name)
+    plans = {name: memory_plan(manifest, name, context_length, batch) for name in ("portable", *manifest.builds)}
+    if as_json:
+        echo_json({"manifest": msgspec.to_builtins(manifest), "memory": plans, "verified": verify})
+        return
+    _head(bundle, manifest, verify)
+    _graphs("portable", manifest.graphs, None)
+    for build in manifest.builds.values():
+        _graphs(build.name, {**manifest.graphs, **build.graphs}, build)
+    _plans(plans)
+    _parity("portable", manifest.parity)
+    for build in manifest.builds.values():
+        _parity(build.name, build.parity)
+
+
+def memory_plan(manifest: Manifest, build: str, context_length: int | None, batch: int) -> dict[str, int]:
+    """Bytes that a session of `build` needs for certain: weights once, and the KV cache at its full length.
+
+    Activations come on top and depend on the engine; `vlm-edge bench` measures the peak.
+    """
+    chosen = manifest.builds.get(build)
+    graphs = {**manifest.graphs, **(chosen.graphs if chosen else {})}
+    files = {ref.file: ref.bytes for graph in graphs.values() for ref in (graph.model, *graph.data)}
+    plan = {"weights": sum(files.values()), "kv_cache": 0, "context_length": 0}
+    layout = (chosen.kv if chosen and chosen.kv else None) or getattr(manifest.contract, "kv", None)
+    if layout is not None:
+        longest = getattr(manifest.contract, "context_length", 0)
+        length = min(context_length or longest, longest)
+        width = {"float32": 4, "float16": 2, "int8": 1}[layout.dtype]
+        plan["context_length"] = length
+        plan["kv_cache"] = 2 * layout.layers * batch * layout.kv_heads * length * layout.head_dim * width
+    plan["total"] = plan["weights"] + plan["kv_cache"]
+    return plan
+
+
+def _head(path: Path, manifest: Manifest, verified: bool) -> None:
+    drawn = table(str(path), "", "")
+    drawn.add_row("family", f"{manifest.family} ({manifest.model_type}, {manifest.source.architecture})")
+    drawn.add_row("source", f"{manifest.source.name} @ {manifest.source.revision[:16]}")
+    drawn.add_row("exported", f"{manifest.created} with " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
+    contract: dict[str, Any] = msgspec.to_builtins(manifest.contract)
+    for key, value in contract.items():
+        if key != "family":
+            drawn.add_row(key, ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+    drawn.add_row("files", ", ".join(ref.file for ref in manifest.files))
+    drawn.add_row("hashes", "[green]all checked[/]" if verified else "not checked (pass --verify)")
+    stdout.print(drawn)
+
+
+def _graphs(name: str, graphs: dict[str, GraphEntry], build: Build | None) -> None:
+    about = f" for {build.target} ({build.backend})" if build else ""
+    drawn = table(
+        f"\n{name}{about}",
+        "graph",
+        "precision",
+        "nodes",
+        "parameters",
+        "size",
+        "inputs → outputs",
+        right=("nodes", "parameters", "size"),
+    )
+    for role, graph in graphs.items():
+        data = sum(ref.bytes for ref in graph.data)
+        drawn.add_row(
+            role, graph.precision, str(graph.nodes), f"{graph.parameters:,}", size(graph.model.bytes + data), _signature(graph)
+        )
+    stdout.print(drawn)
+
+
+def _signature(graph: GraphEntry) -> str:
+    def side(specs: list[Any]) -> str:
+        cache = [spec for spec in specs if spec.name.startswith(("past_key_values.", "present."))]
+        plain = [f"{s.name}\\[{','.join(map(str, s.shape))}]" for s in specs if s not in cache]
+        if cache:
+            first = cache[0]
+            plain.append(f"{len(cache)} × {first.name.split('.')[0]}\\[{','.join(map(str, first.shape))}]")
+        return " ".join(plain)
+
+    return f"{side(graph.inputs)} → {side(graph.outputs)}"
+
+
+def _plans(plans: dict[str, dict[str, int]]) -> None:
+    drawn = table(
+        "\nMemory plan (activations come on top; `vlm-edge bench` measures the peak)",
+        "build",
+        "weights",
+        "KV cache",
+        "at context",
+        "sum",
+        right=("weights", "KV cache", "at context", "sum"),
+    )
+    for name, plan in plans.items():
+        drawn.add_row(
+            name, size(plan["weights"]), size(plan["kv_cache"]), str(plan["context_length"] or "–"), size(plan["total"])
+        )
+    stdout.print(drawn)
+
+
+def _parity(name: str, record: ParityRecord | None) -> None:
+    if record is None:
+        stdout.print(f"\n[bold]parity of {name}[/]: not compared yet (`vlm-edge parity`)")
+        return
+    colour = _VERDICT[record.verdict]
+    drawn = table(
+        f"\nparity of {name}: [{colour}]{record.verdict}[/] against {record.reference}, {record.created}",
+        "subject",
+        "verdict",
+        "cases",
+        "numbers",
+        "note",
+        right=("cases",),
+    )
+    for check in record.checks:
+        numbers = ", ".join(f"{key} {value:.3g}" for key, value in check.metric.items())
+        drawn.add_row(check.subject, f"[{_VERDICT[check.verdict]}]{check.verdict}[/]", str(check.cases), numbers, check.note)
+    stdout.print(drawn)
