@@ -70,10 +70,10 @@ def make(folder: Path, layers: int = LAYERS) -> None:
     import torch
     from transformers import (
         GenerationConfig,
+        Idefics3Processor,
         SmolVLMConfig,
         SmolVLMForConditionalGeneration,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
+        SmolVLMImageProcessorPil,
     )
 
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def make(folder: Path, layers: int = LAYERS) -> None:
     )
     model = SmolVLMForConditionalGeneration(config).eval()
     model.generation_config = GenerationConfig(**ids)
-    images = SmolVLMImageProcessor(
+    images = SmolVLMImageProcessorPil(
         do_convert_rgb=True,
         do_resize=True,
         size={"longest_edge": 2048},
@@ -132,9 +132,11 @@ def make(folder: Path, layers: int = LAYERS) -> None:
         image_std=[0.5] * 3,
         do_pad=True,
     )
-    processor = SmolVLMProcessor(images, tokenizer, image_seq_len=64, chat_template=CHAT_TEMPLATE)
+    # SmolVLM's own processor wants a video processor, which needs torchvision; the first releases shipped this one.
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=64, chat_template=CHAT_TEMPLATE)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    images.save_pretrained(folder)
     parameters = sum(p.numel() for p in set(model.parameters()))
     (folder / "made.json").write_text(json.dumps({"parameters": parameters, "layers": layers}))
