@@ -3,6 +3,9 @@
 Every width is a multiple of 32 (block-32 quantisation) and every head is 32 wide.
 """
 
+# mypy: disallow-untyped-calls=false
+# (transformers leaves most of its constructors untyped)
+
 from __future__ import annotations
 
 import copy
@@ -92,7 +95,7 @@ def _clip_images() -> CLIPImageProcessorPil:
 
 def llava(seed: int) -> Parts:
     """LLaVA (Liu et al. 2023): a CLIP vision tower read at its second last layer, a two-layer projector, Llama."""
-    tokenizer = tokenizers.llava(seed)
+    tokenizer: Any = tokenizers.llava(seed)
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=MLP,
@@ -105,7 +108,7 @@ def llava(seed: int) -> Parts:
     config = LlavaConfig(
         vision_config=vision,
         text_config=_text_config(tokenizer, 4, tied=True),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(TILE // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -124,7 +127,7 @@ def llava(seed: int) -> Parts:
 
 def smolvlm(seed: int) -> Parts:
     """SmolVLM (Marafioti et al. 2025): tiles and a global view through SigLIP, pixel shuffle, Llama."""
-    tokenizer = tokenizers.smolvlm(seed)
+    tokenizer: Any = tokenizers.smolvlm(seed)
     vision = {
         "model_type": "smolvlm_vision",
         "hidden_size": WIDTH,
@@ -134,13 +137,14 @@ def smolvlm(seed: int) -> Parts:
         "image_size": TILE,
         "patch_size": PATCH,
     }
+    padding: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id}  # read by the configuration, yet not declared
     config = SmolVLMConfig(
         vision_config=vision,
         text_config=_text_config(tokenizer, 4, tied=False),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=SCALE,
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
+        **padding,
     )
     # The first SmolVLM releases shipped Idefics3's processor, which joins text and tiles in the same way. SmolVLM's own
     # also wants a video processor, and that one cannot even be loaded where torchvision is missing.
@@ -157,8 +161,8 @@ def smolvlm(seed: int) -> Parts:
 
 def clip(seed: int) -> Parts:
     """CLIP (Radford et al. 2021): two towers and a shared space of 128 dimensions."""
-    tokenizer = tokenizers.clip(seed)
-    shared = {
+    tokenizer: Any = tokenizers.clip(seed)
+    shared: dict[str, Any] = {
         "hidden_size": WIDTH,
         "intermediate_size": MLP,
         "num_hidden_layers": 3,

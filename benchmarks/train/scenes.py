@@ -186,9 +186,7 @@ def _any_scene(rng: random.Random, split: Split, columns: int, rows: int) -> Sce
         chosen = sorted(rng.sample(places, rng.randint(2, 4)), key=lambda p: (p[1], p[0]))
         first = _thing(rng, split, chosen[0], 0.0)
         equal = [_thing(rng, split, p, 0.0) for p in chosen]
-        things = tuple(
-            Thing(first.shape, first.colour, t.column, t.row, t.dx, t.dy, t.radius) for t in equal
-        )
+        things = tuple(Thing(first.shape, first.colour, t.column, t.row, t.dx, t.dy, t.radius) for t in equal)
         return Scene(things, columns, rows, background)
     while True:
         a, b = rng.sample(places, 2)

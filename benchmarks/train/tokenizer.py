@@ -1,10 +1,14 @@
 """Real byte-level BPE tokenizers, trained on the corpus that the scenes and easy-vqa speak, and their chat templates."""
 
+# mypy: disallow-untyped-calls=false
+# (transformers leaves most of its constructors untyped)
+
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
@@ -71,9 +75,7 @@ def _byte_level(special: list[str], seed: int) -> Tokenizer:
 def llava(seed: int = 0) -> PreTrainedTokenizerFast:
     """Return LLaVA's tokenizer; it puts ``<s>`` before every text, as Llama's does."""
     tokenizer = _byte_level(["<unk>", "<s>", "</s>", "<pad>", "<image>"], seed)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -128,7 +130,8 @@ def clip(seed: int = 0) -> CLIPTokenizer:
     words = [*sorted(learned, key=lambda word: learned[word]), *ends]
     words += [f"<|unused{i}|>" for i in range(CLIP_VOCABULARY - 2 - len(words))]
     vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=_merges(tokenizer), model_max_length=32)
+    merges: Any = _merges(tokenizer)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=32)
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
