@@ -1,0 +1,194 @@
+"""Attention with a growing past becomes GroupQueryAttention on one shared, in-place KV buffer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from vlm_edge_runtime.errors import TargetError
+
+from .attention_mask import check_causal, mask_kind
+from .base import Changes, GraphPass
+from .cleanup import Cleanup
+from .graph import (
+    MICROSOFT,
+    add_initializer,
+    attribute_float,
+    attribute_int,
+    consumers,
+    fixed_dim,
+    insert,
+    like,
+    rank,
+    remove_dead,
+    substitute,
+    typed,
+)
+from .layout import CancelLayout
+
+CAPACITY = "capacity"
+_PAST = "past_key_values."
+
+
+class LowerToGroupQueryAttention(GraphPass):
+    """Rewrites every ONNX `Attention` that has a past into com.microsoft `GroupQueryAttention`.
+
+    Why: the standard operator concatenates past and new keys each step (a copy of the whole cache per token), and ONNX
+    Runtime's kernel for it reads the full capacity. GroupQueryAttention writes the new entries in place when past and
+    present are bound to one buffer, reads only the valid part, and needs no mask tensor.
+
+    The graph's signature changes: `attention_mask` and all that builds masks go; `seqlens_k` int32 [batch] (valid length
+    after this step, minus one, per row) and `total_sequence_length` int32 [1] (largest valid length after this step)
+    come; past and present are [batch, kv_heads, capacity, head_dim]. Rows have no padding inside. ONNX Runtime's kernel takes
+    more than one new token after a past at batch 1 only.
+
+    Sliding windows (`vlm_edge.sliding_window`), soft-capping and the scale are carried over; every mask is evaluated first
+    and must be causal. Raises TargetError for other masks, for a padding-free contract that does not hold (something else
+    reads the past), and for attention that returns its scores.
+    """
+
+    name: ClassVar[str] = "group_query_attention"
+
+    def apply(self, model: ir.Model) -> Changes:
+        changes = Changes(self.name)
+        graph = model.graph
+        found = [node for node in graph if node.op_type == "Attention" and not node.domain and _has_past(node)]
+        if not found:
+            return changes
+        for node in found:
+            _refuse(graph, node)
+        lengths = _add_input(graph, "seqlens_k", ir.DataType.INT32, ["batch"])
+        total = _add_input(graph, "total_sequence_length", ir.DataType.INT32, [1])
+        flat = add_initializer(graph, "merge_heads.shape", np.array([0, 0, -1], np.int64))
+        model.graph.opset_imports[MICROSOFT] = 1
+        for node in found:
+            _lower(graph, node, lengths, total, flat)
+            changes.add("Attention → GroupQueryAttention")
+        CancelLayout().apply(model)
+        Cleanup().apply(model)
+        _close(graph, changes)
+        return changes
+
+
+def _has_past(node: ir.Node) -> bool:
+    return len(node.inputs) > 5 and node.inputs[4] is not None and node.inputs[5] is not None
+
+
+def _refuse(graph: ir.Graph, node: ir.Node) -> None:
+    """Raises TargetError for what the fused operator cannot do."""
+    kind, window = mask_kind(node)
+    label = node.name or str(node.outputs[0].name)
+    if kind != "causal":
+        raise TargetError(f"Attention node {label!r} has a {kind} mask: GroupQueryAttention on ONNX Runtime is causal only.")
+    if len(node.outputs) > 3 and node.outputs[3].uses():
+        raise TargetError(f"Attention node {label!r} also returns its scores; the fused kernel has none to give.")
+    if len(node.inputs) > 6 and node.inputs[6] is not None:
+        raise TargetError(f"Attention node {label!r} has nonpad_kv_seqlen: it is not from a portable graph.")
+    heads, kv_heads, head_dim = _heads(node)
+    if fixed_dim(node.inputs[5], 3) not in (head_dim, None):
+        raise TargetError(f"Attention node {label!r} has values of another size than keys: the fused kernel needs one size.")
+    if heads % kv_heads:
+        raise TargetError(f"Attention node {label!r}: {heads} query heads are not a multiple of {kv_heads} KV heads.")
+    check_causal(graph, node, window, kv_heads, head_dim)
+
+
+def _heads(node: ir.Node) -> tuple[int, int, int]:
+    """(query heads, KV heads, head size) of an Attention node, from its 4-D past and its query."""
+    kv_heads, head_dim = fixed_dim(node.inputs[4], 1), fixed_dim(node.inputs[4], 3)
+    query = node.inputs[0]
+    heads = fixed_dim(query, 1) if rank(query) == 4 else attribute_int(node, "q_num_heads", 0)
+    if not heads or not kv_heads or not head_dim:
+        raise TargetError(f"Attention node {node.name!r}: the number of heads and their size must be fixed; found {node.inputs[4]}.")
+    return heads, kv_heads, head_dim
+
+
+def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value, flat: ir.Value) -> None:
+    heads, kv_heads, head_dim = _heads(node)
+    query, key, value = (_merge_heads(node, source, flat) for source in node.inputs[:3])
+    attributes: dict[str, int | float] = {
+        "num_heads": heads,
+        "kv_num_heads": kv_heads,
+        "scale": attribute_float(node, "scale", head_dim**-0.5) or head_dim**-0.5,
+        "do_rotary": 0,
+    }
+    if softcap := attribute_float(node, "softcap", 0.0):
+        attributes["softcap"] = softcap
+    if (window := mask_kind(node)[1]) is not None:
+        attributes["local_window_size"] = window
+    fused = insert(
+        node,
+        "GroupQueryAttention",
+        [query, key, value, node.inputs[4], node.inputs[5], lengths, total],
+        attributes,
+        domain=MICROSOFT,
+        outputs=3,
+        name=node.name,
+    )
+    fused.metadata_props.update(node.metadata_props)
+    out = fused.outputs[0]
+    like(out, query)
+    for old, new in zip(node.outputs[1:3], fused.outputs[1:3], strict=False):
+        like(new, old)
+        substitute(old, new)
+    result = node.outputs[0]
+    if rank(result) == 4 or rank(node.inputs[0]) == 4:
+        shape = add_initializer(graph, "split_heads.shape", np.array([0, 0, heads, head_dim], np.int64))
+        split = insert(node, "Reshape", [out, shape]).outputs[0]
+        assert out.shape is not None
+        typed(split, out.dtype, [*out.shape[:2], heads, head_dim])
+        turned = insert(node, "Transpose", [split], {"perm": [0, 2, 1, 3]}).outputs[0]
+        typed(turned, out.dtype, [out.shape[0], heads, out.shape[1], head_dim])
+        substitute(result, turned)
+    else:
+        substitute(result, out)
+    remove_dead(graph, node)
+
+
+def _merge_heads(before: ir.Node, value: ir.Value | None, flat: ir.Value) -> ir.Value:
+    """[batch, heads, sequence, size] → [batch, sequence, heads · size]; a 3-D value is that already."""
+    if value is None or value.shape is None:
+        raise TargetError(f"Attention node {before.name!r}: query, key and value need known shapes; run shape inference first.")
+    if len(value.shape) == 3:
+        return value
+    batch, heads, sequence, size = value.shape
+    turned = insert(before, "Transpose", [value], {"perm": [0, 2, 1, 3]}).outputs[0]
+    typed(turned, value.dtype, [batch, sequence, heads, size])
+    merged = insert(before, "Reshape", [turned, flat]).outputs[0]
+    width = heads * size if isinstance(heads, int) and isinstance(size, int) else None
+    return typed(merged, value.dtype, [batch, sequence, width])
+
+
+def _add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    graph.inputs.insert(next((i for i, v in enumerate(graph.inputs) if str(v.name).startswith(_PAST)), len(graph.inputs)), value)
+    return value
+
+
+def _close(graph: ir.Graph, changes: Changes) -> None:
+    """Takes the mask input out and fixes the cache's shapes. Raises TargetError if something still reads either."""
+    for value in list(graph.inputs):
+        if value.name == "attention_mask":
+            if value.uses():
+                readers = ", ".join(f"{node.op_type} {node.name or node.outputs[0].name}" for node in consumers(value)[:3])
+                raise TargetError(f"attention_mask is read by more than the masks ({readers}): the graph cannot drop it.")
+            graph.inputs.remove(value)
+            changes.add("mask input removed")
+        elif str(value.name).startswith(_PAST):
+            others = [node for node in consumers(value) if node.op_type != "GroupQueryAttention"]
+            if others:
+                raise TargetError(
+                    f"{value.name} is read by {others[0].op_type} {others[0].name or others[0].outputs[0].name} besides its "
+                    "attention: with a buffer of fixed capacity its length means something else."
+                )
+            _with_capacity(value)
+    for value in graph.outputs:
+        if str(value.name).startswith("present."):
+            _with_capacity(value)
+
+
+def _with_capacity(value: ir.Value) -> None:
+    if value.shape is not None and len(value.shape) == 4:
+        batch, heads, _, size = value.shape
+        value.shape = ir.Shape([batch, heads, CAPACITY, size])
