@@ -57,8 +57,9 @@ def check_causal(graph: ir.Graph, attention: ir.Node, window: int | None, kv_hea
         feeds = {str(value.name): _feed(value, queries, past, kv_heads, head_dim) for value in needed}
         (found,) = evaluate(graph, [mask], feeds)
         seen = found if found.dtype == np.bool_ else found > np.float32(-1e9)
-        wanted = np.broadcast_to(expected_causal(queries, past, window), np.broadcast_shapes(seen.shape, (queries, past + queries)))
-        if not np.array_equal(np.broadcast_to(seen, wanted.shape), wanted):
+        wanted = expected_causal(queries, past, window)
+        shape = np.broadcast_shapes(seen.shape, wanted.shape)
+        if not np.array_equal(np.broadcast_to(seen, shape), np.broadcast_to(wanted, shape)):
             raise TargetError(
                 f"the mask of Attention node {attention.name!r} is not causal{f' with window {window}' if window else ''} at "
                 f"{queries} queries after {past} keys, as its metadata says; the fused kernel cannot express it."
@@ -72,7 +73,9 @@ def _feed(value: ir.Value, queries: int, past: int, kv_heads: int, head_dim: int
         return np.ones((1, past + queries), np.int64)
     if name == "position_ids":
         positions = np.arange(past, past + queries, dtype=np.int64)[None]
-        return positions if value.shape is None or len(value.shape) == 2 else np.broadcast_to(positions, (3, *positions.shape)).copy()
+        axes = 1 if value.shape is None or len(value.shape) == 2 else 3  # M-RoPE has three
+        return positions if axes == 1 else np.repeat(positions[None], axes, axis=0)
+
     if name.startswith("past_key_values."):
         return np.zeros((1, kv_heads, past, head_dim), np.float32)
     if name == "inputs_embeds" and value.shape is not None and isinstance(hidden := value.shape[-1], int):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from .base import Changes, GraphPass
-from .graph import consumers, fixed_dim, is_weight, rank
+from .graph import consumers, fixed_dim, is_weight, rank, remove_dead
 from .layout import copies_dims
 from .rowwise import is_rowwise
 
@@ -78,7 +78,12 @@ def _unflatten(start: ir.Node) -> int:
     for node in exits:
         if node.inputs[0] in entries:
             node.replace_input_with(0, entries[node.inputs[0]])
-    return len(entries) if block else 0
+    if not block:
+        return 0
+    for value in entries:
+        if (maker := value.producer()) is not None and isinstance(maker.graph, ir.Graph):
+            remove_dead(maker.graph, maker)
+    return len(entries)
 
 
 def _same_rows(value: ir.Value | None, other: ir.Value) -> bool:
@@ -86,5 +91,3 @@ def _same_rows(value: ir.Value | None, other: ir.Value) -> bool:
     if value is None or value.shape is None or other.shape is None or len(value.shape) != 3:
         return False
     return all(str(a) == str(b) and str(a) != "None" for a, b in zip(value.shape[:2], other.shape[:2], strict=True))
-
-

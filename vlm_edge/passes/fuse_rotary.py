@@ -11,6 +11,7 @@ from .base import Changes, GraphPass
 from .cleanup import Cleanup
 from .evaluate import evaluate, graph_inputs_of
 from .graph import MICROSOFT, add_initializer, attribute_int, constant, fixed_dim, insert, producer, rank, typed
+from .heads import merge_heads
 from .layout import CancelLayout
 
 _MULTIPLE = 16
@@ -46,7 +47,7 @@ class FuseRotaryEmbedding(GraphPass):
             reason = self._reason(node, rotations[0], rotations[1])
             if reason is None:
                 key = (rotations[0].inputs[1], rotations[0].inputs[2])
-                if key not in tables:  # type: ignore[comparison-overlap]
+                if key not in tables:
                     tables[key] = self._tables(graph, rotations[0])  # type: ignore[index]
                 _fuse(graph, node, (rotations[0], rotations[1]), tables[key])  # type: ignore[index]
                 changes.add("rotations fused", 2)
@@ -70,7 +71,8 @@ class FuseRotaryEmbedding(GraphPass):
             return "query and key use different tables"
         if attribute_int(query, "interleaved", 0) != attribute_int(key, "interleaved", 0):
             return "query and key are laid out differently"
-        if attribute_int(query, "rotary_embedding_dim", 0) not in (0, size) or (fixed_dim(query.inputs[1], -1) or size // 2) != size // 2:
+        half = fixed_dim(query.inputs[1], -1) or size // 2
+        if attribute_int(query, "rotary_embedding_dim", 0) not in (0, size) or half != size // 2:
             return "only part of each head is rotated"
         positions = _positions(query)
         if positions is None:
@@ -120,25 +122,12 @@ def _fuse(graph: ir.Graph, node: ir.Node, rotations: tuple[ir.Node, ir.Node], ta
     positions = _positions(rotations[0])
     interleaved = attribute_int(rotations[0], "interleaved", 0)
     for index, rotation in enumerate(rotations):
-        node.replace_input_with(index, _merged(node, rotation.inputs[0], node.inputs[index]))
+        node.replace_input_with(index, merge_heads(node, rotation.inputs[0]))
     node.resize_inputs(10)
     for index, value in zip((7, 8, 9), (*tables, positions), strict=True):
         node.replace_input_with(index, value)
     node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)
     node.attributes["rotary_interleaved"] = ir.AttrInt64("rotary_interleaved", interleaved)
-
-
-def _merged(before: ir.Node, value: ir.Value | None, pattern: ir.Value | None) -> ir.Value:
-    """[batch, heads, sequence, size] → [batch, sequence, heads · size] in front of `before`."""
-    assert value is not None and pattern is not None
-    if rank(value) == 3:
-        return value
-    assert value.shape is not None and isinstance(before.graph, ir.Graph)
-    batch, heads, sequence, size = value.shape
-    turned = typed(insert(before, "Transpose", [value], {"perm": [0, 2, 1, 3]}).outputs[0], value.dtype, [batch, sequence, heads, size])
-    shape = add_initializer(before.graph, "merge_heads.shape", np.array([0, 0, -1], np.int64))
-    merged = insert(before, "Reshape", [turned, shape]).outputs[0]
-    return typed(merged, value.dtype, pattern.shape or [batch, sequence, None])
 
 
 def _sequence_major(node: ir.Node, index: int, rotation: ir.Node) -> bool:
@@ -147,7 +136,7 @@ def _sequence_major(node: ir.Node, index: int, rotation: ir.Node) -> bool:
     if heads is None or len(rotation.outputs[0].uses()) != 1 or constant(rotation.inputs[1]) is not None:
         return False
     pattern = node.inputs[index]
-    merged = _merged(node, rotation.inputs[0], pattern)
+    merged = merge_heads(node, rotation.inputs[0])
     attributes = {name: attribute for name, attribute in rotation.attributes.items() if name != "num_heads"}
     turned = insert(node, "RotaryEmbedding", [merged, *rotation.inputs[1:]], {**attributes, "num_heads": heads})
     assert pattern is not None and pattern.shape is not None

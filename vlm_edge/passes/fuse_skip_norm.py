@@ -7,8 +7,21 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from .base import Changes, GraphPass
-from .graph import MICROSOFT, attribute_float, attribute_int, consumers, insert, is_weight, like, only_consumer, producer, rank
-from .graph import remove_dead, same_shape, substitute
+from .graph import (
+    MICROSOFT,
+    attribute_float,
+    attribute_int,
+    consumers,
+    insert,
+    is_weight,
+    like,
+    only_consumer,
+    producer,
+    rank,
+    remove_dead,
+    same_shape,
+    substitute,
+)
 
 _FUSED = {"RMSNormalization": "SkipSimplifiedLayerNormalization", "LayerNormalization": "SkipLayerNormalization"}
 _SUM = 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,9 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | npt.
         number += 1
         unique = f"{name}_{number}"
     stored = ir.tensor(np.ascontiguousarray(tensor), name=unique) if isinstance(tensor, np.ndarray) else tensor
-    value = ir.Value(name=unique, const_value=stored, type=ir.TensorType(stored.dtype), shape=ir.Shape(stored.shape))
+    value = ir.Value(
+        name=unique, const_value=stored, type=ir.TensorType(stored.dtype), shape=ir.Shape(tuple(stored.shape.numpy()))
+    )
     graph.register_initializer(value)
     return value
 
@@ -116,7 +118,7 @@ def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | npt.
 def lazy_tensor(name: str, dtype: ir.DataType, shape: Sequence[int], make: Callable[[], npt.NDArray[Any]]) -> ir.LazyTensor:
     """A stored tensor that is computed when it is written, and again if it is read; never kept."""
 
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.TensorProtocol:
         array = np.ascontiguousarray(make())
         if tuple(array.shape) != tuple(shape):
             raise ValueError(f"{name}: computed shape {array.shape}, announced {tuple(shape)}")
@@ -152,7 +154,7 @@ def like(value: ir.Value, pattern: ir.Value) -> ir.Value:
     return value
 
 
-def typed(value: ir.Value, dtype: ir.DataType | None, shape: Sequence[int | str | ir.SymbolicDim | None]) -> ir.Value:
+def typed(value: ir.Value, dtype: ir.DataType | None, shape: Iterable[int | str | ir.SymbolicDim | None]) -> ir.Value:
     """Gives `value` an element type and a shape."""
     value.type = ir.TensorType(dtype) if dtype is not None else None
     value.shape = ir.Shape(shape)

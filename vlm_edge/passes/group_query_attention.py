@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from vlm_edge_runtime.errors import TargetError
@@ -14,7 +13,6 @@ from .base import Changes, GraphPass
 from .cleanup import Cleanup
 from .graph import (
     MICROSOFT,
-    add_initializer,
     attribute_float,
     attribute_int,
     consumers,
@@ -24,8 +22,8 @@ from .graph import (
     rank,
     remove_dead,
     substitute,
-    typed,
 )
+from .heads import merge_heads, split_heads
 from .layout import CancelLayout
 
 CAPACITY = "capacity"
@@ -61,10 +59,9 @@ class LowerToGroupQueryAttention(GraphPass):
             _refuse(graph, node)
         lengths = _add_input(graph, "seqlens_k", ir.DataType.INT32, ["batch"])
         total = _add_input(graph, "total_sequence_length", ir.DataType.INT32, [1])
-        flat = add_initializer(graph, "merge_heads.shape", np.array([0, 0, -1], np.int64))
         model.graph.opset_imports[MICROSOFT] = 1
         for node in found:
-            _lower(graph, node, lengths, total, flat)
+            _lower(graph, node, lengths, total)
             changes.add("Attention → GroupQueryAttention")
         CancelLayout().apply(model)
         Cleanup().apply(model)
@@ -100,13 +97,13 @@ def _heads(node: ir.Node) -> tuple[int, int, int]:
     query = node.inputs[0]
     heads = fixed_dim(query, 1) if rank(query) == 4 else attribute_int(node, "q_num_heads", 0)
     if not heads or not kv_heads or not head_dim:
-        raise TargetError(f"Attention node {node.name!r}: the number of heads and their size must be fixed; found {node.inputs[4]}.")
+        raise TargetError(f"Attention node {node.name!r}: the number of heads and their size must be fixed numbers.")
     return heads, kv_heads, head_dim
 
 
-def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value, flat: ir.Value) -> None:
+def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value) -> None:
     heads, kv_heads, head_dim = _heads(node)
-    query, key, value = (_merge_heads(node, source, flat) for source in node.inputs[:3])
+    query, key, value = (merge_heads(node, source) for source in node.inputs[:3])
     attributes: dict[str, int | float] = {
         "num_heads": heads,
         "kv_num_heads": kv_heads,
@@ -133,31 +130,8 @@ def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value, f
         like(new, old)
         substitute(old, new)
     result = node.outputs[0]
-    if rank(result) == 4 or rank(node.inputs[0]) == 4:
-        shape = add_initializer(graph, "split_heads.shape", np.array([0, 0, heads, head_dim], np.int64))
-        split = insert(node, "Reshape", [out, shape]).outputs[0]
-        assert out.shape is not None
-        typed(split, out.dtype, [*out.shape[:2], heads, head_dim])
-        turned = insert(node, "Transpose", [split], {"perm": [0, 2, 1, 3]}).outputs[0]
-        typed(turned, out.dtype, [out.shape[0], heads, out.shape[1], head_dim])
-        substitute(result, turned)
-    else:
-        substitute(result, out)
+    substitute(result, split_heads(node, out, heads, head_dim) if rank(node.inputs[0]) == 4 else out)
     remove_dead(graph, node)
-
-
-def _merge_heads(before: ir.Node, value: ir.Value | None, flat: ir.Value) -> ir.Value:
-    """[batch, heads, sequence, size] → [batch, sequence, heads · size]; a 3-D value is that already."""
-    if value is None or value.shape is None:
-        raise TargetError(f"Attention node {before.name!r}: query, key and value need known shapes; run shape inference first.")
-    if len(value.shape) == 3:
-        return value
-    batch, heads, sequence, size = value.shape
-    turned = insert(before, "Transpose", [value], {"perm": [0, 2, 1, 3]}).outputs[0]
-    typed(turned, value.dtype, [batch, sequence, heads, size])
-    merged = insert(before, "Reshape", [turned, flat]).outputs[0]
-    width = heads * size if isinstance(heads, int) and isinstance(size, int) else None
-    return typed(merged, value.dtype, [batch, sequence, width])
 
 
 def _add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:

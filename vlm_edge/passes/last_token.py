@@ -65,9 +65,7 @@ def _region(graph: ir.Graph, logits: ir.Value) -> set[ir.Node]:
         outs = [out for out in node.outputs if out.uses() or out.is_graph_output()]
         if not outs or not is_rowwise(node):
             continue
-        if all(
-            (out is logits or not out.is_graph_output()) and all(user in region for user in consumers(out)) for out in outs
-        ):
+        if all((out is logits or not out.is_graph_output()) and all(user in region for user in consumers(out)) for out in outs):
             region.add(node)
     return region if logits.producer() in region else set()
 

@@ -45,9 +45,10 @@ def _transpose(node: ir.Node) -> str | None:
         return None
     if last == tuple(range(len(last))):
         source = node.inputs[0]
-    elif inner is None or (first := attribute_ints(inner, "perm")) is None or [first[axis] for axis in last] != list(range(len(last))):
-        return None
     else:
+        first = attribute_ints(inner, "perm") if inner is not None else None
+        if inner is None or first is None or [first[axis] for axis in last] != list(range(len(last))):
+            return None
         source = inner.inputs[0]
     if source is None:
         return None

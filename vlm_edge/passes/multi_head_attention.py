@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from .base import Changes, GraphPass
 from .cleanup import Cleanup
-from .graph import MICROSOFT, add_initializer, attribute_float, attribute_int, fixed_dim, insert, like, rank, remove_dead
-from .graph import substitute, typed
+from .graph import MICROSOFT, attribute_float, attribute_int, fixed_dim, insert, like, rank, remove_dead, substitute, typed
+from .heads import merge_heads, split_heads
 from .layout import CancelLayout
 
 
@@ -27,14 +26,12 @@ class LowerToMultiHeadAttention(GraphPass):
 
     def apply(self, model: ir.Model) -> Changes:
         changes = Changes(self.name)
-        flat: ir.Value | None = None
         for node in [n for n in model.graph if n.op_type == "Attention" and not n.domain]:
             reason = _reason(node)
             if reason is not None:
                 changes.note(f"{node.name or node.outputs[0].name}: Attention stays: {reason}")
                 continue
-            flat = flat or add_initializer(model.graph, "merge_heads.shape", np.array([0, 0, -1], np.int64))
-            _lower(model.graph, node, flat)
+            _lower(model.graph, node)
             changes.add("Attention → MultiHeadAttention")
         if changes:
             CancelLayout().apply(model)
@@ -55,6 +52,8 @@ def _reason(node: ir.Node) -> str | None:
         return "its mask is not additive float of rank 4"
     ranks = {rank(query), rank(key), rank(value)}
     if ranks == {4}:
+        if fixed_dim(value, 3) is None:
+            return "the head size is not fixed"
         heads = {fixed_dim(v, 1) for v in (query, key, value)}
     elif ranks == {3}:
         heads = {attribute_int(node, "q_num_heads", 0), attribute_int(node, "kv_num_heads", 0)}
@@ -65,11 +64,11 @@ def _reason(node: ir.Node) -> str | None:
     return None
 
 
-def _lower(graph: ir.Graph, node: ir.Node, flat: ir.Value) -> None:
+def _lower(graph: ir.Graph, node: ir.Node) -> None:
     query = node.inputs[0]
     four = rank(query) == 4
     heads = (fixed_dim(query, 1) if four else attribute_int(node, "q_num_heads", 0)) or 0
-    inputs: list[ir.Value | None] = [_merge(node, value, flat) for value in node.inputs[:3]]
+    inputs: list[ir.Value | None] = [merge_heads(node, value) for value in node.inputs[:3]]
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is not None:
         inputs += [None, None, mask]
@@ -81,28 +80,14 @@ def _lower(graph: ir.Graph, node: ir.Node, flat: ir.Value) -> None:
     fused = insert(node, "MultiHeadAttention", inputs, attributes, domain=MICROSOFT, name=node.name)
     fused.metadata_props.update(node.metadata_props)
     out, result = fused.outputs[0], node.outputs[0]
-    assert inputs[0] is not None and inputs[0].shape is not None
-    like(out, inputs[0])
-    if four:
-        size = fixed_dim(query, 3)
-        batch, sequence = inputs[0].shape[0], inputs[0].shape[1]
-        value_size = fixed_dim(node.inputs[2], 3) or size
-        width = heads * value_size if value_size else None
-        typed(out, out.dtype, [batch, sequence, width])
-        shape = add_initializer(graph, "split_heads.shape", np.array([0, 0, heads, -1], np.int64))
-        split = typed(insert(node, "Reshape", [out, shape]).outputs[0], out.dtype, [batch, sequence, heads, value_size])
-        turned = insert(node, "Transpose", [split], {"perm": [0, 2, 1, 3]}).outputs[0]
-        substitute(result, typed(turned, out.dtype, [batch, heads, sequence, value_size]))
+    pattern = inputs[0]
+    assert pattern is not None
+    like(out, pattern)
+    size = fixed_dim(node.inputs[2], 3)
+    if four and size is not None:
+        assert pattern.shape is not None
+        typed(out, pattern.dtype, [pattern.shape[0], pattern.shape[1], heads * size])
+        substitute(result, split_heads(node, out, heads, size))
     else:
         substitute(result, out)
     remove_dead(graph, node)
-
-
-def _merge(before: ir.Node, value: ir.Value | None, flat: ir.Value) -> ir.Value | None:
-    if value is None or value.shape is None or len(value.shape) == 3:
-        return value
-    batch, heads, sequence, size = value.shape
-    turned = insert(before, "Transpose", [value], {"perm": [0, 2, 1, 3]}).outputs[0]
-    typed(turned, value.dtype, [batch, sequence, heads, size])
-    width = heads * size if isinstance(heads, int) and isinstance(size, int) else None
-    return typed(insert(before, "Reshape", [turned, flat]).outputs[0], value.dtype, [batch, sequence, width])

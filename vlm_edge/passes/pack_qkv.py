@@ -10,8 +10,22 @@ import numpy as np
 import onnx_ir as ir
 
 from .base import Changes, GraphPass
-from .graph import MICROSOFT, add_initializer, attribute_float, attribute_int, fixed_dim, insert, is_weight, lazy_tensor
-from .graph import only_consumer, producer, rank, remove_dead, scalar, typed
+from .graph import (
+    MICROSOFT,
+    add_initializer,
+    attribute_float,
+    attribute_int,
+    fixed_dim,
+    insert,
+    is_weight,
+    lazy_tensor,
+    only_consumer,
+    producer,
+    rank,
+    remove_dead,
+    scalar,
+    typed,
+)
 
 
 @dataclass(slots=True)

@@ -9,8 +9,10 @@ import onnx_ir as ir
 from .graph import MICROSOFT, attribute_int, fixed_dim, is_weight, rank
 
 _ELEMENTWISE = frozenset(
-    "Abs Add Cast Clip Div Elu Erf Exp Gelu HardSigmoid HardSwish Identity LeakyRelu Log Max Min Mul Neg Pow Reciprocal Relu "
-    "Sigmoid Softplus Sqrt Sub Swish Tanh".split()
+    {
+        *("Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu"),
+        *("Log", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh"),
+    }
 )
 _NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 _FUSED = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
