@@ -45,7 +45,7 @@ def _save(parts: models.Parts, folder: Path) -> None:
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights, the tokenizer's corpus and the data.")
 @click.option("--steps", type=int, help="Training steps; the default is the recipe that the committed checkpoint was made by.")
 @click.option("--minutes", type=float, help="Stop by the clock instead; quick to try, but not reproducible.")
-@click.option("--threads", type=int, help="CPU threads of torch; sums are ordered by it, so it belongs to the recipe [2].")
+@click.option("--threads", type=int, help="CPU threads of torch; sums are ordered by it, so it belongs to the recipe [1].")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--limit", type=int, help="Measure on at most this many questions of each set (default: all).")
 def main(
@@ -61,7 +61,7 @@ def main(
     """Train MODEL (llava, smolvlm or clip) from nothing, save it in float16 and measure the saved files.
 
     \b
-      python -m benchmarks.train_tiny llava                    the committed recipe, about 20 minutes on two cores
+      python -m benchmarks.train_tiny llava                    the committed recipe, about half an hour on one core
       python -m benchmarks.train_tiny clip --minutes 1         a first look
       python -m benchmarks.train_tiny smolvlm --seed 1 --out /tmp/other
 
@@ -70,7 +70,7 @@ def main(
     set are never shown in training, and every accuracy comes from the saved checkpoint's own processor and generate().
     """
     folder = out or Path("build") / f"tiny-{model}"
-    torch.set_num_threads(threads or 2)
+    torch.set_num_threads(threads or 1)
     folder.parent.mkdir(parents=True, exist_ok=True)
     console = Console()
     recipe = loop.RECIPES[model]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from benchmarks.train import easyvqa, models, scenes
@@ -30,8 +30,8 @@ Turns = list[tuple[str, str]]
 class Batch:
     """One training step of a generating model; B sequences of L tokens with n image tokens each.
 
-    ``shape``, ``colour`` and ``digit`` are int64 (B, n) class numbers of what each image token shows (0: nothing there),
-    ``whole_shape`` and ``whole_colour`` (B,) those of an easy-vqa image, whose shape stands in no cell; -100 is ignored.
+    ``targets`` are int64 (B, n) class numbers of what each image token shows: shape, colour and digit (0: nothing there) and
+    its place on the grid; -100 is ignored.
     """
 
     input_ids: Tensor
@@ -159,14 +159,51 @@ def cell_targets(scene: scenes.Scene, order: list[int]) -> dict[str, list[int]]:
         colour[at] = names.index(thing.colour) + 1 if thing.colour else 0
         digit[at] = thing.digit + 1
     look = {"shape": shape, "colour": colour, "digit": digit}
-    return {key: [IGNORED if at < 0 else found.get(at, 0) for at in order] for key, found in look.items()}
+    targets = {key: [IGNORED if at < 0 else found.get(at, 0) for at in order] for key, found in look.items()}
+    return targets | {"place": [IGNORED if at < 0 else at for at in order]}
+
+
+def easy_targets(image: Image.Image, pairs: Turns, cell: int) -> dict[str, list[int]]:
+    """Return the same for an easy-vqa image: its one shape covers some cells, others only in part (ignored)."""
+    answers = {answer for _, answer in pairs}
+    shape = next((i for i, name in enumerate(KINDS, 1) if name in answers), IGNORED)
+    colour = next((i for i, name in enumerate(scenes.COLOURS, 1) if name in answers), IGNORED)
+    values = np.asarray(image, np.int16)
+    inked = (np.abs(values - np.array(_paper(image))).max(-1) > 8).reshape(image.height // cell, cell, image.width // cell, cell)
+    covered = inked.mean((1, 3)).flatten()
+    targets = {
+        key: [0 if part == 0 else number if part > 0.25 else IGNORED for part in covered]
+        for key, number in (("shape", shape), ("colour", colour))
+    }
+    return targets | {"digit": [0] * len(covered), "place": list(range(len(covered)))}
+
+
+def _paper(image: Image.Image) -> Any:
+    """Return the background of an easy-vqa image: its most frequent colour."""
+    colours: Any = image.getcolors(image.width * image.height)
+    return max(colours, key=lambda found: found[0])[1]
+
+
+def moved(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Return an easy-vqa image flipped and shifted at random, its shape still whole and on the same paper."""
+    for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
+        if rng.random() < 0.5:
+            image = image.transpose(flip)
+    paper = _paper(image)
+    box = ImageChops.difference(image, Image.new("RGB", image.size, paper)).getbbox()
+    if box is None:
+        return image
+    fresh = Image.new("RGB", image.size, paper)
+    room = image.width - (box[2] - box[0]), image.height - (box[3] - box[1])
+    fresh.paste(image.crop(box), (rng.randint(0, room[0]), rng.randint(0, room[1])))
+    return fresh
 
 
 class Stream:
     """An endless, seeded stream of batches for LLaVA (scenes and easy-vqa) or SmolVLM (scenes)."""
 
-    def __init__(self, encoder: Encoder, seed: int, size: int) -> None:
-        self.encoder, self.size = encoder, size
+    def __init__(self, encoder: Encoder, seed: int, size: int, talks: int) -> None:
+        self.encoder, self.size, self.talks = encoder, size, talks
         self.rng = random.Random(f"train-{encoder.name}-{seed}")
         self._published = easyvqa.by_image("train") if encoder.name == "llava" else {}
 
@@ -182,9 +219,9 @@ class Stream:
         sequences, pixels, targets = [], [], []
         for i in range(self.size):
             if self._published and i % 3 == 0:
-                image, talks, target = self._easy(order)
+                image, talks, target = self._easy()
             else:
-                image, talks, target = self._scene(columns, rows, order, 1 if text_first else 3)
+                image, talks, target = self._scene(columns, rows, order, 1 if text_first else self.talks)
             pixels.append(self.encoder.pixels(image))
             targets.append(target)
             sequences.append([self.encoder.conversation(placeholder, turns, text_first) for turns in talks])
@@ -197,28 +234,22 @@ class Stream:
         caption = (rng.choice(scenes.DESCRIBE), scene.caption)
         asked = scenes.questions(scene, rng, "train")
         rng.shuffle(asked)
+        if rng.random() < 0.5:  # relations take longest to learn
+            asked.sort(key=lambda pair: not pair[0].startswith("where is"))
         told: list[Turns] = [[caption], *([pair] for pair in asked[: talks - 1])]
         if talks == 1 and rng.random() < 0.6:
             told = [[asked[0]]]
         if rng.random() < 0.25:  # a second turn
             told[-1].append(rng.choice([pair for pair in (caption, *asked) if pair not in told[-1]]))
-        whole = {"whole_shape": IGNORED, "whole_colour": IGNORED}
-        return scene.render(self.encoder.cell), told, cell_targets(scene, order) | whole
+        return scene.render(self.encoder.cell), told, cell_targets(scene, order)
 
-    def _easy(self, order: list[int]) -> tuple[Image.Image, list[Turns], dict[str, Any]]:
+    def _easy(self) -> tuple[Image.Image, list[Turns], dict[str, Any]]:
         rng = self.rng
         number = rng.randrange(len(self._published))
         pairs = self._published[number]
-        image = easyvqa.image("train", number)
-        for flip in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM):
-            if rng.random() < 0.5:
-                image = image.transpose(flip)
-        answers = {answer for _, answer in pairs}
-        colour = [i for i, name in enumerate(scenes.COLOURS, 1) if name in answers]
-        shape = [i for i, name in enumerate(KINDS, 1) if name in answers]
-        target: dict[str, Any] = {key: [IGNORED] * len(order) for key in ("shape", "colour", "digit")}
-        target |= {"whole_shape": (shape or [IGNORED])[0], "whole_colour": (colour or [IGNORED])[0]}
-        return image, [[pair] for pair in rng.sample(pairs, min(4, len(pairs)))], target
+        image = moved(easyvqa.image("train", number), rng)
+        talks = [[pair] for pair in rng.sample(pairs, min(5, len(pairs)))]
+        return image, talks, easy_targets(image, pairs, self.encoder.cell)
 
     def _pack(self, sequences: list[list[tuple[str, list[str]]]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Lay the conversations on each image behind its prefix; see the module's text."""

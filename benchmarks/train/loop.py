@@ -27,15 +27,17 @@ class Recipe:
 
     steps: int
     batch: int
+    talks: int = 1
+    """Conversations about one scene: its description and ``talks`` - 1 questions."""
     rate: float = 1e-3
     warmup: int = 60
-    hold: float = 0.55
+    hold: float = 0.35
     """Fraction of the run at the full rate; after it the rate falls in a straight line."""
 
 
 RECIPES: dict[str, Recipe] = {
-    "llava": Recipe(steps=4000, batch=48),
-    "smolvlm": Recipe(steps=4000, batch=48),
+    "llava": Recipe(steps=6000, batch=48, talks=4),
+    "smolvlm": Recipe(steps=4000, batch=32, talks=6),
     "clip": Recipe(steps=2500, batch=128),
 }
 
@@ -44,11 +46,11 @@ Report = Callable[[int, float, float, dict[str, float]], None]
 
 
 class Probes(nn.Module):
-    """Linear classifiers of shape, colour and digit on image tokens (B, n, width); never saved."""
+    """Linear classifiers of shape, colour, digit and place on image tokens (B, n, width); never saved."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        sizes = {"shape": len(data.KINDS) + 1, "colour": len(scenes.COLOURS) + 1, "digit": 11}
+        sizes = {"shape": len(data.KINDS) + 1, "colour": len(scenes.COLOURS) + 1, "digit": 11, "place": 16}
         self.heads = nn.ModuleDict({key: nn.Linear(width, size) for key, size in sizes.items()})
 
     def forward(self, tokens: Tensor, targets: dict[str, Tensor]) -> Tensor:
@@ -57,12 +59,8 @@ class Probes(nn.Module):
         for key, head in self.heads.items():
             target = targets[key].flatten()
             each = F.cross_entropy(head(tokens).flatten(0, 1), target, reduction="none", ignore_index=data.IGNORED)
-            full = 1.0 if key != "digit" else 3.0  # digits are rarer and harder
-            weight = torch.where(target > 0, full, 0.1) * (target != data.IGNORED)
+            weight = torch.where(target > 0, 1.0, 0.1) * (target != data.IGNORED)
             loss = loss + (each * weight).sum() / weight.sum().clamp(min=1.0)
-            whole = targets.get(f"whole_{key}")
-            if whole is not None and (whole != data.IGNORED).any():
-                loss = loss + 0.5 * F.cross_entropy(head(tokens.mean(1)), whole, ignore_index=data.IGNORED)
         return loss
 
 
@@ -139,7 +137,7 @@ def train(
         pairs = _clip_batches(encoder, seed, recipe.batch)
     else:
         encoder.check()
-        stream = data.Stream(encoder, seed, recipe.batch)
+        stream = data.Stream(encoder, seed, recipe.batch, recipe.talks)
     weights = [*model.parameters(), *probes.parameters()]
     plain = [w for w in weights if w.ndim < 2]
     matrices = [w for w in weights if w.ndim >= 2]
