@@ -125,7 +125,7 @@ def unpack(packed: Codes, bits: int) -> Codes:
     return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
 
 
-def _nonzero(scale: Floats) -> Floats:
+def _nonzero(scale: npt.NDArray[np.floating]) -> Floats:
     return np.where(np.abs(scale) > np.finfo(np.float32).tiny, scale, np.float32(1)).astype(np.float32)
 
 
@@ -143,7 +143,8 @@ def _least_squares(block: Floats, form: BlockFormat) -> Floats:
     extreme = np.take_along_axis(block, where, -1)[..., 0]
     best = _nonzero(np.abs(extreme) / (half - 1))
     least = np.full(best.shape, np.inf, np.float32)
-    for start in [-extreme / half, *(np.abs(extreme) * shrink / (half - 1) for shrink in _SHRINK)]:
+    candidates = [-extreme / half, *(np.abs(extreme) * np.float32(shrink / (half - 1)) for shrink in _SHRINK)]
+    for start in candidates:
         scale = _nonzero(start)
         code = np.clip(np.rint(block / scale[..., None]), -half, half - 1)
         norm = (code * code).sum(-1)

@@ -25,6 +25,8 @@ from vlm_edge.passes.graph import (
 
 from .blockwise import BlockFormat, Codes, Floats, choose_scales, pack, quantize
 
+_AFTER_HEAD = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Gather", "Squeeze"})
+
 
 class WeightOnlyMatMul(GraphPass):
     """`MatMul(x, W)` with a stored W [K, N] → com.microsoft `MatMulNBits` with W in 4 or 8 bits, blockwise along K.
