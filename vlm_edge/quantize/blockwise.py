@@ -143,7 +143,10 @@ def _least_squares(block: Floats, form: BlockFormat) -> Floats:
     extreme = np.take_along_axis(block, where, -1)[..., 0]
     best = _nonzero(np.abs(extreme) / (half - 1))
     least = np.full(best.shape, np.inf, np.float32)
-    candidates = [-extreme / half, *(np.abs(extreme) * np.float32(shrink / (half - 1)) for shrink in _SHRINK)]
+    candidates: list[Floats] = [
+        -extreme / np.float32(half),
+        *(np.abs(extreme) * np.float32(shrink / (half - 1)) for shrink in _SHRINK),
+    ]
     for start in candidates:
         scale = _nonzero(start)
         code = np.clip(np.rint(block / scale[..., None]), -half, half - 1)

@@ -25,7 +25,7 @@ def channel_scales(weight: Floats, bits: int) -> Floats:
 def channel_codes(weight: Floats, scales: Floats, bits: int) -> npt.NDArray[np.int8]:
     """int8 codes [K, N], within ±(2^(bits−1) − 1)."""
     limit = 2 ** (bits - 1) - 1
-    return np.clip(np.rint(weight / scales[None, :]), -limit, limit).astype(np.int8)
+    return np.asarray(np.clip(np.rint(weight / scales[None, :]), -limit, limit), np.int8)
 
 
 def store_channelwise(graph: ir.Graph, weight: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:

@@ -40,10 +40,17 @@ class WeightOnlyMatMul(GraphPass):
 
     name: ClassVar[str] = "weight_only_matmul"
 
-    def __init__(self, form: BlockFormat | None, *, head: BlockFormat | None = None, accuracy_level: int = 4) -> None:
-        """`form` None quantises the head alone."""
+    def __init__(
+        self,
+        form: BlockFormat | None,
+        *,
+        head: BlockFormat | None = None,
+        keep_head: bool = False,
+        accuracy_level: int = 4,
+    ) -> None:
+        """`form` None quantises the head alone; `keep_head` leaves the head in fp32."""
         self.form = form
-        self.head = head or form
+        self.head = None if keep_head else head or form
         self.accuracy_level = accuracy_level
 
     def apply(self, model: ir.Model) -> Changes:

@@ -1,0 +1,134 @@
+"""Which passes a graph goes through, by what it is (decoder, encoder, embedding table) and its precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from vlm_edge.passes.base import Changes, GraphPass, run_passes
+from vlm_edge.passes.cleanup import Cleanup
+from vlm_edge.passes.flatten import Unflatten
+from vlm_edge.passes.fuse_rotary import FuseRotaryEmbedding
+from vlm_edge.passes.fuse_skip_norm import FuseSkipNorm
+from vlm_edge.passes.gemm import GemmToMatMul
+from vlm_edge.passes.group_query_attention import LowerToGroupQueryAttention
+from vlm_edge.passes.last_token import LastTokenLogits
+from vlm_edge.passes.layout import CancelLayout
+from vlm_edge.passes.multi_head_attention import LowerToMultiHeadAttention
+from vlm_edge.passes.pack_qkv import PackQKV
+from vlm_edge.quantize.blockwise import BlockFormat
+from vlm_edge.quantize.calibrate import activation_histograms
+from vlm_edge.quantize.dynamic import DynamicInt8MatMul
+from vlm_edge.quantize.embedding import EmbeddingStorage
+from vlm_edge.quantize.static import StaticInt8MatMul, calibrated_inputs
+from vlm_edge.quantize.weight_only import WeightOnlyMatMul
+
+from .target import Options
+
+Inputs = Callable[[], Iterable[Mapping[str, npt.NDArray[Any]]]]
+"""Calibration inputs of one graph; called when they are needed."""
+
+
+@dataclass(slots=True)
+class Lowered:
+    """One graph after its passes. `changed` is false when nothing but names differs from the portable graph."""
+
+    model: ir.Model
+    changes: list[Changes] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        """Whether any pass changed anything."""
+        return any(self.changes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was left as it was, and why."""
+        return [f"{change.name}: {note}" for change in self.changes for note in change.notes]
+
+
+def lower_decoder(
+    model: ir.Model, *, precision: str, head: str, context_length: int, block_size: int = 32, options: Options | None = None
+) -> Lowered:
+    """Portable decoder → GroupQueryAttention on a shared KV buffer, last-token logits, weights in `precision`.
+
+    `precision` and `head` (the logits' product) are fp32, int8 or int4, weights only. Raises TargetError for a decoder
+    that the target cannot run (see LowerToGroupQueryAttention).
+    """
+    options = options or Options()
+    steps: list[GraphPass] = [
+        Cleanup(),
+        GemmToMatMul(),
+        LowerToGroupQueryAttention(),
+        Unflatten(),
+        CancelLayout(),
+        FuseRotaryEmbedding(context_length),
+        PackQKV(),
+        LastTokenLogits(),
+        FuseSkipNorm(),
+        Cleanup(),
+    ]
+    if precision != "fp32" or head != "fp32":
+        body, last = (_form(word, block_size, options) for word in (precision, head))
+        steps += [_weight_only(body, last, options), Cleanup()]
+    return Lowered(model, run_passes(model, steps))
+
+
+def lower_encoder(
+    model: ir.Model,
+    *,
+    precision: str,
+    block_size: int = 32,
+    options: Options | None = None,
+    calibration: Inputs | None = None,
+) -> Lowered:
+    """Vision encoder, projector or text encoder → fused attention and norms, weights in `precision`.
+
+    `precision` is fp32, int8 (weights and activations: static ranges when `calibration` gives inputs, else dynamic),
+    int8w or int4 (weights only).
+    """
+    options = options or Options()
+    steps: list[GraphPass] = [
+        Cleanup(),
+        GemmToMatMul(),
+        LowerToMultiHeadAttention(),
+        Unflatten(),
+        CancelLayout(),
+        FuseSkipNorm(),
+        Cleanup(),
+    ]
+    changes = run_passes(model, steps)
+    if precision == "int8":
+        changes += run_passes(model, [_integer(model, options, calibration), Cleanup()])
+    elif precision != "fp32":
+        form = _form(precision, block_size, options)
+        changes += run_passes(model, [WeightOnlyMatMul(form, accuracy_level=options.accuracy_level), Cleanup()])
+    return Lowered(model, changes)
+
+
+def lower_embedding(model: ir.Model, *, precision: Literal["fp32", "fp16", "int8", "int4"], block_size: int = 32) -> Lowered:
+    """Token embedding → its table stored in `precision`."""
+    steps: list[GraphPass] = [] if precision == "fp32" else [EmbeddingStorage(precision, block_size), Cleanup()]
+    return Lowered(model, run_passes(model, steps))
+
+
+def _form(word: str, block_size: int, options: Options) -> BlockFormat | None:
+    if word == "fp32":
+        return None
+    return BlockFormat(bits=4 if word == "int4" else 8, block_size=block_size, symmetric=options.symmetric, scheme=options.scheme)
+
+
+def _weight_only(body: BlockFormat | None, head: BlockFormat | None, options: Options) -> WeightOnlyMatMul:
+    return WeightOnlyMatMul(body, head=head, keep_head=head is None, accuracy_level=options.accuracy_level)
+
+
+def _integer(model: ir.Model, options: Options, calibration: Inputs | None) -> GraphPass:
+    kept = {"weight_bits": options.weight_bits, "keep_first": options.keep_first, "keep_last": options.keep_last}
+    if calibration is None:
+        return DynamicInt8MatMul(**kept)
+    found = activation_histograms(model, calibrated_inputs(model), calibration())
+    return StaticInt8MatMul({name: one.threshold(options.calibration) for name, one in found.items()}, **kept)
