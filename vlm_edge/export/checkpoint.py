@@ -1,0 +1,233 @@
+"""A checkpoint as the exporter needs it: the model in float32, its tokenizer, its image processor, and where it all came from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from vlm_edge.families import registry
+from vlm_edge.families.base import Family
+from vlm_edge.families.registry import Entry
+from vlm_edge_runtime.bundle.manifest import Source
+from vlm_edge_runtime.errors import ExportError, UnsupportedModelError
+
+from .trace import quiet
+
+_CHUNK = 4 << 20
+_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A loaded checkpoint. `image_processor`: the flat configuration of the image processor, defaults filled in.
+
+    `processor`: `processor_config.json` where there is one. `chat_template`: the Jinja text, or None.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    image_processor: dict[str, Any]
+    processor: dict[str, Any] | None
+    chat_template: str | None
+    source: Source
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def generation(self) -> GenerationConfig | None:
+        """How the checkpoint wants to be generated from; None for models that do not generate."""
+        return getattr(self.model, "generation_config", None)
+
+    def eos_token_ids(self) -> list[int]:
+        """Every token that ends an answer. Raises UnsupportedModelError when the checkpoint names none."""
+        for value in (self._generation("eos_token_id"), self._text("eos_token_id"), self.tokenizer.eos_token_id):
+            if value is not None:
+                return [int(token) for token in value] if isinstance(value, (list, tuple)) else [int(value)]
+        raise UnsupportedModelError(f"{self.source.name} names no end-of-sequence token: generation would never stop.")
+
+    def pad_token_id(self) -> int:
+        """The token that fills a batch; the first end token where the checkpoint has none of its own."""
+        for value in (self._generation("pad_token_id"), self.tokenizer.pad_token_id, self._text("pad_token_id")):
+            if value is not None:
+                return int(value)
+        return self.eos_token_ids()[0]
+
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, where the checkpoint has one."""
+        for value in (self._generation("bos_token_id"), self._text("bos_token_id"), self.tokenizer.bos_token_id):
+            if value is not None:
+                return int(value)
+        return None
+
+    def _generation(self, key: str) -> Any:
+        return getattr(self.generation, key, None)
+
+    def _text(self, key: str) -> Any:
+        return getattr(self.config.get_text_config(), key, None)
+
+
+def identify(
+    source: str | Path | PreTrainedModel, revision: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedConfig, Entry, Family]:
+    """Configuration, registry entry and family of a source; nothing big is loaded.
+
+    Raises ExportError when there is no such checkpoint, UnsupportedModelError when its model type or configuration cannot be
+    carried.
+    """
+    if isinstance(source, PreTrainedModel):
+        config = source.config
+        entry = registry.lookup(str(config.model_type))
+    else:
+        with _reading(source):
+            raw, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
+        if not raw:
+            raise ExportError(f"{source} has no config.json: it is not a checkpoint. Name a folder that save_pretrained() wrote.")
+        entry = registry.lookup(str(raw.get("model_type")))
+        with _reading(source):
+            config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
+    family = registry.load(entry.family)
+    family.refuse(config, entry)
+    return config, entry, family
+
+
+def load(
+    source: str | Path | PreTrainedModel,
+    family: Family,
+    config: PreTrainedConfig,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    processor: Any = None,
+) -> Checkpoint:
+    """Loads the checkpoint in float32 on the CPU, for evaluation.
+
+    A model object is used as it is when it is already so, and copied otherwise: it is never changed. `processor` is needed
+    beside a model object: its processor, or a folder that holds one. Raises ExportError.
+    """
+    beside = source if processor is None else processor
+    if isinstance(beside, PreTrainedModel):
+        raise ExportError("A model object does not carry its tokenizer and image processor: pass processor=… as well.")
+    known = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(beside, (str, Path)):
+        tokenizer, images, processor_config, template = _read_processor(str(beside), known)
+    else:
+        tokenizer, images, processor_config, template = _take_processor(beside)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ExportError(
+            f"The tokenizer {type(tokenizer).__name__} has no fast form, so no tokenizer.json can be written for it. "
+            "Convert it (transformers.convert_slow_tokenizer) and save it beside the checkpoint."
+        )
+    if isinstance(source, PreTrainedModel):
+        plain = source.device.type == "cpu" and all(p.dtype == torch.float32 for p in source.parameters())
+        model = source if plain else copy.deepcopy(source).to("cpu", torch.float32)
+        name, commit = str(source.config._name_or_path or type(source).__name__), _hash_tensors(source)
+    else:
+        with _reading(source):
+            model = getattr(transformers, family.auto_class).from_pretrained(
+                str(source), config=config, dtype=torch.float32, **known
+            )
+        local = Path(source).is_dir()
+        name = Path(source).resolve().name if local else str(source)
+        commit = _hash_files(Path(source)) if local else str(config._commit_hash)
+    return Checkpoint(model, tokenizer, images, processor_config, template, Source(name=name, revision=commit, architecture=type(model).__name__))
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout and the like are off inside; every module is in its former mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _reading(source: object) -> Iterator[None]:
+    """Turns what transformers raises for a missing or damaged checkpoint into one sentence."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(source, (str, Path)) and not Path(source).exists() and isinstance(error, OSError):
+            raise ExportError(
+                f"'{source}' is not a local directory, and the hub could not be reached or has no such model ({said[:200]})."
+            ) from None
+        raise ExportError(f"The checkpoint '{source}' cannot be loaded: {type(error).__name__}: {said[:400]}") from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("safetensors", "safetensors_rust"):
+            raise
+        raise ExportError(f"The weights of '{source}' are damaged: {error}. Copy or download the checkpoint again.") from error
+
+
+def _read_processor(source: str, known: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any] | None, str | None]:
+    """Tokenizer and image processor by themselves: the joint class may want a video processor, and with it torchvision."""
+    with _reading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, **known)
+        images = AutoImageProcessor.from_pretrained(source, **known)
+    raw = _read_text(source, "processor_config.json", known["revision"])
+    template = _read_text(source, "chat_template.jinja", known["revision"]) or getattr(tokenizer, "chat_template", None)
+    if template is None and (older := _read_text(source, "chat_template.json", known["revision"])):
+        template = json.loads(older).get("chat_template")
+    return tokenizer, _plain(images.to_dict()), json.loads(raw) if raw else None, template
+
+
+def _take_processor(processor: Any) -> tuple[Any, dict[str, Any], dict[str, Any] | None, str | None]:
+    """The parts of a processor object."""
+    tokenizer, images = getattr(processor, "tokenizer", None), getattr(processor, "image_processor", None)
+    if tokenizer is None or images is None:
+        raise ExportError(f"{type(processor).__name__} is not a processor with a tokenizer and an image_processor.")
+    template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+    return tokenizer, _plain(images.to_dict()), _plain(processor.to_dict()), template
+
+
+def _read_text(source: str, name: str, revision: str | None) -> str | None:
+    found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return Path(found).read_text(encoding="utf-8") if found else None
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON would give it back: tuples are lists, enumerations are numbers."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=_number_or_name))
+    return plain
+
+
+def _number_or_name(value: object) -> object:
+    return int(value) if hasattr(value, "__int__") else str(value)
+
+
+def _hash_files(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a folder's weight files."""
+    digest = hashlib.sha256()
+    for file in sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash_tensors(model: PreTrainedModel) -> str:
+    """SHA-256 over the names and values of a model's parameters."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""Family `projector`: the features of an image take the place of its image tokens in the decoder's input.
+
+LLaVA (arXiv 2304.08485), Idefics3 (2408.12637), SmolVLM (2504.05299), Qwen2-VL (2409.12191). Four graphs: `vision_encoder`,
+`projector`, `embed_tokens`, `decoder`. The model's own `get_image_features` is the description of the first two; the call of its
+projector is the seam between them. How an image enters differs, and is the *layout* of the registry's line:
+
+- `image`: every image has one size and becomes a fixed number of tokens;
+- `tiles`: an image is cut into rows × columns of full tiles and a global view; pixel shuffle belongs to the projector;
+- `patches`: an image of any size is one row of patches; the height and width index of each is computed on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vlm_edge.export.attention import attention_implementation
+from vlm_edge.export.checkpoint import Checkpoint
+from vlm_edge_runtime.bundle.manifest import (
+    FixedPlaceholder,
+    GridPlaceholder,
+    MRopePositions,
+    Placeholder,
+    Positions,
+    ProjectorContract,
+    SequentialPositions,
+    TilePlaceholder,
+)
+from vlm_edge_runtime.errors import UnsupportedModelError
+
+from .base import Case, GraphPlan, Single, Split, Tensors, float32, options, submodule
+from .decoder import decoder_plan, embed_plan, probe
+from .layouts import LAYOUTS, Layout
+from .registry import Entry
+
+
+_VISION_BATCH: dict[str, Literal["image", "tile", "patches"]] = {"image": "image", "tiles": "tile", "patches": "patches"}
+
+
+class Options(msgspec.Struct, forbid_unknown_fields=True):
+    """What the registry says about a model type of this family; see registry.toml."""
+
+    layout: Literal["image", "tiles", "patches"]
+    projector: str
+    vision: str = ""
+
+
+class Projector:
+    """See the module's docstring."""
+
+    name = "projector"
+    auto_class = "AutoModelForImageTextToText"
+
+    def refuse(self, config: PreTrainedConfig, entry: Entry) -> None:
+        text = config.get_text_config()
+        if getattr(text, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"'{entry.model_type}' with the encoder-decoder text model '{text.model_type}' cannot be carried: this family's "
+                "decoder reads image features in its own sequence."
+            )
+        kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise UnsupportedModelError(
+                f"The text model '{text.model_type}' has layers of the kind {', '.join(sorted(kinds))}; only full and sliding "
+                "attention can be carried."
+            )
+
+    def split(self, checkpoint: Checkpoint, entry: Entry) -> Split:
+        model, wanted = checkpoint.model, options(entry, Options)
+        projector = submodule(model, wanted.projector, entry)
+        vision = submodule(model, wanted.vision, entry) if wanted.vision else model
+        layout = LAYOUTS[wanted.layout](model, vision, projector)
+        kv, hidden, vocabulary = probe(model)
+        text = model.config.get_text_config()
+        context_length = int(text.max_position_embeddings)
+        positions = _positions(model.config)
+        vision_plan, projector_plan, tokens = _vision_plans(model, projector, layout)
+        contract = ProjectorContract(
+            image_token_id=_image_token_id(model.config),
+            placeholder=_placeholder(checkpoint, wanted.layout, tokens),
+            positions=positions,
+            vision_batch=_VISION_BATCH[wanted.layout],
+            kv=kv,
+            hidden_size=hidden,
+            vocab_size=vocabulary,
+            context_length=context_length,
+            eos_token_ids=checkpoint.eos_token_ids(),
+            pad_token_id=checkpoint.pad_token_id(),
+            bos_token_id=checkpoint.bos_token_id(),
+        )
+        axes = 3 if isinstance(positions, MRopePositions) else 1
+        graphs = (
+            vision_plan,
+            projector_plan,
+            embed_plan(model, hidden, vocabulary),
+            decoder_plan(model, kv, hidden, vocabulary, context_length, rotary_axes=axes),
+        )
+        return Split(graphs, contract)
+
+
+def _vision_plans(model: PreTrainedModel, projector: torch.nn.Module, layout: Layout) -> tuple[GraphPlan, GraphPlan, int]:
+    """The graphs `vision_encoder` and `projector`, and how many tokens one image or tile becomes (0: depends on the image)."""
+    seen: dict[str, Tensors] = {}
+
+    def original(case: Case, inputs: Tensors) -> Tensors:
+        """What went into the original's projector and what came out, while it encoded these images."""
+        kept: list[torch.Tensor] = []
+        handle = projector.register_forward_hook(lambda module, given, result: kept.extend((given[0], result)))
+        try:
+            layout.features(case, inputs)
+        finally:
+            handle.remove()
+        return tuple(tensor.detach().clone() for tensor in kept[:2])
+
+    def hidden_states(case: Case) -> Tensors:
+        """The projector is checked on what the vision encoder really puts out, not on noise."""
+        if case.label not in seen:
+            with torch.no_grad(), attention_implementation(model, "eager"):
+                seen[case.label] = original(case, layout.sample(case))
+        return seen[case.label][:1]
+
+    hidden = hidden_states(layout.cases[0])[0]
+    features = seen[layout.cases[0].label][1]
+    one_row = layout.tokens_dim is not None
+    rows_in = (layout.rows,) if one_row else (layout.rows, hidden.shape[1])
+    rows_out = (layout.tokens_dim,) if layout.tokens_dim else (layout.rows, features.shape[1])
+    hidden_spec = float32("image_hidden_states", *rows_in, hidden.shape[-1])
+    features_spec = float32("image_features", *rows_out, features.shape[-1])
+    vision = GraphPlan(
+        role="vision_encoder",
+        module=layout.encoder,
+        inputs=layout.inputs,
+        outputs=(hidden_spec,),
+        cases=layout.cases,
+        sample=layout.sample,
+        reference=lambda case, inputs: original(case, inputs)[:1],
+    )
+    mapped = GraphPlan(
+        role="projector",
+        module=Single(projector),
+        inputs=(hidden_spec,),
+        outputs=(features_spec,),
+        cases=layout.cases,
+        sample=hidden_states,
+        reference=lambda case, inputs: (projector(inputs[0].clone()),),
+    )
+    return vision, mapped, 0 if one_row else features.shape[1]
+
+
+def _image_token_id(config: PreTrainedConfig) -> int:
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    raise UnsupportedModelError(f"The configuration of '{config.model_type}' names no image token (image_token_id).")
+
+
+def _positions(config: PreTrainedConfig) -> Positions:
+    """M-RoPE where the text model rotates by sections of time, height and width; else one position per token."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if "mrope_section" not in rope:
+        return SequentialPositions()
+    return MRopePositions(
+        merge_size=int(config.vision_config.spatial_merge_size),
+        image_token_id=_image_token_id(config),
+        vision_start_token_id=int(config.vision_start_token_id),
+    )
+
+
+def _placeholder(checkpoint: Checkpoint, layout: str, tokens: int) -> Placeholder:
+    """The text that stands for an image in the prompt, in the tokens of this checkpoint's tokenizer."""
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    image_token = tokenizer.convert_ids_to_tokens(_image_token_id(config))
+    if image_token is None:
+        raise UnsupportedModelError(f"The tokenizer has no token {_image_token_id(config)}, which the configuration calls its image.")
+    if layout == "image":
+        return FixedPlaceholder(image_token=image_token, tokens_per_image=tokens)
+    if layout == "patches":
+        return GridPlaceholder(image_token=image_token, merge_size=int(config.vision_config.spatial_merge_size))
+    # The processors of Idefics3 and SmolVLM fix these words in their code; a tokenizer may name others (SmolVLM's does).
+    fake = getattr(tokenizer, "fake_image_token", None) or "<fake_token_around_image>"
+    overall = getattr(tokenizer, "global_image_token", None) or "<global-img>"
+    unknown = tokenizer.convert_tokens_to_ids("")
+    missing = [word for word in (fake, overall) if tokenizer.convert_tokens_to_ids(word) in (None, unknown, tokenizer.unk_token_id)]
+    if fake in missing:
+        raise UnsupportedModelError(f"The tokenizer has no token '{fake}', which frames every tile of an image.")
+    return TilePlaceholder(image_token=image_token, fake_token=fake, global_token=overall, tokens_per_tile=tokens)
+
+
+FAMILY = Projector()

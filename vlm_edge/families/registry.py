@@ -1,0 +1,75 @@
+"""Which family a model type belongs to, as data: `registry.toml` beside this file.
+
+No torch here: `vlm-edge families` runs on a device too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vlm_edge_runtime.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .base import Family
+
+FILES: list[Path] = [Path(__file__).with_name("registry.toml")]
+"""Read in order, later lines win. A program may append a file of its own."""
+
+_NOT_FAMILIES = {"base", "decoder", "layouts", "registry"}
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the registry: a model type, its family, what the family needs to know about it, and the file it is from."""
+
+    model_type: str
+    family: str
+    options: dict[str, Any] = {}
+    file: str = ""
+
+
+def entries() -> list[Entry]:
+    """Every known model type, sorted by family and name. Raises UnsupportedModelError when a registry file is damaged."""
+    found: dict[str, Entry] = {}
+    for file in FILES:
+        try:
+            tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise UnsupportedModelError(f"The registry {file} cannot be read: {error}") from None
+        for family, lines in tables.items():
+            for model_type, line in lines.items():
+                found[model_type] = Entry(model_type=model_type, family=family, options=line, file=file.name)
+    return sorted(found.values(), key=lambda entry: (entry.family, entry.model_type))
+
+
+def lookup(model_type: str) -> Entry:
+    """The line of a model type. Raises UnsupportedModelError listing the nearest known types and how to add one."""
+    known = {entry.model_type: entry for entry in entries()}
+    if model_type in known:
+        return known[model_type]
+    near = difflib.get_close_matches(model_type, known, n=4, cutoff=0.5)
+    listed = ", ".join(near) if near else ", ".join(known)
+    raise UnsupportedModelError(
+        f"Model type '{model_type}' is not known; {'nearest' if near else 'known'}: {listed}. If it is built like one of these, "
+        f"add a line for it to {FILES[0]}; `vlm-edge families` lists all."
+    )
+
+
+def families() -> list[str]:
+    """The names of all families, one per module of this package."""
+    package = Path(__file__).parent
+    return sorted(found.name for found in pkgutil.iter_modules([str(package)]) if found.name not in _NOT_FAMILIES)
+
+
+def load(name: str) -> Family:
+    """The family of a name (imports torch and transformers). Raises UnsupportedModelError for an unknown one."""
+    if name not in families():
+        raise UnsupportedModelError(f"There is no family '{name}'; there are: {', '.join(families())}.")
+    family: Family = importlib.import_module(f".{name}", __package__).FAMILY
+    return family
