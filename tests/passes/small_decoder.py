@@ -19,6 +19,7 @@ class Shape:
     size: int = 16
     width: int = 48
     vocab: int = 50
+    ffn: int = 64
     window: int | None = None
     """Sliding window of the even layers."""
     softcap: float = 0.0
@@ -119,20 +120,20 @@ def _feed_forward(sketch, weight, const, hidden, i, shape):
             {"axis": -1, "epsilon": 1e-5},
             shape=["rows", shape.width],
         )
-        up = [normed, weight(f"layers.{i}.fc1.weight", 64, shape.width), weight(f"layers.{i}.fc1.bias", 64)]
-        wide = sketch.node("Relu", [sketch.node("Gemm", up, {"transB": 1}, shape=["rows", 64])], shape=["rows", 64])
-        down = [wide, weight(f"layers.{i}.fc2.weight", 64, shape.width), weight(f"layers.{i}.fc2.bias", shape.width)]
+        up = [normed, weight(f"layers.{i}.fc1.weight", shape.ffn, shape.width), weight(f"layers.{i}.fc1.bias", shape.ffn)]
+        wide = sketch.node("Relu", [sketch.node("Gemm", up, {"transB": 1}, shape=["rows", shape.ffn])], shape=["rows", shape.ffn])
+        down = [wide, weight(f"layers.{i}.fc2.weight", shape.ffn, shape.width), weight(f"layers.{i}.fc2.bias", shape.width)]
         out = sketch.node("Gemm", down, shape=["rows", shape.width])
         both = sketch.node("Add", [rows, out], shape=["rows", shape.width])
         size = sketch.node("Shape", [hidden], shape=[3], dtype=ir.DataType.INT64)
         return sketch.node("Reshape", [both, size], {"allowzero": 1}, shape=dims)
     normed = _norm(sketch, weight, hidden, f"layers.{i}.norm", shape)
-    gate = _linear(sketch, weight, normed, f"layers.{i}.gate_proj", shape.width, 64, False)
-    wide = ["batch", "sequence", 64]
+    gate = _linear(sketch, weight, normed, f"layers.{i}.gate_proj", shape.width, shape.ffn, False)
+    wide = ["batch", "sequence", shape.ffn]
     gated = sketch.node("Mul", [gate, sketch.node("Sigmoid", [gate], shape=wide)], shape=wide)
-    up = _linear(sketch, weight, normed, f"layers.{i}.up_proj", shape.width, 64, False)
+    up = _linear(sketch, weight, normed, f"layers.{i}.up_proj", shape.width, shape.ffn, False)
     down = _linear(
-        sketch, weight, sketch.node("Mul", [gated, up], shape=wide), f"layers.{i}.down_proj", 64, shape.width, shape.bias
+        sketch, weight, sketch.node("Mul", [gated, up], shape=wide), f"layers.{i}.down_proj", shape.ffn, shape.width, shape.bias
     )
     return sketch.node("Add", [hidden, down], shape=dims)
 

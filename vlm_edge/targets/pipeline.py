@@ -35,15 +35,15 @@ Inputs = Callable[[], Iterable[Mapping[str, npt.NDArray[Any]]]]
 
 @dataclass(slots=True)
 class Lowered:
-    """One graph after its passes. `changed` is false when nothing but names differs from the portable graph."""
+    """One graph after its passes."""
 
     model: ir.Model
     changes: list[Changes] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
-        """Whether any pass changed anything."""
-        return any(self.changes)
+        """Whether the graph is worth keeping beside the portable one: more than cleaning up was done."""
+        return any(change for change in self.changes if change.name != Cleanup.name)
 
     @property
     def notes(self) -> list[str]:
