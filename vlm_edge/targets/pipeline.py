@@ -89,7 +89,7 @@ def lower_encoder(
     """Vision encoder, projector or text encoder → fused attention and norms, weights in `precision`.
 
     `precision` is fp32, int8 (weights and activations: static ranges when `calibration` gives inputs, else dynamic),
-    int8w or int4 (weights only).
+    int8w or int4 (weights only). Unless it is fp32, token tables inside the graph are stored in half precision.
     """
     options = options or Options()
     steps: list[GraphPass] = [
@@ -102,6 +102,8 @@ def lower_encoder(
         Cleanup(),
     ]
     changes = run_passes(model, steps)
+    if precision != "fp32":
+        changes += run_passes(model, [EmbeddingStorage("fp16")])
     if precision == "int8":
         changes += run_passes(model, [_integer(model, options, calibration), Cleanup()])
     elif precision != "fp32":
