@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
+from rich.padding import Padding
 
 from vlm_edge_runtime.bundle.manifest import Build, GraphEntry, Manifest, ParityRecord
 from vlm_edge_runtime.bundle.reader import check_files, open_bundle, read_manifest
@@ -84,22 +86,18 @@ def _head(path: Path, manifest: Manifest, verified: bool) -> None:
 
 def _graphs(name: str, graphs: dict[str, GraphEntry], build: Build | None) -> None:
     about = f" for {build.target} ({build.backend})" if build else ""
-    drawn = table(
-        f"\n{name}{about}",
-        "graph",
-        "precision",
-        "nodes",
-        "parameters",
-        "size",
-        "inputs → outputs",
-        right=("nodes", "parameters", "size"),
-    )
+    drawn = table(f"\n{name}{about}", "graph", "precision", "nodes", "parameters", "size", right=("nodes", "parameters", "size"))
+    readers = Counter(ref.file for graph in graphs.values() for ref in graph.data)
+    shared: dict[str, int] = {}
     for role, graph in graphs.items():
-        data = sum(ref.bytes for ref in graph.data)
-        drawn.add_row(
-            role, graph.precision, str(graph.nodes), f"{graph.parameters:,}", size(graph.model.bytes + data), _signature(graph)
-        )
+        own = graph.model.bytes + sum(ref.bytes for ref in graph.data if readers[ref.file] == 1)
+        shared.update({ref.file: ref.bytes for ref in graph.data if readers[ref.file] > 1})
+        drawn.add_row(role, graph.precision, str(graph.nodes), f"{graph.parameters:,}", size(own))
+    if shared:
+        drawn.add_row("[dim]weights, shared by the graphs[/]", "", "", "", size(sum(shared.values())))
     stdout.print(drawn)
+    for role, graph in graphs.items():
+        stdout.print(Padding(f"[dim]{role}:[/] {_signature(graph)}", (0, 0, 0, 2)), highlight=False)
 
 
 def _signature(graph: GraphEntry) -> str:
@@ -147,5 +145,6 @@ def _parity(name: str, record: ParityRecord | None) -> None:
     )
     for check in record.checks:
         numbers = ", ".join(f"{key} {value:.3g}" for key, value in check.metric.items())
-        drawn.add_row(check.subject, f"[{_VERDICT[check.verdict]}]{check.verdict}[/]", str(check.cases), numbers, check.note)
+        note = "" if check.verdict == "PASS" else check.note
+        drawn.add_row(check.subject, f"[{_VERDICT[check.verdict]}]{check.verdict}[/]", str(check.cases), numbers, note)
     stdout.print(drawn)
