@@ -1,0 +1,435 @@
+/* The token loop: prefill a row, then sample → emit → embed → decode for all rows together. */
+#include "decoder.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static DecoderStatus fail(DecoderStatus status, char message[ORT_MESSAGE_SIZE], const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, ORT_MESSAGE_SIZE, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+static DecoderStatus run_failed(const SessionCore *core, char message[ORT_MESSAGE_SIZE]) {
+    char reason[ORT_MESSAGE_SIZE];
+    memcpy(reason, message, sizeof reason);
+    return fail(DECODER_DEVICE, message, "graph '%s': %.900s", core->name, reason);
+}
+
+static void forget(DecoderRow *row) {
+    row->pending = -1;
+    row->pushed = false;
+    row->logits_valid = false;
+    row->armed = false;
+    row->finished = false;
+}
+
+/* One prefill run of `tokens` tokens at the row's end. */
+static DecoderStatus prefill_chunk(Decoder *d, size_t row, const float *embeds, const int64_t *positions, size_t tokens,
+                                   char message[ORT_MESSAGE_SIZE]) {
+    const int32_t total = (int32_t)(d->rows[row].length + tokens), seqlen = total - 1;
+    OrtIoBinding *binding = NULL;
+    if (decoder_bind(d, row, 1, tokens, embeds, positions, &seqlen, &total, &binding, message) != 0) {
+        return run_failed(d->decoder, message);
+    }
+    const double seconds = session_run_bound(d->decoder, binding, message);
+    ort.ReleaseIoBinding(binding);
+    if (seconds < 0) {
+        return run_failed(d->decoder, message);
+    }
+    run_times_add(&d->decoder_times, seconds);
+    d->rows[row].length += tokens;
+    return DECODER_OK;
+}
+
+DecoderStatus decoder_prefill(Decoder *d, size_t row, const float *embeds, const int64_t *positions, size_t tokens,
+                              char message[ORT_MESSAGE_SIZE]) {
+    DecoderRow *r = &d->rows[row];
+    const size_t start = r->length, axes = d->position_axes > 0 ? d->position_axes : 1;
+    if (tokens == 0) {
+        return fail(DECODER_USAGE, message, "there is nothing to prefill");
+    }
+    if (tokens > d->capacity - r->length) {
+        return fail(DECODER_CONTEXT, message,
+                    "the prompt needs %zu more entries, the KV cache has %zu left (%zu of %zu used): use a shorter prompt or load with a larger "
+                    "context_length",
+                    tokens, d->capacity - r->length, r->length, d->capacity);
+    }
+    for (size_t i = 0; d->position_axes == 0 && i < tokens; i++) {
+        if (positions[i] != (int64_t)(start + i)) {
+            return fail(DECODER_USAGE, message, "this decoder counts positions itself: position %lld at entry %zu cannot be asked for",
+                        (long long)positions[i], start + i);
+        }
+    }
+    const size_t chunk = d->prefill_chunk > 0 && d->prefill_chunk < tokens ? d->prefill_chunk : tokens;
+    int64_t *gathered = NULL;
+    if (axes > 1 && chunk < tokens && (gathered = malloc(axes * chunk * sizeof *gathered)) == NULL) {
+        return fail(DECODER_DEVICE, message, "out of memory");
+    }
+    forget(r);
+    DecoderStatus status = DECODER_OK;
+    for (size_t done = 0; status == DECODER_OK && done < tokens; done += chunk) {
+        const size_t now = tokens - done < chunk ? tokens - done : chunk;
+        const int64_t *at = positions + done;
+        if (gathered != NULL) {
+            for (size_t axis = 0; axis < axes; axis++) {
+                memcpy(gathered + axis * now, positions + axis * tokens + done, now * sizeof *gathered);
+            }
+            at = gathered;
+        }
+        status = prefill_chunk(d, row, embeds + done * d->hidden, at, now, message);
+    }
+    free(gathered);
+    if (status != DECODER_OK) {
+        r->length = start;
+        return status;
+    }
+    r->logits_valid = true;
+    r->next_position = 0;
+    for (size_t axis = 0; axis < axes; axis++) {
+        const int64_t last = positions[axis * tokens + tokens - 1];
+        r->next_position = last >= r->next_position ? last + 1 : r->next_position;
+    }
+    return DECODER_OK;
+}
+
+/* Binds embed_tokens and the decoder for one token of rows [first, first + count); they stay bound until the span changes. */
+static DecoderStatus bind_span(Decoder *d, size_t first, size_t count, char message[ORT_MESSAGE_SIZE]) {
+    if (d->span_first == first && d->span_count == count) {
+        return DECODER_OK;
+    }
+    decoder_unbind(d);
+    const int64_t ids_shape[] = {(int64_t)count, 1}, embeds_shape[] = {(int64_t)count, 1, (int64_t)d->hidden};
+    OrtValue *ids = NULL, *embeds = NULL;
+    OrtStatus *status = ort.CreateIoBinding(d->embed->session, &d->span_embed);
+    if (status == NULL) {
+        status = ort_wrap(d->tokens, count * sizeof *d->tokens, ids_shape, 2, ELEMENT_INT64, &ids);
+    }
+    if (status == NULL) {
+        status = ort.BindInput(d->span_embed, d->embed->input_names[0], ids);
+    }
+    if (status == NULL) {
+        status = ort_wrap(d->embeds, count * d->hidden * sizeof *d->embeds, embeds_shape, 3, ELEMENT_FLOAT32, &embeds);
+    }
+    if (status == NULL) {
+        status = ort.BindOutput(d->span_embed, d->embed->output_names[0], embeds);
+    }
+    if (ids != NULL) {
+        ort.ReleaseValue(ids);
+    }
+    if (embeds != NULL) {
+        ort.ReleaseValue(embeds);
+    }
+    if (ort_check(status, message) != 0) {
+        decoder_unbind(d);
+        return run_failed(d->embed, message);
+    }
+    if (decoder_bind(d, first, count, 1, d->embeds, d->positions, d->seqlens, &d->total, &d->span_decoder, message) != 0) {
+        decoder_unbind(d);
+        return run_failed(d->decoder, message);
+    }
+    d->span_first = first;
+    d->span_count = count;
+    return DECODER_OK;
+}
+
+/* A row that sits a step out is run as if it were empty: the step writes its entry 0 and its logits, which are put aside here. */
+static void keep_idle(Decoder *d, size_t row, uint8_t *saved, bool restore) {
+    for (size_t i = 0; i < d->cache_count; i++) {
+        const CacheTensor *cache = &d->caches[i];
+        const size_t entry = cache->width * cache->element;
+        uint8_t *data = cache->data + row * cache->row_bytes;
+        for (size_t head = 0; head < cache->heads; head++, data += d->capacity * entry, saved += entry) {
+            memcpy(restore ? data : saved, restore ? saved : data, entry);
+        }
+    }
+    float *logits = d->logits + row * d->vocab;
+    memcpy(restore ? (void *)logits : saved, restore ? saved : (void *)logits, d->vocab * sizeof *logits);
+}
+
+static void keep_all_idle(Decoder *d, size_t first, size_t count, bool restore) {
+    uint8_t *saved = d->saved;
+    for (size_t row = first; row < first + count; row++) {
+        if (!d->running[row]) {
+            keep_idle(d, row, saved, restore);
+            saved += d->saved_row_bytes;
+        }
+    }
+}
+
+/* Runs the pending tokens of the rows marked in `running`, all of which have room. */
+static DecoderStatus run_pending(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
+    size_t first = 0, last = d->batch - 1;
+    while (!d->running[first]) {
+        first++;
+    }
+    while (!d->running[last]) {
+        last--;
+    }
+    const size_t count = last - first + 1;
+    DecoderStatus status = bind_span(d, first, count, message);
+    if (status != DECODER_OK) {
+        return status;
+    }
+    d->total = 1;
+    for (size_t i = 0; i < count; i++) {
+        const DecoderRow *row = &d->rows[first + i];
+        const bool runs = d->running[first + i];
+        d->tokens[i] = runs ? row->pending : 0;
+        d->seqlens[i] = runs ? (int32_t)row->length : 0;
+        for (size_t axis = 0; axis < d->position_axes; axis++) {
+            d->positions[axis * count + i] = runs ? row->next_position : 0;
+        }
+        if (runs && (int32_t)row->length + 1 > d->total) {
+            d->total = (int32_t)row->length + 1;
+        }
+    }
+    keep_all_idle(d, first, count, false);
+    const double embed_seconds = session_run_bound(d->embed, d->span_embed, message);
+    if (embed_seconds < 0) {
+        return run_failed(d->embed, message);
+    }
+    const double seconds = session_run_bound(d->decoder, d->span_decoder, message);
+    keep_all_idle(d, first, count, true);
+    for (size_t i = first; i <= last; i++) {
+        d->rows[i].logits_valid &= !d->running[i]; /* overwritten; valid again below */
+    }
+    if (seconds < 0) {
+        return run_failed(d->decoder, message);
+    }
+    run_times_add(&d->embed_times, embed_seconds);
+    run_times_add(&d->decoder_times, seconds);
+    for (size_t i = first; i <= last; i++) {
+        DecoderRow *row = &d->rows[i];
+        if (d->running[i]) {
+            if (row->has_sampler) {
+                sampler_accept(&row->sampler, row->pending);
+            }
+            row->length++;
+            row->next_position++;
+            row->pending = -1;
+            row->pushed = false;
+            row->logits_valid = true;
+        }
+    }
+    return DECODER_OK;
+}
+
+static DecoderStatus no_room(const Decoder *d, size_t row, char message[ORT_MESSAGE_SIZE]) {
+    return fail(DECODER_CONTEXT, message, "row %zu fills the KV cache's %zu entries: ask for fewer new tokens or load with a larger context_length",
+                row, d->capacity);
+}
+
+DecoderStatus decoder_logits(Decoder *d, size_t row, const float **logits, char message[ORT_MESSAGE_SIZE]) {
+    DecoderRow *r = &d->rows[row];
+    if (r->pushed) {
+        if (r->length == d->capacity) {
+            return no_room(d, row, message);
+        }
+        for (size_t i = 0; i < d->batch; i++) {
+            d->running[i] = i == row;
+        }
+        const DecoderStatus status = run_pending(d, message);
+        if (status != DECODER_OK) {
+            return status;
+        }
+    }
+    if (!r->logits_valid) {
+        return fail(DECODER_USAGE, message, "row %zu has no logits: prefill it first", row);
+    }
+    *logits = d->logits + row * d->vocab;
+    return DECODER_OK;
+}
+
+DecoderStatus decoder_start(Decoder *d, size_t row, Sampler *sampler, int64_t *eos, size_t eos_count, int64_t next_position,
+                            char message[ORT_MESSAGE_SIZE]) {
+    DecoderRow *r = &d->rows[row];
+    if (!r->logits_valid && r->pending < 0) {
+        return fail(DECODER_USAGE, message, "row %zu has no logits: prefill it before start", row);
+    }
+    if (d->position_axes == 0 && next_position != (int64_t)r->length) {
+        return fail(DECODER_USAGE, message, "this decoder counts positions itself: next_position %lld does not follow %zu entries",
+                    (long long)next_position, r->length);
+    }
+    if (r->has_sampler) {
+        sampler_free(&r->sampler);
+    }
+    free(r->eos);
+    r->sampler = *sampler;
+    r->has_sampler = true;
+    r->eos = eos;
+    r->eos_count = eos_count;
+    r->next_position = next_position;
+    r->armed = true;
+    r->finished = false;
+    return DECODER_OK;
+}
+
+static bool is_active(const DecoderRow *row) { return row->armed && !row->finished; }
+
+/* Samples the next token of an active row from its logits. */
+static DecoderStatus emit(Decoder *d, size_t index, RowOutput *out, char message[ORT_MESSAGE_SIZE]) {
+    DecoderRow *row = &d->rows[index];
+    TokenLogprob chosen;
+    TokenLogprob *top = out->top != NULL ? out->top + out->count * out->top_count : NULL;
+    const SampleStatus sampled = sampler_choose(&row->sampler, d->logits + index * d->vocab, &chosen, top);
+    if (sampled != SAMPLE_OK) {
+        return fail(DECODER_DEVICE, message, "graph '%s' computed logits that contain %s (row %zu, entry %zu): there is no next token",
+                    d->decoder->name, sample_status_text(sampled), index, row->length);
+    }
+    row->pending = chosen.token;
+    row->pushed = false;
+    out->tokens[out->count] = chosen.token;
+    if (out->logprobs != NULL) {
+        out->logprobs[out->count] = chosen.logprob;
+    }
+    out->count++;
+    for (size_t i = 0; i < row->eos_count; i++) {
+        row->finished |= row->eos[i] == chosen.token;
+    }
+    return DECODER_OK;
+}
+
+/* How many steps fit every active row from here on: a row's first token may need no entry, each further one takes one. */
+static int allocate_outputs(const Decoder *d, size_t steps, RowOutput *outputs) {
+    for (size_t i = 0; i < d->batch; i++) {
+        const DecoderRow *row = &d->rows[i];
+        RowOutput *out = &outputs[i];
+        *out = (RowOutput){0};
+        if (!is_active(row)) {
+            continue;
+        }
+        const size_t room = d->capacity - row->length + 1, most = steps < room ? steps : room;
+        const int64_t logprobs = row->sampler.params.logprobs;
+        out->tokens = malloc(most * sizeof *out->tokens);
+        bool ok = out->tokens != NULL;
+        if (logprobs >= 0) {
+            out->logprobs = malloc(most * sizeof *out->logprobs);
+            ok = ok && out->logprobs != NULL;
+        }
+        if (logprobs > 0) {
+            out->top_count = (uint64_t)logprobs < d->vocab ? (size_t)logprobs : d->vocab;
+            out->top = malloc(most * out->top_count * sizeof *out->top);
+            ok = ok && out->top != NULL;
+        }
+        if (!ok) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+void row_outputs_free(RowOutput *outputs, size_t batch) {
+    for (size_t i = 0; i < batch; i++) {
+        free(outputs[i].tokens);
+        free(outputs[i].logprobs);
+        free(outputs[i].top);
+    }
+}
+
+/* Marks the rows whose newest token must run before they can go on. *full is a marked row without room, or `batch`. */
+static size_t mark_pending(Decoder *d, size_t *active, size_t *full) {
+    size_t marked = 0;
+    *active = 0;
+    *full = d->batch;
+    for (size_t i = 0; i < d->batch; i++) {
+        const DecoderRow *row = &d->rows[i];
+        d->running[i] = is_active(row) && row->pending >= 0;
+        *active += is_active(row);
+        marked += d->running[i];
+        if (d->running[i] && row->length == d->capacity && *full == d->batch) {
+            *full = i;
+        }
+    }
+    return marked;
+}
+
+DecoderStatus decoder_decode(Decoder *d, size_t steps, const atomic_bool *cancelled, RowOutput *outputs, char message[ORT_MESSAGE_SIZE]) {
+    DecoderStatus status = DECODER_OK;
+    if (allocate_outputs(d, steps, outputs) != 0) {
+        return fail(DECODER_DEVICE, message, "out of memory");
+    }
+    for (size_t step = 0; step < steps && !atomic_load(cancelled); step++) {
+        size_t active, full;
+        const size_t marked = mark_pending(d, &active, &full);
+        if (active == 0) {
+            break;
+        }
+        if (full < d->batch) {
+            /* What was produced so far is returned; the next call, which can do nothing, says why. */
+            status = step == 0 ? no_room(d, full, message) : DECODER_OK;
+            break;
+        }
+        if (marked > 0 && (status = run_pending(d, message)) != DECODER_OK) {
+            break;
+        }
+        for (size_t i = 0; status == DECODER_OK && i < d->batch; i++) {
+            if (is_active(&d->rows[i])) {
+                status = emit(d, i, &outputs[i], message);
+            }
+        }
+        if (status != DECODER_OK) {
+            break;
+        }
+    }
+    for (size_t i = 0; i < d->batch; i++) {
+        outputs[i].finished = d->rows[i].finished;
+    }
+    return status;
+}
+
+DecoderStatus decoder_push(Decoder *d, size_t row, int64_t token, char message[ORT_MESSAGE_SIZE]) {
+    DecoderRow *r = &d->rows[row];
+    if (token < 0 || (uint64_t)token >= d->vocab) {
+        return fail(DECODER_USAGE, message, "token %lld is outside the vocabulary of %zu", (long long)token, d->vocab);
+    }
+    if (!r->logits_valid && r->pending < 0) {
+        return fail(DECODER_USAGE, message, "row %zu is empty: prefill it before push", row);
+    }
+    r->pending = token;
+    r->pushed = true;
+    r->finished = false;
+    return DECODER_OK;
+}
+
+DecoderStatus decoder_truncate(Decoder *d, size_t row, size_t length, char message[ORT_MESSAGE_SIZE]) {
+    DecoderRow *r = &d->rows[row];
+    if (length > r->length) {
+        return fail(DECODER_USAGE, message, "row %zu has %zu entries: it cannot be truncated to %zu", row, r->length, length);
+    }
+    forget(r);
+    r->length = length;
+    return DECODER_OK;
+}
+
+DecoderStatus decoder_copy_prefix(Decoder *d, size_t row, const Decoder *source, size_t source_row, size_t length,
+                                  char message[ORT_MESSAGE_SIZE]) {
+    if (source->decoder != d->decoder) {
+        return fail(DECODER_USAGE, message, "the source state belongs to another decoder");
+    }
+    if (length > source->rows[source_row].length) {
+        return fail(DECODER_USAGE, message, "the source row has %zu entries, %zu were asked for", source->rows[source_row].length, length);
+    }
+    if (length > d->capacity) {
+        return fail(DECODER_CONTEXT, message, "%zu entries do not fit a KV cache of %zu", length, d->capacity);
+    }
+    if (source == d && source_row == row) {
+        return decoder_truncate(d, row, length, message);
+    }
+    for (size_t i = 0; i < d->cache_count; i++) {
+        const CacheTensor *to = &d->caches[i], *from = &source->caches[i];
+        const size_t entry = to->width * to->element;
+        uint8_t *target = to->data + row * to->row_bytes;
+        const uint8_t *origin = from->data + source_row * from->row_bytes;
+        for (size_t head = 0; head < to->heads; head++) {
+            memcpy(target + head * d->capacity * entry, origin + head * source->capacity * entry, length * entry);
+        }
+    }
+    forget(&d->rows[row]);
+    d->rows[row].length = length;
+    return DECODER_OK;
+}

@@ -1,0 +1,46 @@
+/* `vlm_edge_runtime._native`: what Python sees of this folder. */
+#include "native.h"
+
+PyObject *native_device_error;
+PyObject *native_context_length_error;
+PyObject *native_prompt_error;
+
+static PyMethodDef functions[] = {
+    {"load_runtime", native_load_runtime, METH_VARARGS, "Opens ONNX Runtime's shared library; returns its version."},
+    {"runtime_version", native_runtime_version, METH_NOARGS, "Version of the opened ONNX Runtime, or None."},
+    {"normalize_hwc_u8", (PyCFunction)(void (*)(void))native_normalize_hwc_u8, METH_VARARGS | METH_KEYWORDS,
+     "uint8 [h, w, c] → float32 [c, h, w], (value · scale − mean) / std."},
+    {"resize_u8", (PyCFunction)(void (*)(void))native_resize_u8, METH_VARARGS | METH_KEYWORDS,
+     "Pillow's 8-bit resize of an interleaved image; returns bytes."},
+    {"merge_features", (PyCFunction)(void (*)(void))native_merge_features, METH_VARARGS | METH_KEYWORDS,
+     "Feature rows replace the embeddings of the image tokens, in order; returns how many."},
+    {"uniform", native_uniform, METH_VARARGS, "The step-th draw of a seed's stream, in [0, 1)."},
+    {"philox", native_philox, METH_VARARGS, "Philox4x32-10 of a counter and a key."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "vlm_edge_runtime._native", .m_doc = "Native parts of the runtime.", .m_size = -1, .m_methods = functions,
+};
+
+static int import_errors(void) {
+    PyObject *errors = PyImport_ImportModule("vlm_edge_runtime.errors");
+    if (errors == NULL) {
+        return -1;
+    }
+    native_device_error = PyObject_GetAttrString(errors, "DeviceError");
+    native_context_length_error = PyObject_GetAttrString(errors, "ContextLengthError");
+    native_prompt_error = PyObject_GetAttrString(errors, "PromptError");
+    Py_DECREF(errors);
+    return native_device_error != NULL && native_context_length_error != NULL && native_prompt_error != NULL ? 0 : -1;
+}
+
+PyMODINIT_FUNC PyInit__native(void);
+
+PyMODINIT_FUNC PyInit__native(void) {
+    PyObject *module = import_errors() == 0 ? PyModule_Create(&definition) : NULL;
+    if (module != NULL && (native_add_session_types(module) != 0 || native_add_sampler_type(module) != 0 || native_add_decoder_type(module) != 0)) {
+        Py_CLEAR(module);
+    }
+    return module;
+}

@@ -1,0 +1,335 @@
+#include "sampling.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#endif
+
+#define LANES 16
+
+const char *sampling_params_error(const SamplingParams *p) {
+    /* Written so that a NaN fails. */
+    if (!(p->temperature >= 0.0 && p->temperature < INFINITY)) {
+        return "temperature must be 0 (greedy) or a positive number";
+    }
+    if (p->top_k < 0) {
+        return "top_k must be 0 (off) or positive";
+    }
+    if (!(p->top_p > 0.0 && p->top_p <= 1.0)) {
+        return "top_p must be above 0 and at most 1 (off)";
+    }
+    if (!(p->min_p >= 0.0 && p->min_p <= 1.0)) {
+        return "min_p must be between 0 (off) and 1";
+    }
+    if (!(p->repetition_penalty > 0.0 && p->repetition_penalty < INFINITY)) {
+        return "repetition_penalty must be a positive number (1: off)";
+    }
+    if (p->logprobs < -1) {
+        return "logprobs must be -1 (none), 0 or positive";
+    }
+    return NULL;
+}
+
+const char *sample_status_text(SampleStatus status) {
+    switch (status) {
+    case SAMPLE_NAN:
+        return "NaN";
+    case SAMPLE_INFINITE:
+        return "infinity";
+    case SAMPLE_ALL_MASKED:
+        return "only minus infinity";
+    default:
+        return "valid";
+    }
+}
+
+int sampler_init(Sampler *s, const SamplingParams *params, size_t vocab) {
+    memset(s, 0, sizeof *s);
+    s->params = *params;
+    s->vocab = vocab;
+    const bool penalised = params->repetition_penalty != 1.0, drawn = params->temperature > 0.0;
+    bool ok = true;
+    if (penalised) {
+        s->seen = calloc(vocab, sizeof *s->seen);
+        s->seen_list = malloc(vocab * sizeof *s->seen_list);
+        ok = s->seen != NULL && s->seen_list != NULL;
+    }
+    if (ok && (penalised || drawn)) {
+        s->scores = malloc(vocab * sizeof *s->scores);
+        ok = s->scores != NULL;
+    }
+    if (ok && (drawn || params->logprobs > 0)) {
+        s->candidates = malloc(vocab * sizeof *s->candidates);
+        ok = s->candidates != NULL;
+    }
+    if (ok && drawn) {
+        s->weights = malloc(vocab * sizeof *s->weights);
+        ok = s->weights != NULL;
+    }
+    if (!ok) {
+        sampler_free(s);
+        return -1;
+    }
+    return 0;
+}
+
+void sampler_free(Sampler *s) {
+    free(s->seen);
+    free(s->seen_list);
+    free(s->scores);
+    free(s->candidates);
+    free(s->weights);
+    memset(s, 0, sizeof *s);
+}
+
+void sampler_accept(Sampler *s, int64_t token) {
+    if (s->seen != NULL && token >= 0 && (uint64_t)token < s->vocab && !s->seen[token]) {
+        s->seen[token] = 1;
+        s->seen_list[s->seen_count++] = (int32_t)token;
+    }
+}
+
+size_t first_largest(const float *values, size_t count, SampleStatus *status) {
+    /* Independent lanes let the compiler use packed maximum without being told to reorder floating point. */
+    float best[LANES];
+    int32_t nan[LANES] = {0};
+    for (size_t lane = 0; lane < LANES; lane++) {
+        best[lane] = -INFINITY;
+    }
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        for (size_t lane = 0; lane < LANES; lane++) {
+            const float value = values[i + lane];
+            best[lane] = value > best[lane] ? value : best[lane];
+            nan[lane] |= value != value;
+        }
+    }
+    float largest = -INFINITY;
+    int32_t any_nan = 0;
+    for (size_t lane = 0; lane < LANES; lane++) {
+        largest = best[lane] > largest ? best[lane] : largest;
+        any_nan |= nan[lane];
+    }
+    for (; i < count; i++) {
+        largest = values[i] > largest ? values[i] : largest;
+        any_nan |= values[i] != values[i];
+    }
+    *status = any_nan ? SAMPLE_NAN : largest == INFINITY ? SAMPLE_INFINITE : largest == -INFINITY ? SAMPLE_ALL_MASKED : SAMPLE_OK;
+    for (i = 0; i < count; i++) {
+        if (values[i] == largest) {
+            return i;
+        }
+    }
+    return 0;
+}
+
+/* Whether a comes before b: higher score first, lower token among equals. */
+static inline bool before(Candidate a, Candidate b) { return a.score != b.score ? a.score > b.score : a.token < b.token; }
+
+/* Restores a binary heap whose top is the candidate that comes first (or, `last_on_top`, last). */
+static void sift_down(Candidate *heap, size_t count, size_t at, bool last_on_top) {
+    const Candidate moved = heap[at];
+    for (;;) {
+        size_t child = 2 * at + 1;
+        if (child >= count) {
+            break;
+        }
+        if (child + 1 < count && before(heap[child + 1], heap[child]) != last_on_top) {
+            child++;
+        }
+        if (before(moved, heap[child]) != last_on_top) {
+            break;
+        }
+        heap[at] = heap[child];
+        at = child;
+    }
+    heap[at] = moved;
+}
+
+static void make_heap(Candidate *heap, size_t count, bool last_on_top) {
+    for (size_t i = count / 2; i-- > 0;) {
+        sift_down(heap, count, i, last_on_top);
+    }
+}
+
+/* The `wanted` first candidates of `scores`, as a heap with the last of them on top. Returns how many there are. */
+static size_t select_largest(const float *scores, size_t count, size_t wanted, Candidate *heap) {
+    wanted = wanted < count ? wanted : count;
+    for (size_t i = 0; i < wanted; i++) {
+        heap[i] = (Candidate){scores[i], (int32_t)i};
+    }
+    make_heap(heap, wanted, true);
+    float threshold = wanted > 0 ? heap[0].score : INFINITY;
+    for (size_t i = wanted; i < count; i++) {
+        if (scores[i] > threshold) {
+            heap[0] = (Candidate){scores[i], (int32_t)i};
+            sift_down(heap, wanted, 0, true);
+            threshold = heap[0].score;
+        }
+    }
+    return wanted;
+}
+
+static int by_rank(const void *left, const void *right) {
+    const Candidate *a = left, *b = right;
+    return before(*a, *b) ? -1 : before(*b, *a) ? 1 : 0;
+}
+
+static int by_token(const void *left, const void *right) {
+    const Candidate *a = left, *b = right;
+    return a->token < b->token ? -1 : a->token > b->token;
+}
+
+static void raw_logprobs(Sampler *s, const float *logits, TokenLogprob *chosen, TokenLogprob *top) {
+    SampleStatus status;
+    const double largest = logits[first_largest(logits, s->vocab, &status)];
+    double total = 0.0;
+    for (size_t i = 0; i < s->vocab; i++) {
+        total += exp((double)logits[i] - largest);
+    }
+    const double normaliser = largest + log(total);
+    chosen->logprob = logits[chosen->token] - normaliser;
+    if (s->params.logprobs > 0) {
+        const size_t count = select_largest(logits, s->vocab, (size_t)s->params.logprobs, s->candidates);
+        qsort(s->candidates, count, sizeof *s->candidates, by_rank);
+        for (size_t i = 0; i < count; i++) {
+            top[i] = (TokenLogprob){s->candidates[i].token, s->candidates[i].score - normaliser};
+        }
+    }
+}
+
+/* CTRL's penalty (Keskar et al. 2019) as transformers applies it: once per distinct token, away from zero for negative logits. */
+static const float *penalised(Sampler *s, const float *logits) {
+    if (s->seen == NULL) {
+        return logits;
+    }
+    memcpy(s->scores, logits, s->vocab * sizeof *logits);
+    const float penalty = (float)s->params.repetition_penalty;
+    for (size_t i = 0; i < s->seen_count; i++) {
+        float *score = &s->scores[s->seen_list[i]];
+        *score = *score < 0.0f ? *score * penalty : *score / penalty;
+    }
+    return s->scores;
+}
+
+/* Leaves the surviving tokens in `candidates`, by increasing token, and their unnormalised probabilities in `weights`; returns how
+ * many there are. `largest` is the highest score. The filters are transformers' and run in its order: top-k (ties with the k-th
+ * stay), top-p (Holtzman et al. 2019: the shortest head of the ranking whose mass reaches p), min-p (Nguyen et al. 2024). */
+static size_t survivors(Sampler *s, const float *scores, float largest, double *total) {
+    const SamplingParams *p = &s->params;
+    Candidate *kept = s->candidates;
+    size_t count = 0;
+    float threshold = -INFINITY;
+    if (p->top_k > 0 && (uint64_t)p->top_k < s->vocab) {
+        select_largest(scores, s->vocab, (size_t)p->top_k, kept);
+        threshold = kept[0].score;
+    }
+    for (size_t i = 0; i < s->vocab; i++) {
+        if (scores[i] >= threshold && scores[i] > -INFINITY) {
+            kept[count++] = (Candidate){scores[i], (int32_t)i};
+        }
+    }
+    if (p->top_p < 1.0) {
+        double mass = 0.0, above = 0.0;
+        for (size_t i = 0; i < count; i++) {
+            mass += exp((double)kept[i].score - largest);
+        }
+        make_heap(kept, count, false);
+        /* Pop in ranking order, to the end of the shrinking heap, while the mass ranked above is short of p. */
+        size_t left = count;
+        while (left > 0 && above < p->top_p * mass) {
+            const Candidate first = kept[0];
+            above += exp((double)first.score - largest);
+            kept[0] = kept[--left];
+            sift_down(kept, left, 0, false);
+            kept[left] = first;
+        }
+        memmove(kept, kept + left, (count - left) * sizeof *kept);
+        count -= left;
+        qsort(kept, count, sizeof *kept, by_token);
+    }
+    size_t passed = 0;
+    *total = 0.0;
+    for (size_t i = 0; i < count; i++) {
+        const double weight = exp((double)kept[i].score - largest);
+        if (weight >= p->min_p) { /* relative to the most likely token, whose weight is 1 */
+            kept[passed] = kept[i];
+            s->weights[passed++] = weight;
+            *total += weight;
+        }
+    }
+    return passed;
+}
+
+/* Penalty and temperature. On success *scores and *largest are set; the greedy choice is returned. */
+static size_t prepare(Sampler *s, const float *logits, const float **scores, float *largest, SampleStatus *status) {
+    const float *values = penalised(s, logits);
+    const size_t best = first_largest(values, s->vocab, status);
+    if (*status == SAMPLE_OK && s->params.temperature > 0.0) {
+        const float temperature = (float)s->params.temperature;
+        for (size_t i = 0; i < s->vocab; i++) {
+            s->scores[i] = values[i] / temperature;
+        }
+        values = s->scores;
+        if (isinf(values[best])) {
+            *status = SAMPLE_INFINITE;
+        }
+    }
+    *scores = values;
+    *largest = values[best];
+    return best;
+}
+
+SampleStatus sampler_choose(Sampler *s, const float *logits, TokenLogprob *chosen, TokenLogprob *top) {
+    const float *scores;
+    float largest;
+    SampleStatus status;
+    const size_t best = prepare(s, logits, &scores, &largest, &status);
+    if (status != SAMPLE_OK) {
+        return status;
+    }
+    chosen->token = (int64_t)best;
+    chosen->logprob = 0.0;
+    if (s->params.temperature > 0.0) {
+        double total, below = 0.0;
+        const size_t count = survivors(s, scores, largest, &total);
+        const double target = uniform_draw(s->params.seed, s->step++) * total;
+        size_t pick = 0;
+        /* Inverse of the cumulative distribution, tokens in increasing order; the last one takes what rounding leaves over. */
+        for (; pick + 1 < count; pick++) {
+            below += s->weights[pick];
+            if (target < below) {
+                break;
+            }
+        }
+        chosen->token = s->candidates[pick].token;
+    }
+    if (s->params.logprobs >= 0) {
+        raw_logprobs(s, logits, chosen, top);
+    }
+    return SAMPLE_OK;
+}
+
+SampleStatus sampler_distribution(Sampler *s, const float *logits, double *probabilities) {
+    const float *scores;
+    float largest;
+    SampleStatus status;
+    const size_t best = prepare(s, logits, &scores, &largest, &status);
+    if (status != SAMPLE_OK) {
+        return status;
+    }
+    memset(probabilities, 0, s->vocab * sizeof *probabilities);
+    if (s->params.temperature == 0.0) {
+        probabilities[best] = 1.0;
+        return SAMPLE_OK;
+    }
+    double total;
+    const size_t count = survivors(s, scores, largest, &total);
+    for (size_t i = 0; i < count; i++) {
+        probabilities[s->candidates[i].token] = s->weights[i] / total;
+    }
+    return SAMPLE_OK;
+}

@@ -1,0 +1,55 @@
+/* A graph that ONNX Runtime has loaded, with its signature; shared by the Session type and the decoder states that run it. */
+#ifndef VLM_SESSION_H
+#define VLM_SESSION_H
+
+#include "native.h"
+#include "ort_api.h"
+#include "platform.h"
+
+#include <stdatomic.h>
+
+#define MAX_RANK 8
+
+typedef struct {
+    char *name;
+    ElementType type; /* ELEMENT_UNKNOWN: not a tensor, or a type without a buffer format */
+    size_t rank;
+    int64_t shape[MAX_RANK]; /* −1: dynamic */
+    char *symbols[MAX_RANK]; /* the dynamic dimension's name; "" where it has none */
+} ValueInfo;
+
+/* Counted by references: a Session object, each of its states and each output that is still alive hold one. */
+typedef struct {
+    atomic_size_t references;
+    OrtSession *session;
+    bool has_env;
+    bool shared_pool;
+    char *name;
+    size_t input_count, output_count;
+    ValueInfo *inputs, *outputs;
+    const char **input_names, **output_names;
+    PlatformMutex run_lock; /* one run at a time: a second one would only fight for the same cores and grow the arena */
+} SessionCore;
+
+SessionCore *session_core_retain(SessionCore *core);
+void session_core_release(SessionCore *core);
+
+/* The input or output of that name, or NULL. */
+const ValueInfo *session_input(const SessionCore *core, const char *name);
+const ValueInfo *session_output(const SessionCore *core, const char *name);
+
+/* Runs with bound inputs and outputs, under the run lock. Call without the interpreter lock. Returns seconds, −1 on failure. */
+double session_run_bound(SessionCore *core, const OrtIoBinding *binding, char message[ORT_MESSAGE_SIZE]);
+
+/* The core of a `_native.Session` that is open, as a new reference; NULL with TypeError or DeviceError set. */
+SessionCore *session_core_from_object(PyObject *object);
+
+typedef struct {
+    const char *key, *value;
+} ConfigEntry;
+
+/* Loads a model (a path, or bytes when `model_bytes` is not 0). Call without the interpreter lock. NULL on failure. */
+SessionCore *session_core_load(const char *model, size_t model_bytes, const char *name, const ConfigEntry *config, size_t config_count,
+                               int optimization_level, int threads, bool spin, char message[ORT_MESSAGE_SIZE]);
+
+#endif

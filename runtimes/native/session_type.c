@@ -1,0 +1,366 @@
+/* `_native.Session`: one loaded graph. */
+#include "session.h"
+#include "tensor_type.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    PyObject_HEAD
+    SessionCore *core; /* NULL: closed */
+} SessionObject;
+
+static PyTypeObject *session_type;
+
+static void raise_device(const char *name, const char *message) { PyErr_Format(native_device_error, "graph '%s': %s", name, message); }
+
+PyObject *native_load_runtime(PyObject *module, PyObject *args) {
+    const char *path;
+    char message[ORT_MESSAGE_SIZE];
+    int failed;
+    if (!PyArg_ParseTuple(args, "s:load_runtime", &path)) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    failed = ort_load(path, message);
+    Py_END_ALLOW_THREADS;
+    if (failed) {
+        PyErr_Format(native_device_error, "cannot use ONNX Runtime at %s: %s", path, message);
+        return NULL;
+    }
+    return PyUnicode_FromString(ort_version());
+}
+
+PyObject *native_runtime_version(PyObject *module, PyObject *args) {
+    if (ort_version() == NULL) {
+        Py_RETURN_NONE;
+    }
+    return PyUnicode_FromString(ort_version());
+}
+
+/* Reads {str: str} into an array that borrows from `texts` (a list of bytes that keeps them alive). */
+static int read_config(PyObject *mapping, PyObject **texts, ConfigEntry **entries, size_t *count) {
+    PyObject *items = PyMapping_Items(mapping);
+    if (items == NULL) {
+        return -1;
+    }
+    const Py_ssize_t size = PyList_Size(items);
+    *texts = PyList_New(0);
+    *entries = calloc((size_t)size + 1, sizeof **entries);
+    *count = (size_t)size;
+    int result = *texts != NULL && *entries != NULL ? 0 : -1;
+    for (Py_ssize_t i = 0; result == 0 && i < size; i++) {
+        PyObject *item = PyList_GetItem(items, i);
+        for (Py_ssize_t side = 0; result == 0 && side < 2; side++) {
+            PyObject *text = PyUnicode_AsUTF8String(PyTuple_GetItem(item, side));
+            if (text == NULL || PyList_Append(*texts, text) != 0) {
+                result = -1;
+            } else {
+                *(side == 0 ? &(*entries)[i].key : &(*entries)[i].value) = PyBytes_AsString(text);
+            }
+            Py_XDECREF(text);
+        }
+    }
+    if (result != 0 && !PyErr_Occurred()) {
+        PyErr_NoMemory();
+    }
+    Py_DECREF(items);
+    return result;
+}
+
+static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"model", "name", "config", "optimization_level", "threads", "spin", NULL};
+    SessionObject *object = (SessionObject *)self;
+    PyObject *model_object, *config_object = NULL, *model_bytes = NULL, *texts = NULL;
+    ConfigEntry *config = NULL;
+    size_t config_count = 0;
+    const char *name;
+    int level = 99, threads = 1, spin = 1, result = -1;
+    char message[ORT_MESSAGE_SIZE];
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|Oiip:Session", names, &model_object, &name, &config_object, &level, &threads, &spin)) {
+        return -1;
+    }
+    if (ort_version() == NULL) {
+        PyErr_SetString(native_device_error, "ONNX Runtime is not loaded: call load_runtime first");
+        return -1;
+    }
+    if (object->core != NULL) {
+        PyErr_SetString(PyExc_TypeError, "a Session is initialised once");
+        return -1;
+    }
+    if (threads < 1) {
+        PyErr_Format(PyExc_ValueError, "threads is %d, expected 1 or more", threads);
+        return -1;
+    }
+    const bool in_memory = PyBytes_Check(model_object);
+    model_bytes = in_memory ? Py_NewRef(model_object) : PyUnicode_EncodeFSDefault(model_object);
+    if (model_bytes == NULL || (config_object != NULL && read_config(config_object, &texts, &config, &config_count) != 0)) {
+        goto done;
+    }
+    const char *model = PyBytes_AsString(model_bytes);
+    const size_t size = in_memory ? (size_t)PyBytes_Size(model_bytes) : 0;
+    if (in_memory && size == 0) {
+        PyErr_SetString(PyExc_ValueError, "model is empty");
+        goto done;
+    }
+    SessionCore *core;
+    Py_BEGIN_ALLOW_THREADS;
+    core = session_core_load(model, size, name, config, config_count, level, threads, spin != 0, message);
+    Py_END_ALLOW_THREADS;
+    if (core == NULL) {
+        raise_device(name, message);
+    } else {
+        object->core = core;
+        result = 0;
+    }
+done:
+    free(config);
+    Py_XDECREF(texts);
+    Py_XDECREF(model_bytes);
+    return result;
+}
+
+static void session_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    session_core_release(((SessionObject *)self)->core);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static SessionCore *open_core(PyObject *self) {
+    SessionCore *core = ((SessionObject *)self)->core;
+    if (core == NULL) {
+        PyErr_SetString(native_device_error, "the graph is closed");
+    }
+    return core;
+}
+
+SessionCore *session_core_from_object(PyObject *object) {
+    if (!PyObject_TypeCheck(object, session_type)) {
+        PyErr_SetString(PyExc_TypeError, "expected a _native.Session");
+        return NULL;
+    }
+    SessionCore *core = open_core(object);
+    return core != NULL ? session_core_retain(core) : NULL;
+}
+
+static PyObject *session_close(PyObject *self, PyObject *args) {
+    SessionObject *object = (SessionObject *)self;
+    SessionCore *core = object->core;
+    object->core = NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    session_core_release(core);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *value_shape(const ValueInfo *value) {
+    PyObject *shape = PyTuple_New((Py_ssize_t)value->rank);
+    for (size_t d = 0; shape != NULL && d < value->rank; d++) {
+        PyObject *size = value->shape[d] >= 0 ? PyLong_FromLongLong(value->shape[d]) : PyUnicode_FromString(value->symbols[d]);
+        if (size == NULL) {
+            Py_CLEAR(shape);
+        } else {
+            PyTuple_SetItem(shape, (Py_ssize_t)d, size);
+        }
+    }
+    return shape;
+}
+
+static PyObject *value_list(const ValueInfo *values, size_t count) {
+    PyObject *list = PyList_New((Py_ssize_t)count);
+    for (size_t i = 0; list != NULL && i < count; i++) {
+        PyObject *shape = value_shape(&values[i]);
+        PyObject *item = shape != NULL ? Py_BuildValue("(ssN)", values[i].name, element_name(values[i].type), shape) : NULL;
+        if (item == NULL) {
+            Py_CLEAR(list);
+        } else {
+            PyList_SetItem(list, (Py_ssize_t)i, item);
+        }
+    }
+    return list;
+}
+
+static PyObject *session_get_inputs(PyObject *self, void *closure) {
+    SessionCore *core = open_core(self);
+    return core != NULL ? value_list(core->inputs, core->input_count) : NULL;
+}
+
+static PyObject *session_get_outputs(PyObject *self, void *closure) {
+    SessionCore *core = open_core(self);
+    return core != NULL ? value_list(core->outputs, core->output_count) : NULL;
+}
+
+static PyObject *session_get_name(PyObject *self, void *closure) {
+    SessionCore *core = open_core(self);
+    return core != NULL ? PyUnicode_FromString(core->name) : NULL;
+}
+
+static PyObject *session_get_shared_pool(PyObject *self, void *closure) {
+    SessionCore *core = open_core(self);
+    return core != NULL ? PyBool_FromLong(core->shared_pool) : NULL;
+}
+
+/* Says which dimension does not fit; 0 when all do. ONNX Runtime would say so too, but not by our names. */
+static int check_shape(const SessionCore *core, const ValueInfo *value, const Py_buffer *view) {
+    if ((size_t)view->ndim != value->rank) {
+        PyErr_Format(native_device_error, "graph '%s': input '%s' has %d dimensions, expected %zu", core->name, value->name, view->ndim,
+                     value->rank);
+        return -1;
+    }
+    for (size_t d = 0; d < value->rank; d++) {
+        if (value->shape[d] >= 0 && value->shape[d] != view->shape[d]) {
+            PyErr_Format(native_device_error, "graph '%s': input '%s' has size %zd in dimension %zu, expected %lld", core->name, value->name,
+                         view->shape[d], d, (long long)value->shape[d]);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int acquire_input(const SessionCore *core, const ValueInfo *value, PyObject *feeds, Py_buffer *view, OrtValue **out) {
+    char message[ORT_MESSAGE_SIZE];
+    int64_t shape[MAX_RANK];
+    PyObject *name = PyUnicode_FromString(value->name);
+    PyObject *array = name != NULL ? PyObject_GetItem(feeds, name) : NULL;
+    Py_XDECREF(name);
+    if (array == NULL) {
+        if (PyErr_ExceptionMatches(PyExc_KeyError)) {
+            PyErr_Clear();
+            PyErr_Format(native_device_error, "graph '%s': input '%s' is missing", core->name, value->name);
+        }
+        return -1;
+    }
+    if (PyObject_GetBuffer(array, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT) != 0) {
+        PyErr_Clear();
+        PyErr_Format(native_device_error, "graph '%s': input '%s' is not a C-contiguous array", core->name, value->name);
+        Py_DECREF(array);
+        return -1;
+    }
+    Py_DECREF(array);
+    const ElementType found = element_of_view(view);
+    if (found != value->type || found == ELEMENT_UNKNOWN) {
+        PyErr_Format(native_device_error, "graph '%s': input '%s' is %s, expected %s", core->name, value->name, element_name(found),
+                     element_name(value->type));
+    } else if (check_shape(core, value, view) == 0) {
+        for (size_t d = 0; d < value->rank; d++) {
+            shape[d] = view->shape[d];
+        }
+        if (ort_check(ort_wrap(view->buf, (size_t)view->len, shape, value->rank, (int)value->type, out), message) == 0) {
+            return 0;
+        }
+        raise_device(core->name, message);
+    }
+    PyBuffer_Release(view);
+    return -1;
+}
+
+static PyObject *collect_outputs(SessionCore *core, OrtValue **values) {
+    char message[ORT_MESSAGE_SIZE];
+    PyObject *result = PyDict_New();
+    for (size_t i = 0; i < core->output_count; i++) {
+        OrtValue *value = values[i];
+        values[i] = NULL;
+        if (result == NULL) {
+            ort.ReleaseValue(value);
+            continue;
+        }
+        PyObject *tensor = tensor_from_value(core, value, message);
+        if (tensor == NULL || PyDict_SetItemString(result, core->output_names[i], tensor) != 0) {
+            Py_CLEAR(result);
+        }
+        Py_XDECREF(tensor);
+    }
+    return result;
+}
+
+static PyObject *session_run(PyObject *self, PyObject *feeds) {
+    char message[ORT_MESSAGE_SIZE];
+    PyObject *result = NULL;
+    SessionCore *core = open_core(self);
+    if (core == NULL) {
+        return NULL;
+    }
+    const Py_ssize_t given = PyMapping_Size(feeds);
+    if (given < 0) {
+        return NULL;
+    }
+    session_core_retain(core); /* another thread may close the session while it runs */
+    size_t ready = 0;
+    Py_buffer *views = calloc(core->input_count + 1, sizeof *views);
+    OrtValue **inputs = calloc(core->input_count + 1, sizeof *inputs);
+    OrtValue **outputs = calloc(core->output_count + 1, sizeof *outputs);
+    if (views == NULL || inputs == NULL || outputs == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (; ready < core->input_count; ready++) {
+        if (acquire_input(core, &core->inputs[ready], feeds, &views[ready], &inputs[ready]) != 0) {
+            goto done;
+        }
+    }
+    if ((size_t)given != core->input_count) {
+        PyErr_Format(native_device_error, "graph '%s': %zd inputs were given, it has %zu", core->name, given, core->input_count);
+        goto done;
+    }
+    int failed;
+    Py_BEGIN_ALLOW_THREADS;
+    platform_mutex_lock(&core->run_lock);
+    failed = ort_check(ort.Run(core->session, NULL, core->input_names, (const OrtValue *const *)inputs, core->input_count, core->output_names,
+                               core->output_count, outputs),
+                       message);
+    platform_mutex_unlock(&core->run_lock);
+    Py_END_ALLOW_THREADS;
+    if (failed) {
+        raise_device(core->name, message);
+    } else {
+        result = collect_outputs(core, outputs);
+    }
+done:
+    for (size_t i = 0; i < ready; i++) {
+        ort.ReleaseValue(inputs[i]);
+        PyBuffer_Release(&views[i]);
+    }
+    free(views);
+    free(inputs);
+    free(outputs);
+    Py_BEGIN_ALLOW_THREADS;
+    session_core_release(core);
+    Py_END_ALLOW_THREADS;
+    return result;
+}
+
+static PyMethodDef session_methods[] = {
+    {"run", session_run, METH_O, "All outputs for {name: array}."},
+    {"close", session_close, METH_NOARGS, "Frees the session once nothing uses it any more."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef session_getset[] = {
+    {"name", session_get_name, NULL, "the graph's role", NULL},
+    {"inputs", session_get_inputs, NULL, "(name, dtype, shape) of each input", NULL},
+    {"outputs", session_get_outputs, NULL, "(name, dtype, shape) of each output", NULL},
+    {"shared_pool", session_get_shared_pool, NULL, "whether it runs on the process-wide thread pool", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot session_slots[] = {
+    {Py_tp_init, session_init},       {Py_tp_dealloc, session_dealloc}, {Py_tp_methods, session_methods},
+    {Py_tp_getset, session_getset},   {Py_tp_doc, "Session(model, name, config={}, optimization_level=99, threads=1, spin=True)"},
+    {0, NULL},
+};
+
+static PyType_Spec session_spec = {
+    .name = "vlm_edge_runtime._native.Session",
+    .basicsize = sizeof(SessionObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = session_slots,
+};
+
+int native_add_session_types(PyObject *module) {
+    if (native_add_tensor_type(module) != 0) {
+        return -1;
+    }
+    session_type = (PyTypeObject *)PyType_FromSpec(&session_spec);
+    return session_type != NULL ? PyModule_AddObjectRef(module, "Session", (PyObject *)session_type) : -1;
+}

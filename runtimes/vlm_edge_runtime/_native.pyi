@@ -1,0 +1,162 @@
+"""The C extension: image arithmetic, sampling, ONNX Runtime sessions and the decode loop. Sources in runtimes/native."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+from typing_extensions import Buffer
+
+class _SamplingParams(Protocol):
+    """What is read of `engines.base.SamplingParams`."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def logprobs(self) -> int: ...
+
+# --- images and prompts ---
+
+def normalize_hwc_u8(
+    source: Buffer, height: int, width: int, channels: int, scale: float, mean: Sequence[float], std: Sequence[float], out: Buffer
+) -> None:
+    """uint8 [height, width, channels] → `out` float32 [channels, height, width] = (float32(value · scale) − mean) / std.
+
+    The product is taken in float64 and rounded once, the rest is float32: bit for bit what transformers' numpy image
+    processors compute. 1 to 4 channels. Raises ValueError or TypeError for buffers that do not fit.
+    """
+
+def resize_u8(
+    source: Buffer,
+    height: int,
+    width: int,
+    channels: int,
+    out_height: int,
+    out_width: int,
+    filter: Literal["box", "bilinear", "hamming", "bicubic", "lanczos"],
+) -> bytes:
+    """An interleaved uint8 image resized with Pillow's 8-bit arithmetic, integer for integer (`Image.resize` of L and RGB).
+
+    Channels are independent: unlike Pillow with RGBA, alpha is not multiplied in first.
+    """
+
+def merge_features(embeddings: Buffer, input_ids: Buffer, image_token_id: int, features: Buffer) -> int:
+    """Feature rows float32 [rows, hidden] replace, in order and in place, the embeddings float32 [tokens, hidden] of those
+
+    `input_ids` int64 [tokens] that equal `image_token_id`; returns how many. Raises PromptError naming both numbers, with
+    nothing written, when they differ.
+    """
+
+# --- sampling ---
+
+def uniform(seed: int, step: int) -> float:
+    """Draw number `step` of the stream `seed`, in [0, 1): 53 bits of Philox4x32-10 with counter `step` and key `seed`."""
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 (Salmon et al., SC 2011)."""
+
+class Sampler:
+    """The decode loop's sampler for one row, usable by itself. Raises ValueError for parameters out of range."""
+
+    def __init__(self, vocab_size: int, params: _SamplingParams) -> None: ...
+    def accept(self, token: int) -> None:
+        """Adds a token to what the repetition penalty looks at."""
+
+    def choose(self, logits: Buffer) -> tuple[int, float, list[tuple[int, float]]]:
+        """(token, its log probability, the most likely tokens) for float32 [vocab]; the last two as `logprobs` asks.
+
+        Raises DeviceError when the logits contain NaN or +∞, or are all −∞.
+        """
+
+    def distribution(self, logits: Buffer) -> bytes:
+        """float64 [vocab]: the filtered distribution that `choose` draws from."""
+
+# --- ONNX Runtime ---
+
+def load_runtime(path: str) -> str:
+    """Opens ONNX Runtime's shared library (once per process) and returns its version. Raises DeviceError."""
+
+def runtime_version() -> str | None:
+    """Version of the ONNX Runtime that is open in this process, or None."""
+
+class Tensor:
+    """An output of a graph: exports the buffer protocol over ONNX Runtime's own memory (no copy)."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+TensorInfo = tuple[str, str, tuple[int | str, ...]]
+"""(name, numpy dtype, shape with names for dynamic dimensions)."""
+
+class Session:
+    """One graph loaded by ONNX Runtime on the CPU.
+
+    `model`: a path, or the bytes of a model. `threads` and `spin` describe the thread pool: sessions that agree share one
+    pool, another wish gets a pool of its own. Raises DeviceError, naming the graph, when ONNX Runtime refuses.
+    """
+
+    def __init__(
+        self,
+        model: str | bytes,
+        name: str,
+        config: Mapping[str, str] = ...,
+        optimization_level: int = 99,
+        threads: int = 1,
+        spin: bool = True,
+    ) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def inputs(self) -> list[TensorInfo]: ...
+    @property
+    def outputs(self) -> list[TensorInfo]: ...
+    @property
+    def shared_pool(self) -> bool:
+        """Whether this session runs on the process-wide pool."""
+
+    def run(self, feeds: Mapping[str, Buffer]) -> dict[str, Tensor]:
+        """All outputs; the interpreter lock is released meanwhile. Raises DeviceError (also for wrong names, types, shapes)."""
+
+    def close(self) -> None:
+        """Frees the session as soon as nothing runs on it; further calls raise DeviceError."""
+
+class DecoderState:
+    """KV cache and token loop over a lowered decoder; see `engines.base.DecoderState` for the meaning of each call."""
+
+    def __init__(self, decoder: Session, embed_tokens: Session, batch: int, capacity: int, prefill_chunk: int = 0) -> None: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def lengths(self) -> list[int]: ...
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cache (address space; pages are taken when written)."""
+
+    def prefill(self, row: int, inputs_embeds: Buffer, positions: Buffer) -> None: ...
+    def logits(self, row: int) -> bytes: ...
+    def start(self, row: int, params: _SamplingParams, history: Buffer, next_position: int) -> None: ...
+    def decode(self, max_steps: int) -> list[tuple[list[int], list[float], list[list[tuple[int, float]]], bool]]: ...
+    def push(self, row: int, token: int) -> None: ...
+    def truncate(self, row: int, length: int) -> None: ...
+    def copy_prefix(self, row: int, source: DecoderState, source_row: int, length: int) -> None: ...
+    def take_times(self) -> tuple[list[float], list[float]]:
+        """Seconds of each (embed_tokens, decoder) run since the last call."""
+
+    def cancel(self) -> None: ...
+    def close(self) -> None: ...
