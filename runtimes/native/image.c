@@ -30,7 +30,7 @@ static double hamming_filter(double x) {
         return 0.0;
     }
     x = x * PI;
-    return sin(x) / x * (0.54 + 0.46 * cos(x));
+    return sin(x) / x * (0.54f + 0.46f * cos(x)); /* Pillow writes these two as floats */
 }
 
 /* Keys' cubic convolution kernel with a = −0.5 (IEEE ASSP 29(6), 1981). */
@@ -178,42 +178,58 @@ static void resize_columns(const uint8_t *source, size_t line, uint8_t *target, 
     }
 }
 
+static int horizontal_pass(const uint8_t *source, size_t height, size_t width, size_t channels, uint8_t *target, size_t out_width,
+                           ResampleFilter filter) {
+    Coefficients c = {0};
+    if (coefficients_init(&c, width, out_width, filter) != 0) {
+        return -1;
+    }
+    resize_rows(source, height, width, channels, target, out_width, &c);
+    coefficients_free(&c);
+    return 0;
+}
+
+static int vertical_pass(const uint8_t *source, size_t height, size_t line, uint8_t *target, size_t out_height, ResampleFilter filter) {
+    Coefficients c = {0};
+    int32_t *sums = malloc(line * sizeof *sums);
+    if (sums == NULL || coefficients_init(&c, height, out_height, filter) != 0) {
+        free(sums);
+        return -1;
+    }
+    resize_columns(source, line, target, out_height, sums, &c);
+    coefficients_free(&c);
+    free(sums);
+    return 0;
+}
+
 int resize_u8(const uint8_t *source, size_t height, size_t width, size_t channels, uint8_t *target, size_t out_height, size_t out_width,
-              ResampleFilter filter) {
+              ResampleFilter filter, PassOrder order) {
     const bool horizontal = out_width != width, vertical = out_height != height;
-    Coefficients across = {0}, down = {0};
-    uint8_t *between = NULL;
-    int32_t *sums = NULL;
-    int result = -1;
     if (!horizontal && !vertical) {
         memcpy(target, source, height * width * channels);
         return 0;
     }
-    if (horizontal) {
-        uint8_t *rows = target;
-        if (vertical) {
-            rows = between = malloc(height * out_width * channels);
-        }
-        if (rows == NULL || coefficients_init(&across, width, out_width, filter) != 0) {
-            goto done;
-        }
-        resize_rows(source, height, width, channels, rows, out_width, &across);
-        source = rows;
+    if (!vertical) {
+        return horizontal_pass(source, height, width, channels, target, out_width, filter);
     }
-    if (vertical) {
-        const size_t line = out_width * channels;
-        sums = malloc(line * sizeof *sums);
-        if (sums == NULL || coefficients_init(&down, height, out_height, filter) != 0) {
-            goto done;
-        }
-        resize_columns(source, line, target, out_height, sums, &down);
+    if (!horizontal) {
+        return vertical_pass(source, height, width * channels, target, out_height, filter);
     }
-    result = 0;
-done:
-    coefficients_free(&across);
-    coefficients_free(&down);
+    if (order == PASSES_AUTO) {
+        const ptrdiff_t shorter = (ptrdiff_t)height - (ptrdiff_t)out_height, narrower = (ptrdiff_t)width - (ptrdiff_t)out_width;
+        order = shorter > 0 && shorter > 2 * narrower ? PASSES_VERTICAL_FIRST : PASSES_HORIZONTAL_FIRST;
+    }
+    const bool columns_first = order == PASSES_VERTICAL_FIRST;
+    uint8_t *between = malloc(columns_first ? out_height * width * channels : height * out_width * channels);
+    int result = -1;
+    if (between != NULL && columns_first) {
+        result = vertical_pass(source, height, width * channels, between, out_height, filter);
+        result = result == 0 ? horizontal_pass(between, out_height, width, channels, target, out_width, filter) : result;
+    } else if (between != NULL) {
+        result = horizontal_pass(source, height, width, channels, between, out_width, filter);
+        result = result == 0 ? vertical_pass(between, height, out_width * channels, target, out_height, filter) : result;
+    }
     free(between);
-    free(sums);
     return result;
 }
 

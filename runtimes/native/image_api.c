@@ -98,12 +98,12 @@ static const struct {
 };
 
 PyObject *native_resize_u8(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"source", "height", "width", "channels", "out_height", "out_width", "filter", NULL};
+    static char *names[] = {"source", "height", "width", "channels", "out_height", "out_width", "filter", "order", NULL};
     PyObject *source_object;
     Py_ssize_t height, width, channels, out_height, out_width;
-    const char *filter_name;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Onnnnns:resize_u8", names, &source_object, &height, &width, &channels, &out_height,
-                                     &out_width, &filter_name) ||
+    const char *filter_name, *order_name = "auto";
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Onnnnns|s:resize_u8", names, &source_object, &height, &width, &channels, &out_height,
+                                     &out_width, &filter_name, &order_name) ||
         check_size("image", height, width, channels) != 0 || check_size("resized image", out_height, out_width, channels) != 0) {
         return NULL;
     }
@@ -114,6 +114,15 @@ PyObject *native_resize_u8(PyObject *module, PyObject *args, PyObject *kwargs) {
     }
     if (chosen == known) {
         PyErr_Format(PyExc_ValueError, "unknown filter '%s': use box, bilinear, hamming, bicubic or lanczos", filter_name);
+        return NULL;
+    }
+    PassOrder order = PASSES_AUTO;
+    if (strcmp(order_name, "horizontal") == 0) {
+        order = PASSES_HORIZONTAL_FIRST;
+    } else if (strcmp(order_name, "vertical") == 0) {
+        order = PASSES_VERTICAL_FIRST;
+    } else if (strcmp(order_name, "auto") != 0) {
+        PyErr_Format(PyExc_ValueError, "unknown order '%s': use auto, horizontal or vertical", order_name);
         return NULL;
     }
     Py_buffer source;
@@ -129,7 +138,7 @@ PyObject *native_resize_u8(PyObject *module, PyObject *args, PyObject *kwargs) {
         uint8_t *target = (uint8_t *)PyBytes_AsString(result);
         Py_BEGIN_ALLOW_THREADS;
         failed = resize_u8(source.buf, (size_t)height, (size_t)width, (size_t)channels, target, (size_t)out_height, (size_t)out_width,
-                           FILTER_NAMES[chosen].filter);
+                           FILTER_NAMES[chosen].filter, order);
         Py_END_ALLOW_THREADS;
         if (failed) {
             Py_DECREF(result);

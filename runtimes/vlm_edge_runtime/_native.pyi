@@ -44,9 +44,11 @@ def resize_u8(
     out_height: int,
     out_width: int,
     filter: Literal["box", "bilinear", "hamming", "bicubic", "lanczos"],
+    order: Literal["auto", "horizontal", "vertical"] = "auto",
 ) -> bytes:
     """An interleaved uint8 image resized with Pillow's 8-bit arithmetic, integer for integer (`Image.resize` of L and RGB).
 
+    `order`: which pass is first (its result is rounded); "auto" is Pillow 13's choice, older ones always start "horizontal".
     Channels are independent: unlike Pillow with RGBA, alpha is not multiplied in first.
     """
 
