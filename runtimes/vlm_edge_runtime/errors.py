@@ -43,6 +43,14 @@ class ContextLengthError(PromptError):
     """The prompt (with its image tokens) and the asked-for answer do not fit the KV cache."""
 
 
+class OptionError(PromptError, ValueError):
+    """A generation option is outside its range, or asks for something this runtime does not do."""
+
+
+class CapabilityError(VlmEdgeError, AttributeError):
+    """The bundle's family has no such method (`generate` of a dual encoder); names what it can do."""
+
+
 class GenerationCancelled(VlmEdgeError):
     """`cancel()` was called while a blocking `generate` was running; carries what was generated so far."""
 
