@@ -16,6 +16,7 @@ from vlm_edge.passes.group_query_attention import LowerToGroupQueryAttention
 from vlm_edge.passes.last_token import LastTokenLogits
 from vlm_edge.passes.layout import CancelLayout
 from vlm_edge.passes.pack_qkv import PackQKV
+from vlm_edge.passes.recompose_rotary import RecomposeRotary
 
 TOLERANCE = 1e-4
 CONTEXT = 96
@@ -189,3 +190,82 @@ def test_query_scale_goes_into_the_attention():
     counts = PackQKV().apply(model).counts
     assert counts["query scales folded"] == 1 and counts["projections packed"] == 3
     assert largest_difference(run(model, feed)["y"], before) <= 1e-5
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_written_out_rotation_is_recomposed(swapped):
+    """Qwen2-VL's M-RoPE as the tracer leaves it: x·cos + rotate_half(x)·sin."""
+    sketch = Sketch()
+    dims = ["batch", 2, "sequence", 8]
+    x, c, s = sketch.input("x", dims), *(sketch.input(n, ["batch", "sequence", 4]) for n in "cs")
+    tables = []
+    for half in (c, s):
+        whole = sketch.node("Concat", [half, half], {"axis": -1}, shape=["batch", "sequence", 8])
+        axis = sketch.weight(f"axis.{half.name}", np.array([1]))
+        tables.append(sketch.node("Unsqueeze", [whole, axis], shape=["batch", 1, "sequence", 8]))
+    bounds = {
+        name: sketch.weight(name, np.array([value])) for name, value in (("zero", 0), ("four", 4), ("end", 2**62), ("last", 3))
+    }
+    low = sketch.node("Slice", [x, bounds["zero"], bounds["four"], bounds["last"]], shape=["batch", 2, "sequence", 4])
+    high = sketch.node("Slice", [x, bounds["four"], bounds["end"], bounds["last"]], shape=["batch", 2, "sequence", 4])
+    turned = sketch.node("Concat", [sketch.node("Neg", [high], shape=["batch", 2, "sequence", 4]), low], {"axis": -1}, shape=dims)
+    plain = sketch.node("Mul", [x, tables[0]], shape=dims)
+    other = sketch.node("Mul", [tables[1], turned] if swapped else [turned, tables[1]], shape=dims)
+    sketch.output("y", sketch.node("Add", [other, plain] if swapped else [plain, other], shape=dims))
+    model = sketch.model()
+    random = np.random.default_rng(0)
+    feed = {
+        "x": random.standard_normal((2, 2, 5, 8)),
+        "c": random.standard_normal((2, 5, 4)),
+        "s": random.standard_normal((2, 5, 4)),
+    }
+    feed = {name: value.astype(np.float32) for name, value in feed.items()}
+    before = run(model, feed)["y"]
+    assert RecomposeRotary().apply(model).counts["rotations"] == 1
+    assert ops(model) == ["RotaryEmbedding"]
+    assert largest_difference(run(model, feed)["y"], before) <= 1e-6
+
+
+def test_a_rotation_the_other_way_is_not_taken_for_one():
+    """rotate_half with the sign on the wrong half is something else."""
+    sketch = Sketch()
+    dims = ["batch", 2, "sequence", 8]
+    x, c = sketch.input("x", dims), sketch.input("c", ["batch", "sequence", 4])
+    whole = sketch.node("Concat", [c, c], {"axis": -1}, shape=["batch", "sequence", 8])
+    table = sketch.node("Unsqueeze", [whole, sketch.weight("axis", np.array([1]))], shape=["batch", 1, "sequence", 8])
+    zero, four, end, last = (sketch.weight(f"n{v}", np.array([v])) for v in (0, 4, 8, 3))
+    low = sketch.node("Slice", [x, zero, four, last], shape=["batch", 2, "sequence", 4])
+    high = sketch.node("Slice", [x, four, end, last], shape=["batch", 2, "sequence", 4])
+    turned = sketch.node("Concat", [sketch.node("Neg", [low], shape=["batch", 2, "sequence", 4]), high], {"axis": -1}, shape=dims)
+    products = [sketch.node("Mul", [value, table], shape=dims) for value in (x, turned)]
+    sketch.output("y", sketch.node("Add", products, shape=dims))
+    assert not RecomposeRotary().apply(sketch.model())
+
+
+def test_projection_cut_by_slices_is_passed_on_whole():
+    """Phi-3 slices one projection; cuts in another order stay."""
+    for order, packed in (((0, 16, 32), True), ((16, 0, 32), False)):
+        random = np.random.default_rng(0)
+        sketch = Sketch()
+        x = sketch.input("x", ["b", "s", 48])
+        lengths, total = sketch.input("seqlens_k", ["b"], ir.DataType.INT32), sketch.input("total", [1], ir.DataType.INT32)
+        past = [sketch.input(name, ["b", 2, "c", 8]) for name in ("past_key_values.0.key", "past_key_values.0.value")]
+        bound = {v: sketch.weight(f"n{v}", np.array([v])) for v in (0, 16, 32, 48, 2)}
+        whole = sketch.node("Relu", [x], shape=["b", "s", 48])
+        parts = [sketch.node("Slice", [whole, bound[at], bound[at + 16], bound[2]], shape=["b", "s", 16]) for at in order]
+        outs = sketch.node(
+            "GroupQueryAttention", [*parts, *past, lengths, total], {"num_heads": 2, "kv_num_heads": 2, "scale": 0.3},
+            shapes=[["b", "s", 16], None, None], domain="com.microsoft",
+        )  # fmt: skip
+        sketch.output("y", outs[0])
+        model = sketch.model()
+        feed = {
+            "x": random.standard_normal((1, 4, 48)).astype(np.float32), "seqlens_k": np.array([3], np.int32),
+            "total": np.array([4], np.int32), **{v.name: np.zeros((1, 2, 8, 8), np.float32) for v in past},
+        }  # fmt: skip
+        before = run(model, feed)["y"]
+        assert bool(PackQKV().apply(model)) == packed
+        assert ops(model) == (
+            ["Relu", "GroupQueryAttention"] if packed else ["Relu", "Slice", "Slice", "Slice", "GroupQueryAttention"]
+        )
+        assert largest_difference(run(model, feed)["y"], before) <= 1e-6

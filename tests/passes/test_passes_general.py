@@ -165,3 +165,18 @@ def test_skip_norm_keeps_the_sum_for_its_other_readers():
     before = run(model, feed)["out"]
     assert FuseSkipNorm().apply(model)
     assert largest_difference(run(model, feed)["out"], before) <= 1e-5
+
+
+def test_transposes_cancel_around_a_norm_of_the_last_axis():
+    """Queries normalised per head: [b, s, h, d] → [b, h, s, d] → norm → back."""
+    sketch = Sketch()
+    x = sketch.input("x", ["b", "s", 2, 8])
+    turned = sketch.node("Transpose", [x], {"perm": [0, 2, 1, 3]}, shape=["b", 2, "s", 8])
+    normed = sketch.node("RMSNormalization", [turned, sketch.weight("w", floats(8))], {"axis": -1}, shape=["b", 2, "s", 8])
+    sketch.output("y", sketch.node("Relu", [sketch.node("Transpose", [normed], {"perm": [0, 2, 1, 3]}, shape=["b", "s", 2, 8])],
+                                   shape=["b", "s", 2, 8]))  # fmt: skip
+    model, feed = sketch.model(), {"x": floats(2, 5, 2, 8)}
+    before = run(model, feed)["y"]
+    assert CancelLayout().apply(model).counts["transposes around a norm"] == 1
+    assert ops(model) == ["RMSNormalization", "Relu"]
+    assert largest_difference(run(model, feed)["y"], before) <= 1e-6

@@ -58,6 +58,7 @@ class FuseRotaryEmbedding(GraphPass):
                     if rank(rotation.inputs[0]) == 4 and _sequence_major(node, index, rotation):
                         changes.add("rotations without transposes")
         if changes:
+            Cleanup().apply(model)  # the old rotations still read what CancelLayout is to cancel
             CancelLayout().apply(model)
             Cleanup().apply(model)
         return changes

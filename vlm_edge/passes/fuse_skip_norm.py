@@ -52,9 +52,9 @@ class FuseSkipNorm(GraphPass):
 
 def _fusable(norm: ir.Node, add: ir.Node) -> bool:
     left, right = add.inputs[:2]
-    if is_weight(left) or is_weight(right) or not same_shape(left, right) or rank(left) != 3:
+    if is_weight(left) or is_weight(right) or not same_shape(left, right) or rank(left) not in (2, 3):
         return False
-    if left is None or left.dtype != ir.DataType.FLOAT or attribute_int(norm, "axis", -1) not in (-1, 2):
+    if left is None or left.dtype != ir.DataType.FLOAT or attribute_int(norm, "axis", -1) not in (-1, (rank(left) or 0) - 1):
         return False
     if any(out.uses() or out.is_graph_output() for out in norm.outputs[1:]) or add.outputs[0].is_graph_output():
         return False

@@ -101,6 +101,22 @@ def attribute_ints(node: ir.Node, name: str) -> tuple[int, ...] | None:
     return tuple(node.attributes[name].as_ints()) if name in node.attributes else None
 
 
+def last_axis_slice(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
+    """(source, start, end) when `value` is source[..., start:end] by one Slice with stored bounds, else None."""
+    node = producer(value, "Slice")
+    if node is None or len(node.inputs) < 4:
+        return None
+    source, size, dims = node.inputs[0], fixed_dim(node.inputs[0], -1), rank(node.inputs[0])
+    bounds = [constant(given) for given in node.inputs[1:]]
+    if source is None or size is None or dims is None or any(given is None or given.size != 1 for given in bounds):
+        return None
+    start, end, axis, *step = (int(given.reshape(-1)[0]) for given in bounds if given is not None)
+    if axis not in (-1, dims - 1) or step not in ([], [1]):
+        return None
+    start, end = (min(bound if bound >= 0 else bound + size, size) for bound in (start, end))
+    return source, start, end
+
+
 def add_initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol | npt.NDArray[Any]) -> ir.Value:
     """Stores a tensor under `name` (or `name_1`, … when taken) and returns its value."""
     unique, number = name, 0

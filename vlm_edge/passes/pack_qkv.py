@@ -18,6 +18,7 @@ from .graph import (
     fixed_dim,
     insert,
     is_weight,
+    last_axis_slice,
     lazy_tensor,
     only_consumer,
     producer,
@@ -83,16 +84,25 @@ def _fold_scale(node: ir.Node) -> bool:
 
 
 def _unsplit(node: ir.Node) -> bool:
-    """`Split(packed)` in the order query, key, value → packed."""
-    split = producer(node.inputs[0], "Split")
-    if split is None or len(split.outputs) != 3 or list(split.outputs) != list(node.inputs[:3]):
+    """A packed projection that was cut into query, key, value in this order (by Split or by Slices) → passed on whole."""
+    parts = list(node.inputs[:3])
+    if any(part is None or only_consumer(part) is not node for part in parts):
         return False
-    axis = attribute_int(split, "axis", 0)
-    if axis not in (-1, 2) or any(only_consumer(out) is not node for out in split.outputs):
+    makers = [part.producer() for part in parts if part is not None]
+    split = producer(parts[0], "Split")
+    cuts = [last_axis_slice(part) for part in parts]
+    if split is not None and list(split.outputs) == parts and attribute_int(split, "axis", 0) in (-1, 2):
+        packed = split.inputs[0]
+    elif (first := cuts[0]) is not None and rank(first[0]) == 3 and all(cut is not None and cut[0] is first[0] for cut in cuts):
+        bounds = [bound for cut in cuts if cut is not None for bound in cut[1:]]
+        if bounds[0] != 0 or bounds[1] != bounds[2] or bounds[3] != bounds[4] or bounds[5] != fixed_dim(first[0], 2):
+            return False
+        packed = first[0]
+    else:
         return False
-    _set_packed(node, split.inputs[0])
+    _set_packed(node, packed)
     assert isinstance(node.graph, ir.Graph)
-    remove_dead(node.graph, split)
+    remove_dead(node.graph, *dict.fromkeys(maker for maker in makers if maker is not None))
     return True
 
 

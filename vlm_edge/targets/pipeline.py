@@ -20,6 +20,7 @@ from vlm_edge.passes.last_token import LastTokenLogits
 from vlm_edge.passes.layout import CancelLayout
 from vlm_edge.passes.multi_head_attention import LowerToMultiHeadAttention
 from vlm_edge.passes.pack_qkv import PackQKV
+from vlm_edge.passes.recompose_rotary import RecomposeRotary
 from vlm_edge.quantize.blockwise import BlockFormat
 from vlm_edge.quantize.calibrate import activation_histograms
 from vlm_edge.quantize.dynamic import DynamicInt8MatMul
@@ -63,6 +64,7 @@ def lower_decoder(
     steps: list[GraphPass] = [
         Cleanup(),
         GemmToMatMul(),
+        RecomposeRotary(),
         LowerToGroupQueryAttention(),
         Unflatten(),
         CancelLayout(),

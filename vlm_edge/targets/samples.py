@@ -76,7 +76,7 @@ def decoder_feeds(bundle: Bundle, *, sequence: int, past: int, capacity: int, se
     axes = next(len(spec.shape) for spec in entry.inputs if spec.name == "position_ids")
     positions = np.arange(past, past + sequence, dtype=np.int64)[None]
     if axes == 3:
-        positions = np.repeat(positions[None], 3, axis=0)
+        positions = np.stack([positions, positions + 3, positions // 2])  # as inside an image: the axes differ
     common: Feeds = {"inputs_embeds": embeds, "position_ids": positions}
     portable = {**common, "attention_mask": np.ones((1, past + sequence), np.int64)}
     lowered = {
