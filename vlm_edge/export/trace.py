@@ -127,8 +127,11 @@ def _describe_attention(graph: ir.Model, calls: list[AttentionCall], plan: Graph
 def _clean(graph: ir.Model, plan: GraphPlan, model: PreTrainedModel) -> None:
     """Leaves of the exporter's notes only the module's path in the model: the rest names files of this machine.
 
-    The exporter's rotary fusion repeats cosine and sine per layer; equal nodes become one.
+    The exporter's rotary fusion repeats cosine and sine per layer; equal nodes become one. A split into one piece is none.
     """
+    for node in list(graph.graph):
+        if node.op_type == "Split" and len(node.outputs) == 1 and node.inputs[0] is not None:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
     common.CommonSubexpressionEliminationPass()(graph)
     common.RemoveUnusedNodesPass()(graph)
     paths = {id(module): path for path, module in model.named_modules()}

@@ -1,0 +1,118 @@
+"""What many tests share: tiny checkpoints and the bundles exported from them, made once and kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the network
+
+import pytest
+
+from vlm_edge_runtime.errors import BundleError
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "tests"
+TRAINED = ROOT / "tests" / "checkpoints"
+_KEPT_SECONDS = 7 * 24 * 3600
+_SOURCES = ("vlm_edge/export", "vlm_edge/families", "runtimes/vlm_edge_runtime/bundle", "tests/tiny.py")
+_PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Torch takes every core otherwise, and the tests share the machine."""
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def bundle_cache() -> Iterator[Path]:
+    """A folder for what is slow to make, named by everything it is made from: a changed exporter starts afresh."""
+    folder = CACHE / _digest()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    for other in CACHE.iterdir():
+        if other.is_dir() and time.time() - other.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+    yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(bundle_cache: Path) -> Callable[[str], Path]:
+    """`tiny_checkpoint(name)` → the folder of a checkpoint: a name of tests/tiny.py, or one of tests/checkpoints."""
+
+    def make(name: str) -> Path:
+        if (TRAINED / name).is_dir():
+            return TRAINED / name
+        folder = bundle_cache / "checkpoints" / name
+        if not folder.exists():
+            import tiny
+
+            scratch = folder.with_name(f".{name}.{os.getpid()}")
+            tiny.checkpoint(name, scratch)
+            _place(scratch, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def portable_bundle(bundle_cache: Path, tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    """`portable_bundle(name)` → the checkpoint's bundle with its portable graphs. It is shared: copy it before changing it."""
+
+    def make(name: str) -> Path:
+        source = tiny_checkpoint(name)
+        suffix = "" if source.parent != TRAINED else "-" + _hash(source / "model.safetensors", source / "config.json")[:12]
+        folder = bundle_cache / f"{name}{suffix}.vlm"
+        if not folder.exists():
+            from vlm_edge.export import export
+
+            scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+            export(source, scratch, overwrite=True)
+            _place(scratch, folder)
+        return folder
+
+    return make
+
+
+def _place(scratch: Path, folder: Path) -> None:
+    """Renames into place; another run of the tests may have been faster."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        shutil.rmtree(scratch)
+        if not folder.is_dir():
+            raise BundleError(f"{folder} could not be made.") from None
+
+
+def _digest() -> str:
+    files = [file for source in _SOURCES for file in _files(ROOT / source)]
+    digest = hashlib.sha256(_hash(*files).encode())
+    for name in _PACKAGES:
+        try:
+            digest.update(f"{name}={importlib.metadata.version(name)}".encode())
+        except importlib.metadata.PackageNotFoundError:
+            digest.update(f"{name}=none".encode())
+    return digest.hexdigest()[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.suffix in (".py", ".toml")) if path.is_dir() else [path]
+
+
+def _hash(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
