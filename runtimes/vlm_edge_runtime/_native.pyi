@@ -1,9 +1,12 @@
 """The C extension: image arithmetic, sampling, ONNX Runtime sessions and the decode loop. Sources in runtimes/native."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from typing_extensions import Buffer
+import numpy.typing as npt
+
+Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
+"""What exports the buffer protocol (collections.abc.Buffer, which is younger than Python 3.11)."""
 
 class _SamplingParams(Protocol):
     """What is read of `engines.base.SamplingParams`."""
@@ -95,7 +98,6 @@ class Tensor:
     """An output of a graph: exports the buffer protocol over ONNX Runtime's own memory (no copy)."""
 
     def __buffer__(self, flags: int, /) -> memoryview: ...
-
     @property
     def dtype(self) -> str: ...
     @property

@@ -78,35 +78,52 @@ class DecoderState(Protocol):
     def prefill(self, row: int, inputs_embeds: Array, positions: Array) -> None:
         """Appends `inputs_embeds` float32 [S, hidden] at `positions` int64 [S] (or [3, S] for M-RoPE) to one row.
 
-        Leaves the last token's logits as that row's next-token logits.
+        Leaves the last token's logits as that row's next-token logits, drops its pending token and disarms it. On an error
+        the row's length is what it was.
         """
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
-        """A copy of the row's next-token logits, float32 [vocab]."""
+        """A copy of the row's next-token logits, float32 [vocab]: after `prefill` those that follow the prompt, after `decode`
+
+        those that the newest token was chosen from, after `push` those that follow the pushed token (which runs it).
+        """
 
     def start(self, row: int, params: SamplingParams, history: npt.NDArray[np.int64], next_position: int) -> None:
         """Arms a prefilled row for `decode`. `history`: token ids that the repetition penalty looks at (the prompt's);
 
         `next_position`: the position of the first generated token (all three axes of M-RoPE advance together from it).
+        Clears an earlier `cancel`. Raises ValueError for parameters out of range.
         """
 
     def decode(self, max_steps: int) -> list[RowTokens]:
         """Up to `max_steps` tokens for every unfinished row, the interpreter lock released. Stops early when all rows met EOS
 
         or `cancel` was called. The newest token's own KV is computed lazily, by the next `decode` call.
+
+        A row that fills the cache on the way ends the call early for all rows; the next call raises ContextLengthError.
+        Rows that were not started, or have finished, keep what they hold. Raises DeviceError for NaN or infinite logits.
         """
 
     def push(self, row: int, token: int) -> None:
-        """Teacher forcing: replaces the row's pending token by `token` (parity checks, constrained decoding)."""
+        """Teacher forcing: replaces the row's pending token by `token` (parity checks, constrained decoding).
+
+        A finished row goes on.
+        """
 
     def truncate(self, row: int, length: int) -> None:
-        """Forgets a row's entries from `length` on, and its pending token and logits."""
+        """Forgets a row's entries from `length` on, and its pending token and logits. Takes it out of `decode`."""
+
+    def copy_prefix(self, row: int, source: DecoderState, source_row: int, length: int) -> None:
+        """Makes `row` a copy of the first `length` entries of another row: of this state, or of another of its decoder."""
 
     def cancel(self) -> None:
-        """Makes a running `decode` return after the current step. Safe from any thread."""
+        """Makes a running `decode` return after the current step, and later ones return at once until the next `start`.
+
+        Safe from any thread.
+        """
 
     def close(self) -> None:
-        """Frees the cache."""
+        """Frees the cache (after the running call, if there is one); further calls raise DeviceError."""
 
 
 class Decoder(Protocol):
@@ -127,10 +144,15 @@ class Decoder(Protocol):
 
 @dataclass(slots=True, frozen=True)
 class EngineOptions:
-    """What `load()` passes to an engine. `threads` 0 means the number of physical cores."""
+    """What `load()` passes to an engine. `threads` 0 means the number of physical cores.
+
+    `spin`: idle workers wait actively for a short while (faster, warmer). `prefill_chunk`: prompts run in pieces of so many
+    tokens (bounds the memory that a long prompt takes); 0 runs each prompt whole.
+    """
 
     threads: int = 0
     spin: bool = True
+    prefill_chunk: int = 0
 
 
 class Engine(Protocol):
