@@ -1,0 +1,48 @@
+"""How large a KV cache is made, before anything is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+
+from vlm_edge_runtime.bundle.manifest import KVLayout
+
+BUCKET = 256
+"""Capacities below the full context are multiples of this, so that caches of similar prompts are interchangeable."""
+
+# Of the memory that is free when the session is loaded, this share may be promised to one call's cache.
+_SHARE = 0.5
+
+
+@dataclass(slots=True, frozen=True)
+class KVPlan:
+    """The memory plan of the KV caches.
+
+    A call's cache is allocated once, for the whole `context_length`: its pages are taken only when they are written, so a
+    short prompt costs little, and a conversation never has to move. Only where `batch × context_length` entries would pass
+    `budget` bytes is it made for what the call needs (prompt and answer), rounded up to BUCKET; a later, longer turn then
+    gets a new cache, into which the kept prefix is copied.
+    """
+
+    context_length: int
+    entry_bytes: int
+    budget: int
+
+    @classmethod
+    def make(cls, layout: KVLayout, context_length: int, budget: int | None = None) -> KVPlan:
+        """The plan for a decoder's layout; without `budget`, half of the memory that is available now."""
+        entry = 2 * layout.layers * layout.kv_heads * layout.head_dim * np.dtype(layout.dtype).itemsize
+        free = int(psutil.virtual_memory().available * _SHARE) if budget is None else budget
+        return cls(context_length=context_length, entry_bytes=entry, budget=free)
+
+    def bytes(self, batch: int, capacity: int) -> int:
+        """Bytes of a cache when it is full."""
+        return batch * capacity * self.entry_bytes
+
+    def capacity(self, batch: int, needed: int) -> int:
+        """Entries per row for `batch` rows of which the longest needs `needed`."""
+        if self.bytes(batch, self.context_length) <= self.budget:
+            return self.context_length
+        return min(self.context_length, -(-needed // BUCKET) * BUCKET)
