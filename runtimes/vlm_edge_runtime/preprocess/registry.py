@@ -1,0 +1,48 @@
+"""Which class stands for which `image_processor_type`. A new processor is one file and one line here."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from vlm_edge_runtime.errors import UnsupportedModelError
+
+from .base import ImageProcessor
+from .clip import ClipImageProcessor, LlavaImageProcessor
+from .idefics3 import Idefics3ImageProcessor
+from .options import Config
+from .qwen2_vl import Qwen2VLImageProcessor
+from .siglip import SiglipImageProcessor
+
+PROCESSORS: dict[str, type[ImageProcessor]] = {
+    "CLIPImageProcessor": ClipImageProcessor,
+    "LlavaImageProcessor": LlavaImageProcessor,
+    "SiglipImageProcessor": SiglipImageProcessor,
+    "Idefics3ImageProcessor": Idefics3ImageProcessor,
+    "SmolVLMImageProcessor": Idefics3ImageProcessor,
+    "Qwen2VLImageProcessor": Qwen2VLImageProcessor,
+}
+
+
+def load_image_processor(preprocessor_config: Config, processor_config: Config | None = None) -> ImageProcessor:
+    """The image processor that the saved JSON describes.
+
+    `preprocessor_config`: the content of `preprocessor_config.json` (may be empty where the other file holds it).
+    `processor_config`: the content of `processor_config.json`; its `image_processor` entry, when there is one, goes first,
+    as in transformers, and its `patch_size`, `image_seq_len` … tell how many tokens an image becomes.
+
+    Raises UnsupportedModelError for an unknown processor type, an unknown option, or a value that cannot be honoured.
+    """
+    nested = (processor_config or {}).get("image_processor")
+    config: Config = nested if isinstance(nested, dict) else preprocessor_config
+    name = config.get("image_processor_type")
+    if name is None and isinstance(older := config.get("feature_extractor_type"), str):
+        name = older.replace("FeatureExtractor", "ImageProcessor")
+    if not isinstance(name, str):
+        raise UnsupportedModelError("preprocessor_config.json names no image_processor_type; add one of " + ", ".join(PROCESSORS))
+    # `Fast` and `Pil` are transformers' names for other implementations of the same processor.
+    base = name.removesuffix("Fast").removesuffix("Pil")
+    if base not in PROCESSORS:
+        near = get_close_matches(base, PROCESSORS, n=1)
+        hint = f" (the nearest is {near[0]})" if near else ""
+        raise UnsupportedModelError(f"image processor {name!r} is not known{hint}; known are {', '.join(PROCESSORS)}")
+    return PROCESSORS[base](name=base, config=config, processor_config=processor_config)
