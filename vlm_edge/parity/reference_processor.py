@@ -1,0 +1,69 @@
+"""transformers' processor of a checkpoint, also where its joint class wants packages for video that a comparison of pictures
+
+does not need (torchvision for Qwen2-VL's, num2words for SmolVLM's).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import AutoImageProcessor, AutoProcessor
+
+from vlm_edge.export.checkpoint import Checkpoint
+from vlm_edge_runtime.errors import ParityError
+
+
+def load_processor(source: str, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The checkpoint's processor. Raises ParityError when it can be had neither whole nor from its parts."""
+    try:
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        kind = str(checkpoint.config.model_type)
+        if kind not in _WITHOUT_VIDEO:
+            raise ParityError(f"The processor of {source} cannot be loaded: {error}") from error
+    images = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return _WITHOUT_VIDEO[kind](images, checkpoint)
+
+
+class _Grid:
+    """Qwen2VLProcessor for pictures alone: each image token becomes t · h · w / merge² of them (its `__call__`, 5.23)."""
+
+    def __init__(self, images: Any, checkpoint: Checkpoint) -> None:
+        self.image_processor, self._checkpoint = images, checkpoint
+        self.tokenizer = checkpoint.tokenizer
+        self._image_id = int(checkpoint.config.image_token_id)
+
+    def apply_chat_template(self, messages: Any, add_generation_prompt: bool) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages, chat_template=self._checkpoint.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return text
+
+    def __call__(self, images: Any, text: list[str], return_tensors: str) -> dict[str, Any]:
+        found = dict(self.image_processor(images=images, return_tensors=return_tensors)) if images else {}
+        token = self.tokenizer.convert_ids_to_tokens(self._image_id)
+        merge = int(self.image_processor.merge_size) ** 2
+        parts = text[0].split(token)
+        counts = [int(grid.prod()) // merge for grid in found.get("image_grid_thw", [])]
+        if len(parts) != len(counts) + 1:
+            raise ParityError(f"The chat template wrote {len(parts) - 1} image tokens for {len(counts)} pictures.")
+        filled = parts[0] + "".join(token * n + part for n, part in zip(counts, parts[1:], strict=True))
+        found.update(self.tokenizer([filled], return_tensors=return_tensors))
+        found.pop("token_type_ids", None)
+        found["mm_token_type_ids"] = (found["input_ids"] == self._image_id).int()
+        return found
+
+
+def _tiles(images: Any, checkpoint: Checkpoint) -> Any:
+    """SmolVLM's processor treats pictures as Idefics3's does."""
+    known = checkpoint.processor or {}
+    return transformers.Idefics3Processor(
+        image_processor=images,
+        tokenizer=checkpoint.tokenizer,
+        image_seq_len=int(known.get("image_seq_len", 169)),
+        chat_template=checkpoint.chat_template,
+    )
+
+
+_WITHOUT_VIDEO: dict[str, Any] = {"qwen2_vl": _Grid, "smolvlm": _tiles}
