@@ -87,8 +87,9 @@ def test_7_bit_weights_cannot_saturate():
     assert largest_difference(run(model, {"x": np.ones((1, 3, 64), np.float32)})["y"], np.full((1, 3, 8), 64, np.float32)) <= 1e-3
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "qdq"])
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
-def test_static(method, tmp_path):
+def test_static(method, fused, tmp_path):
     model = layers()
     names = calibrated_inputs(model)
     assert names[0] == "x" and len(names) == 2
@@ -96,13 +97,27 @@ def test_static(method, tmp_path):
     assert [value.name for value in model.graph.outputs] == ["y"], "the graph is as it was"
     thresholds = {name: one.threshold(method) for name, one in histograms.items()}
     assert thresholds["x"] <= np.abs(X).max() * (1 + 1e-6)
-    assert StaticInt8MatMul(thresholds).apply(model).counts["int8 static"] == 2
+    assert StaticInt8MatMul(thresholds, fused=fused).apply(model).counts["int8 static"] == 2
     Cleanup().apply(model)
     assert loaded_ops(model, tmp_path).count("MatMulIntegerToFloat") == 2
     wanted, found = run(layers(), {"x": X})["y"], run(model, {"x": X})["y"]
     cosine = float((found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted))
     assert cosine > 0.999, "two layers of 7-bit weights: rounding noise of about 1 % each"
     assert not StaticInt8MatMul(thresholds).apply(model)
+
+
+def test_static_products_that_share_their_input_are_all_fused():
+    sketch = Sketch()
+    x = sketch.input("x", ["b", "s", 64])
+    parts = [sketch.node("MatMul", [x, sketch.weight(name, FIRST * k)], shape=["b", "s", 48]) for k, name in enumerate("qkv", 1)]
+    sketch.output("y", sketch.node("Sum", parts, shape=["b", "s", 48]))
+    model = sketch.model()
+    wanted = run(model, {"x": X})["y"]
+    StaticInt8MatMul({"x": 4.0}, fused=True).apply(model)
+    assert ops(model) == ["QuantizeLinear", *["MatMulIntegerToFloat"] * 3, "Sum"]
+    found = run(model, {"x": X})["y"]
+    bound = 6 * rounding_bound(np.clip(X, -4, 4), FIRST, 7, 4 / 127) + 6 * np.maximum(np.abs(X) - 4, 0) @ np.abs(FIRST)
+    assert (np.abs(found - wanted) <= bound).all(), "weights of 1, 2 and 3 times the same matrix"
 
 
 def test_static_is_independent_of_the_batch():

@@ -135,4 +135,5 @@ def _integer(model: ir.Model, options: Options, calibration: Inputs | None) -> G
     if calibration is None:
         return DynamicInt8MatMul(**kept)
     found = activation_histograms(model, calibrated_inputs(model), calibration())
-    return StaticInt8MatMul({name: one.threshold(options.calibration) for name, one in found.items()}, **kept)
+    thresholds = {name: one.threshold(options.calibration) for name, one in found.items()}
+    return StaticInt8MatMul(thresholds, fused=True, **kept)
