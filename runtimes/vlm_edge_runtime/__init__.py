@@ -1,0 +1,104 @@
+"""vlm-edge's runtime: vision-language models on a device, without PyTorch.
+
+    from vlm_edge_runtime import load
+
+    vlm = load("smolvlm.vlm")
+    for piece in vlm.stream("What is on the table?", images=["table.jpg"]):
+        print(piece, end="")
+
+Importing this package is cheap: ONNX Runtime and everything else is loaded with the first bundle.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    BundleError,
+    CapabilityError,
+    ContextLengthError,
+    DeviceError,
+    GenerationCancelled,
+    ImageError,
+    OptionError,
+    PromptError,
+    TargetError,
+    UnsupportedModelError,
+    VlmEdgeError,
+)
+
+if TYPE_CHECKING:
+    from .bundle.manifest import Manifest
+    from .decode.cancel import CancelToken
+    from .decode.result import FinishReason, Generation
+    from .decode.stats import Counters, Stats
+    from .sessions.base import Session
+    from .sessions.conversation import Conversation
+    from .sessions.dual_encoder import DualEncoder, EmbeddingStats, LabelScore, Similarity
+    from .sessions.load import load
+    from .sessions.stream import TextStream
+    from .sessions.vision_language_model import VisionLanguageModel
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CancelToken": ".decode.cancel",
+    "Conversation": ".sessions.conversation",
+    "Counters": ".decode.stats",
+    "DualEncoder": ".sessions.dual_encoder",
+    "EmbeddingStats": ".sessions.dual_encoder",
+    "FinishReason": ".decode.result",
+    "Generation": ".decode.result",
+    "LabelScore": ".sessions.dual_encoder",
+    "Manifest": ".bundle.manifest",
+    "Session": ".sessions.base",
+    "Similarity": ".sessions.dual_encoder",
+    "Stats": ".decode.stats",
+    "TextStream": ".sessions.stream",
+    "VisionLanguageModel": ".sessions.vision_language_model",
+    "load": ".sessions.load",
+}
+
+__all__ = [
+    "BundleError",
+    "CancelToken",
+    "CapabilityError",
+    "ContextLengthError",
+    "Conversation",
+    "Counters",
+    "DeviceError",
+    "DualEncoder",
+    "EmbeddingStats",
+    "FinishReason",
+    "Generation",
+    "GenerationCancelled",
+    "ImageError",
+    "LabelScore",
+    "Manifest",
+    "OptionError",
+    "PromptError",
+    "Session",
+    "Similarity",
+    "Stats",
+    "TargetError",
+    "TextStream",
+    "UnsupportedModelError",
+    "VisionLanguageModel",
+    "VlmEdgeError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(module, __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

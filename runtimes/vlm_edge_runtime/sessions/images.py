@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,7 +55,7 @@ class ImageStore:
     """Decodes, preprocesses and encodes images, and remembers the features of those seen before.
 
     `variant` tells apart features that differ for the same pixels (the build). Features are kept within `budget` bytes,
-    the least recently used ones go first. Used by one thread at a time.
+    the least recently used ones go first. Safe to use from several threads; one of them encodes at a time.
     """
 
     def __init__(self, processor: ImageProcessor, encode: Encode, *, variant: str, budget: int) -> None:
@@ -63,6 +64,7 @@ class ImageStore:
         self._prefix = f"{processor.fingerprint}/{variant}/"
         self._features: ByteLRU[str, Floats] = ByteLRU(budget)
         self._layouts: ByteLRU[str, EncodedImage] = ByteLRU(_KEPT_LAYOUTS)
+        self._encoding = threading.Lock()
 
     def picture(self, source: ImageLike | Picture) -> Picture:
         """Opens and measures one image. Raises ImageError when it is none."""
@@ -80,6 +82,20 @@ class ImageStore:
 
     def features(self, pictures: Sequence[Picture], between: Callable[[], None] = lambda: None) -> Encoded:
         """Features of every picture, each content encoded at most once. `between` is called between graph runs."""
+        with self._encoding:
+            return self._look_up_or_encode(pictures, between)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the kept features."""
+        return self._features.bytes
+
+    def clear(self) -> None:
+        """Forgets all features and layouts."""
+        self._features.clear()
+        self._layouts.clear()
+
+    def _look_up_or_encode(self, pictures: Sequence[Picture], between: Callable[[], None]) -> Encoded:
         found: dict[str, Floats] = {}
         missing: dict[str, Picture] = {}
         for picture in pictures:
@@ -99,13 +115,3 @@ class ImageStore:
         for picture in pictures:
             picture.arrays = None
         return Encoded(found, len(missing))
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the kept features."""
-        return self._features.bytes
-
-    def clear(self) -> None:
-        """Forgets all features and layouts."""
-        self._features.clear()
-        self._layouts.clear()

@@ -1,0 +1,92 @@
+"""`load()`: from a bundle's folder to a session that answers."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm_edge_runtime.bundle.manifest import Manifest
+from vlm_edge_runtime.bundle.reader import PORTABLE, open_bundle, read_manifest
+from vlm_edge_runtime.engines.base import EngineOptions
+from vlm_edge_runtime.errors import BundleError, DeviceError, OptionError, TargetError
+
+from .registry import SESSIONS
+
+if TYPE_CHECKING:
+    from .dual_encoder import DualEncoder
+    from .vision_language_model import VisionLanguageModel
+
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("ort-cpu",)}
+"""Which builds' backends a device runs. "auto" is the first device here that the bundle has a build for."""
+
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    build: str | None = None,
+    threads: int = 0,
+    context_length: int | None = None,
+    image_cache_bytes: int = 256 << 20,
+    prefix_cache: bool = True,
+    prefix_cache_bytes: int = 512 << 20,
+    verify: bool = True,
+) -> VisionLanguageModel | DualEncoder:
+    """Loads a bundle. The class of the session follows from the bundle's family.
+
+    - `device`: "cpu" or "auto" (what the bundle has a build for). Never silently another.
+    - `build`: a build's name, or "portable" for the reference graphs; by default the first build for the device.
+    - `threads`: CPU threads, 0 for the number of physical cores.
+    - `context_length`: most tokens of prompt and answer together; by default what the model has.
+    - `image_cache_bytes`: budget for the features of images seen before; 0 keeps none.
+    - `prefix_cache`, `prefix_cache_bytes`: whether KV caches of earlier calls are kept for prompts that begin like theirs, and
+      how many bytes of them. The newest one is kept whatever its size.
+    - `verify`: whether every file is checked against its hash first.
+
+    Raises BundleError (damaged or incomplete), TargetError (no such build, or none at all), DeviceError, OptionError.
+    """
+    budgets = {"threads": threads, "image_cache_bytes": image_cache_bytes, "prefix_cache_bytes": prefix_cache_bytes}
+    for name, value in budgets.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise OptionError(f"{name}={value!r} must be an integer, 0 or more.")
+    manifest = read_manifest(path)
+    if manifest.family not in SESSIONS:
+        raise BundleError(f"{path} is of family '{manifest.family}'; this version runs: {', '.join(SESSIONS)}.")
+    bundle = open_bundle(path, build=build or choose_build(path, manifest, device), verify=verify)
+
+    # Here and not above: they load ONNX Runtime, which a caller that only wants the errors' names need not have.
+    from vlm_edge_runtime.engines import open_engine
+
+    module, name = SESSIONS[manifest.family]
+    session_class = getattr(importlib.import_module(module), name)
+    engine = open_engine(bundle, device, EngineOptions(threads=threads))
+    given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes}
+    if hasattr(session_class, "generate"):
+        given |= {"context_length": context_length, "prefix_cache": prefix_cache, "prefix_cache_bytes": prefix_cache_bytes}
+    elif context_length is not None:
+        engine.close()
+        raise OptionError(f"context_length={context_length}: {path} generates no text, so it has no KV cache to size.")
+    try:
+        session: VisionLanguageModel | DualEncoder = session_class(bundle, engine, **given)
+    except BaseException:
+        engine.close()
+        raise
+    return session
+
+
+def choose_build(path: str | Path, manifest: Manifest, device: str) -> str:
+    """The name of the first build for a device. Raises TargetError or DeviceError saying how to get one."""
+    if device != "auto" and device not in BACKENDS:
+        raise DeviceError(f"device '{device}' is not one this version runs on: {', '.join(('auto', *BACKENDS))}.")
+    devices = tuple(BACKENDS) if device == "auto" else (device,)
+    for each in devices:
+        for name, build in manifest.builds.items():
+            if build.backend in BACKENDS[each]:
+                return name
+    how = f"run `vlm-edge build {path} --target cpu-int4`, or pass build='{PORTABLE}' (slow: it is the reference)"
+    if not manifest.builds:
+        raise TargetError(f"{path}: this bundle has only portable graphs: {how}.")
+    has = ", ".join(f"{name} ({build.backend})" for name, build in manifest.builds.items())
+    raise TargetError(f"{path} has no build for device '{device}', only {has}: {how}.")

@@ -1,0 +1,299 @@
+"""One call of `generate` or `stream`: prefill what is not kept already, then decode until every row has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vlm_edge_runtime.bundle.manifest import ProjectorContract
+from vlm_edge_runtime.decode.cancel import CancelLike, CancelToken
+from vlm_edge_runtime.decode.options import GenerationOptions
+from vlm_edge_runtime.decode.result import FinishReason, Generation
+from vlm_edge_runtime.decode.row_text import RowText
+from vlm_edge_runtime.decode.stats import Stats
+from vlm_edge_runtime.engines.base import Decoder, RowTokens, SamplingParams
+
+from .images import Floats, ImageStore, Picture
+from .kv_plan import KVPlan
+from .prefix_cache import PrefixCache, Slots, reusable
+from .prompts import PromptBuilder, PromptRow
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per decoder run: a cancelled call stops after the current one."""
+
+_CHUNK_SECONDS = 0.05
+_MAX_CHUNK = 64
+
+
+@dataclass(slots=True, frozen=True)
+class Parts:
+    """What the runs of one session share."""
+
+    contract: ProjectorContract
+    decoder: Decoder
+    prompts: PromptBuilder
+    images: ImageStore
+    kept: PrefixCache
+    plan: KVPlan
+
+
+@dataclass(slots=True)
+class _Row:
+    prompt: PromptRow
+    params: SamplingParams
+    limit: int
+    text: RowText
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    finish: FinishReason | None = None
+    prefilled: bool = False
+
+
+class _Cancelled(Exception):
+    """Leaves the prefill when the run was cancelled."""
+
+
+class Run:
+    """A call in progress. Holds nothing before `begin` and nothing after `close`.
+
+    `begin`, then `advance` until `done`, then `close` (always). Any thread may set `cancel`.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        prompts: Sequence[PromptRow],
+        options: GenerationOptions,
+        *,
+        began: float,
+        cancel: CancelLike | None = None,
+    ) -> None:
+        self._parts = parts
+        self._began = began
+        self._outside = cancel
+        self.cancel = CancelToken()
+        self._attached: int | None = None
+        self._slots: Slots | None = None
+        self._step_s = 0.0
+        self.closed = False
+        context = parts.plan.context_length
+        self._rows = [
+            _Row(
+                prompt,
+                options.for_row(number),
+                options.new_tokens(len(prompt), context),
+                RowText(parts.prompts.tokenizer.decode, options.stop),
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        # Tokens beyond a stop string would be computed in vain; an Event can only be looked at between steps.
+        watched = cancel is not None and not isinstance(cancel, CancelToken)
+        self._single_steps = bool(options.stop) or watched
+        self.stats = Stats(
+            rows=len(prompts),
+            prompt_tokens=sum(map(len, prompts)),
+            image_tokens=sum(prompt.image_tokens for prompt in prompts),
+            preprocess_s=time.perf_counter() - began,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has ended."""
+        return all(row.finish is not None for row in self._rows)
+
+    def begin(self) -> None:
+        """Takes a KV cache, encodes the images that are needed, and prefills every row."""
+        if isinstance(self._outside, CancelToken):
+            self._attached = self._outside.attach(self.cancel.cancel)
+        try:
+            self._check_cancelled()
+            parts, prompts = self._parts, [row.prompt for row in self._rows]
+            needed = max(len(row.prompt) + row.limit for row in self._rows)
+            capacity = parts.plan.capacity(len(prompts), needed)
+            self._slots = parts.kept.acquire([prompt.content_ids for prompt in prompts], capacity)
+            self.cancel.attach(self._slots.state.cancel)
+            self._prefill(self._slots, prompts)
+        except _Cancelled:
+            self._end_all("cancelled")
+        except Exception:
+            self._break()
+            raise
+
+    def advance(self, max_steps: int = _MAX_CHUNK) -> list[str]:
+        """Up to `max_steps` more tokens for each row; the text that became certain, per row.
+
+        Fewer when steps are slow, so that Ctrl-C and cancellation are noticed in time.
+        """
+        pieces = ["" for _ in self._rows]
+        if self._slots is None or self._is_cancelled():
+            return self._end_all("cancelled")
+        open_rows = [row for row in self._rows if row.finish is None]
+        steps = max(1, min([max_steps, self._quick_steps(), *(row.limit - len(row.tokens) for row in open_rows)]))
+        started = time.perf_counter()
+        try:
+            produced = self._slots.state.decode(steps)
+            now = time.perf_counter()
+            self._clock(started, now, max(len(new.tokens) for new in produced))
+            for number, (row, new) in enumerate(zip(self._rows, produced, strict=True)):
+                if row.finish is None:
+                    pieces[number] = self._take(number, row, new)
+        except Exception:
+            self._break()
+            raise
+        if self._is_cancelled() and not self.done:
+            pieces = [piece + last for piece, last in zip(pieces, self._end_all("cancelled"), strict=True)]
+        return pieces
+
+    def close(self) -> None:
+        """Gives the KV cache back, with what it now stands for. Safe at any moment, more than once."""
+        self.closed = True
+        if self._attached is not None and isinstance(self._outside, CancelToken):
+            self._outside.detach(self._attached)
+            self._attached = None
+        slots, self._slots = self._slots, None
+        if slots is None:
+            return
+        for number, row in enumerate(self._rows):
+            if row.prefilled:
+                kept = row.tokens[: row.text.tokens_within()] if row.text.stopped else row.tokens
+                slots.contents[number] = np.concatenate([row.prompt.content_ids, np.asarray(kept, dtype=np.int64)])
+        self._parts.kept.release(slots)
+
+    def results(self) -> list[Generation]:
+        """The rows' answers so far; a row that has not ended counts as cancelled."""
+        return [self._result(row) for row in self._rows]
+
+    def _result(self, row: _Row) -> Generation:
+        wanted = row.params.logprobs
+        return Generation(
+            text=row.text.text,
+            tokens=list(row.tokens),
+            finish_reason=row.finish or "cancelled",
+            prompt_tokens=len(row.prompt),
+            seed=row.params.seed,
+            logprobs=list(row.logprobs) if wanted >= 0 else None,
+            top_logprobs=[list(top) for top in row.top_logprobs] if wanted > 0 else None,
+        )
+
+    # --- prefill ---
+
+    def _prefill(self, slots: Slots, prompts: Sequence[PromptRow]) -> None:
+        shared = [_shared_row(number, prompts, len(slots.contents[number])) for number in range(len(prompts))]
+        starts = [max(length, len(slots.contents[number])) for number, (_, length) in enumerate(shared)]
+        wanted = [picture for prompt, start in zip(prompts, starts, strict=True) for picture in prompt.pictures_from(start)]
+        features = self._encode(wanted, sum(len(prompt.pictures) for prompt in prompts))
+        began = time.perf_counter()
+        for number, (row, prompt, start) in enumerate(zip(self._rows, prompts, starts, strict=True)):
+            source, length = shared[number]
+            if source is not None:
+                slots.state.copy_prefix(number, slots.state, source, length)
+                slots.contents[number] = prompt.content_ids[:length]
+            self._prefill_row(slots, number, prompt, start, features)
+            row.prefilled = True
+            slots.state.start(number, row.params, prompt.input_ids, prompt.next_position)
+        slots.touch()
+        stats = self.stats
+        stats.prefill_s = time.perf_counter() - began
+        stats.reused_tokens = sum(starts)
+        stats.prefill_tokens = stats.prompt_tokens - stats.reused_tokens
+        stats.prefix_cache_hits = sum(start > 0 for start in starts)
+
+    def _encode(self, wanted: Sequence[Picture], images: int) -> dict[str, Floats]:
+        if not wanted:
+            self.stats.image_cache_hits = images
+            return {}
+        began = time.perf_counter()
+        encoded = self._parts.images.features(wanted, self._check_cancelled)
+        self.stats.vision_s = time.perf_counter() - began
+        self.stats.image_cache_misses = encoded.encoded
+        self.stats.image_cache_hits = images - encoded.encoded
+        return encoded.features
+
+    def _prefill_row(self, slots: Slots, number: int, prompt: PromptRow, start: int, features: dict[str, Floats]) -> None:
+        while start < len(prompt):
+            self._check_cancelled()
+            end = min(start + PREFILL_CHUNK, len(prompt))
+            embeds = self._parts.prompts.embed(self._parts.decoder, prompt, start, end, features)
+            slots.state.prefill(number, embeds, prompt.positions[..., start:end])
+            slots.contents[number] = prompt.content_ids[:end]
+            start = end
+
+    # --- decode ---
+
+    def _take(self, number: int, row: _Row, new: RowTokens) -> str:
+        """Adds a row's new tokens and returns the text they make certain."""
+        pieces: list[str] = []
+        row.logprobs += new.logprobs
+        row.top_logprobs += new.top_logprobs
+        for token in new.tokens:
+            row.tokens.append(token)
+            self.stats.new_tokens += 1
+            if token in row.params.eos_token_ids:
+                continue
+            pieces.append(row.text.push(token))
+            if row.text.stopped:
+                break
+        if row.text.stopped:
+            self._end(row, "stop_string")
+            assert self._slots is not None
+            # Takes the row out of decode; the entries of the stop string are forgotten.
+            held = len(row.prompt) + row.text.tokens_within()
+            self._slots.touch()
+            self._slots.state.truncate(number, min(held, self._slots.state.lengths[number]))
+        elif new.finished:
+            pieces.append(self._end(row, "stop"))
+        elif len(row.tokens) >= row.limit:
+            pieces.append(self._end(row, "length"))
+        return "".join(pieces)
+
+    def _end(self, row: _Row, reason: FinishReason) -> str:
+        last = row.text.finish()
+        row.finish = "stop_string" if row.text.stopped else reason
+        return last
+
+    def _end_all(self, reason: FinishReason) -> list[str]:
+        return [self._end(row, reason) if row.finish is None else "" for row in self._rows]
+
+    def _clock(self, started: float, now: float, steps: int) -> None:
+        stats = self.stats
+        if stats.steps == 0 and steps:
+            stats.ttft_s = now - self._began
+            # Sampling the first token is part of the first one's time; what follows in the same call is decode.
+            if steps > 1:
+                stats.decode_s += (now - started) * (steps - 1) / steps
+        else:
+            stats.decode_s += now - started
+        if steps:
+            self._step_s = (now - started) / steps if stats.steps else 0.0
+        stats.steps += steps
+
+    def _quick_steps(self) -> int:
+        """How many steps fit into a time that nobody notices; one until a whole step was timed."""
+        if self._single_steps or self._step_s <= 0:
+            return 1
+        return max(1, min(_MAX_CHUNK, int(_CHUNK_SECONDS / self._step_s)))
+
+    def _is_cancelled(self) -> bool:
+        return self.cancel.is_set() or (self._outside is not None and self._outside.is_set())
+
+    def _check_cancelled(self) -> None:
+        if self._is_cancelled():
+            raise _Cancelled
+
+    def _break(self) -> None:
+        if self._slots is not None:
+            self._slots.broken = True
+
+
+def _shared_row(number: int, prompts: Sequence[PromptRow], held: int) -> tuple[int | None, int]:
+    """The earlier row of the batch whose prompt begins most like this one, where that beats the `held` entries."""
+    best: tuple[int | None, int] = (None, held)
+    for earlier in range(number):
+        length = reusable(prompts[earlier].content_ids, prompts[number].content_ids)
+        if length > best[1]:
+            best = (earlier, length)
+    return best if best[0] is not None else (None, 0)

@@ -1,0 +1,330 @@
+"""The session of families that write text about images."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_edge_runtime.bundle.manifest import ProjectorContract
+from vlm_edge_runtime.bundle.reader import Bundle
+from vlm_edge_runtime.decode.cancel import CancelLike
+from vlm_edge_runtime.decode.options import GenerationDefaults, SamplingKeywords
+from vlm_edge_runtime.decode.result import Generation
+from vlm_edge_runtime.decode.stats import Counters, Stats
+from vlm_edge_runtime.engines.base import Decoder, Engine
+from vlm_edge_runtime.errors import BundleError, ContextLengthError, GenerationCancelled, OptionError
+from vlm_edge_runtime.preprocess import ImageLike, load_image_processor
+
+from .base import Session, missing_method
+from .conversation import Conversation
+from .images import ImageStore, Picture
+from .kv_plan import KVPlan
+from .prefix_cache import PrefixCache
+from .prompts import Message, PromptBuilder, PromptRow, as_images, as_rows
+from .run import Parts, Run
+from .stream import TextStream
+from .vision import VisionGraphs, projector_encoder
+
+Prompt = str | Sequence[Message]
+Images = ImageLike | Picture | Sequence[ImageLike | Picture]
+
+
+class VisionLanguageModel(Session):
+    """Answers prompts about images. Made by `load()`.
+
+    Threads: calls of `generate` take turns, a second one waits until the first is done; an open `stream` takes a turn for
+    each piece only, so it may stay open while others run. `cancel()` is safe from anywhere.
+
+    Memory: each call's KV cache is allocated once (see `KVPlan`); caches of earlier calls are kept within
+    `prefix_cache_bytes`, encoded images within `image_cache_bytes`.
+    """
+
+    family = "projector"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        context_length: int | None = None,
+        image_cache_bytes: int = 256 << 20,
+        prefix_cache: bool = True,
+        prefix_cache_bytes: int = 512 << 20,
+    ) -> None:
+        super().__init__(bundle, engine)
+        contract = bundle.manifest.contract
+        if not isinstance(contract, ProjectorContract) or bundle.kv is None:
+            raise BundleError(f"{bundle.path} is of family {bundle.manifest.family}: it does not generate text.")
+        self._contract = contract
+        limit = context_length if context_length is not None else contract.context_length
+        if not 2 <= limit <= contract.context_length:
+            raise OptionError(f"context_length={limit} is out of range: this model's is 2 … {contract.context_length}.")
+        config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
+        self._defaults = GenerationDefaults(config, contract.eos_token_ids, contract.vocab_size)
+        processor_config = bundle.read_json("processor_config.json") if bundle.has_file("processor_config.json") else None
+        preprocessor = bundle.read_json("preprocessor_config.json") if bundle.has_file("preprocessor_config.json") else {}
+        graphs = VisionGraphs(engine, bundle.graphs, ("vision_encoder", "projector"))
+        self._images = ImageStore(
+            load_image_processor(preprocessor, processor_config),
+            projector_encoder(graphs, contract),
+            variant=bundle.build_name,
+            budget=image_cache_bytes,
+        )
+        self._prompts = PromptBuilder(bundle, contract, self._images)
+        self._plan = KVPlan.make(bundle.kv, limit)
+        self._kept = PrefixCache(
+            lambda batch, capacity: self._decoder().allocate(batch, capacity),
+            self._plan.entry_bytes,
+            prefix_cache_bytes,
+            enabled=prefix_cache,
+        )
+        self._turn = threading.Lock()
+        self._active: dict[int, Run] = {}
+        self._cancels = 0
+        self._stats = Stats()
+        self.counters = Counters()
+        """Sums over all calls."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing_method(self, name)
+
+    # --- generation ---
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Images | None = None,
+        *,
+        raw: bool = False,
+        cancel: CancelLike | None = None,
+        **options: Unpack[SamplingKeywords],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Message],
+        images: Images | None = None,
+        *,
+        raw: bool = False,
+        cancel: CancelLike | None = None,
+        **options: Unpack[SamplingKeywords],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[Prompt],
+        images: Sequence[Images | None] | None = None,
+        *,
+        raw: bool = False,
+        cancel: CancelLike | None = None,
+        **options: Unpack[SamplingKeywords],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        images: Images | Sequence[Images | None] | None = None,
+        *,
+        raw: bool = False,
+        cancel: CancelLike | None = None,
+        **options: Unpack[SamplingKeywords],
+    ) -> Generation | list[Generation]:
+        """The answer to a prompt, or the answers to a list of prompts, which run as one batch.
+
+        `prompt`: a text, or chat messages (dicts of role and content, as for a Hugging Face chat template; an image part may
+        carry its image under "image"). A plain text becomes a user's message, its images before it, unless `raw` is set, it
+        already holds image placeholders, or the bundle has no chat template: then it is used as it is.
+        `images`: one image or a list for one prompt; for a list of prompts one entry for each (an image, a list, or None).
+        `cancel`: a `CancelToken` or `threading.Event` that ends this call. Options: see `SamplingKeywords`.
+
+        Raises GenerationCancelled (with the partial text), ContextLengthError, PromptError (images and placeholders do not
+        match, the template refuses), OptionError, ImageError, DeviceError.
+        """
+        began = time.perf_counter()
+        cancels = self._cancels
+        self._check_open()
+        rows, single = as_rows(prompt, images)
+        run = self._run(rows, raw, cancel, began, options)
+        self._active[id(run)] = run
+        if cancels != self._cancels:  # cancelled while the images were being opened
+            run.cancel.cancel()
+        with self._turn:
+            try:
+                self._begin(run)
+                while not run.done:
+                    run.advance()
+            finally:
+                run.close()
+                self._end(run)
+        results = run.results()
+        if any(result.finish_reason == "cancelled" for result in results):
+            text = "\n".join(result.text for result in results)
+            count = run.stats.new_tokens
+            raise GenerationCancelled(f"cancelled after {count} token{'s' * (count != 1)}; what there is stands in partial_text.", text)
+        return results[0] if single else results
+
+    def stream(
+        self,
+        prompt: Prompt,
+        images: Images | None = None,
+        *,
+        raw: bool = False,
+        cancel: CancelLike | None = None,
+        **options: Unpack[SamplingKeywords],
+    ) -> TextStream:
+        """The answer to one prompt as an iterator of text pieces; arguments and errors as `generate`.
+
+        Bad input is refused at once; the work begins with the first piece. Pieces never hold (a part of) a stop string.
+        """
+        return self._stream(prompt, images, None, raw=raw, cancel=cancel, **options)
+
+    def chat(self, system: str | None = None, **options: Unpack[SamplingKeywords]) -> Conversation:
+        """A conversation with a history. Raises PromptError when the bundle has no chat template."""
+        self._check_open()
+        self._prompts.require_template()
+        return Conversation(self, system, options)
+
+    def cancel(self) -> None:
+        """Ends every running generation of this session after its current step. Safe from any thread.
+
+        Those that wait for their turn end without running; a stream that was not begun is not affected.
+        """
+        self._cancels += 1
+        for run in tuple(self._active.copy().values()):
+            run.cancel.cancel()
+
+    # --- parts ---
+
+    def embed_image(
+        self, images: ImageLike | Sequence[ImageLike]
+    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
+        """What the decoder gets to see of an image: projected features float32 `[image tokens, hidden]`.
+
+        A list for a list of images. Raises ImageError, DeviceError.
+        """
+        self._check_open()
+        pictures = self._pictures(images)
+        features = self._images.features(pictures).features
+        found = [features[picture.key].copy() for picture in pictures]
+        return found if isinstance(images, (list, tuple)) else found[0]
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text by itself, without those the tokenizer adds around it."""
+        return self._prompts.count(text)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that a prompt (image tokens included) and its answer may have together."""
+        return self._plan.context_length
+
+    @property
+    def stats(self) -> Stats:
+        """Figures of the last call that began."""
+        return self._stats
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: `weights` (the build's graph files), `kv_per_token`, `kv_capacity` (one row's cache when full),
+
+        `prefix_cache` and `image_cache` (what is kept now).
+        """
+        return {
+            **super().memory(),
+            "kv_per_token": self._plan.entry_bytes,
+            "kv_capacity": self._plan.bytes(1, self._plan.context_length),
+            "prefix_cache": self._kept.bytes,
+            "image_cache": self._images.bytes,
+        }
+
+    def clear_caches(self) -> None:
+        """Forgets encoded images and kept prefixes: the next call does all its work."""
+        with self._turn:
+            self._kept.clear()
+            self._images.clear()
+
+    def close(self) -> None:
+        """Cancels what runs, then frees caches and graphs. Closing twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
+        self.cancel()
+        with self._turn:
+            self._kept.close()
+            super().close()
+
+    # --- shared with Conversation and TextStream ---
+
+    def _stream(
+        self,
+        prompt: Prompt,
+        images: Any,
+        ended: Callable[[Run], None] | None,
+        *,
+        raw: bool = False,
+        cancel: CancelLike | None = None,
+        **options: Any,
+    ) -> TextStream:
+        began = time.perf_counter()
+        self._check_open()
+        run = self._run([(prompt, as_images(images))], raw, cancel, began, options)
+
+        def end(finished: Run) -> None:
+            self._end(finished)
+            if ended is not None:
+                ended(finished)
+
+        return TextStream(run, self._turn, self._begin, end)
+
+    def _pictures(self, images: Any) -> list[Picture]:
+        return [self._images.picture(image) for image in as_images(images)]
+
+    def _run(
+        self,
+        rows: Sequence[tuple[Prompt, list[Any]]],
+        raw: bool,
+        cancel: CancelLike | None,
+        began: float,
+        options: Mapping[str, Any],
+    ) -> Run:
+        """Everything that can be refused is refused here, before anything runs."""
+        resolved = self._defaults.resolve(len(rows), options)
+        prompts = [self._prompts.row(prompt, images, raw=raw) for prompt, images in rows]
+        for number, prompt in enumerate(prompts):
+            self._check_length(prompt, resolved.new_tokens(len(prompt), self.context_length), number, len(prompts))
+        parts = Parts(self._contract, self._decoder(), self._prompts, self._images, self._kept, self._plan)
+        return Run(parts, prompts, resolved, began=began, cancel=cancel)
+
+    def _check_length(self, prompt: PromptRow, new_tokens: int, number: int, rows: int) -> None:
+        length, room = len(prompt), self.context_length
+        if new_tokens >= 1 and length + new_tokens <= room:
+            return
+        which = f"prompt {number + 1} of {rows}" if rows > 1 else "the prompt"
+        images = len(prompt.pictures)
+        of_these = f", {prompt.image_tokens} of them from {images} image{'s' * (images > 1)}" if images else ""
+        model = self._contract.context_length
+        larger = f", or load the bundle with a context_length of up to {model}" if room < model else ""
+        raise ContextLengthError(
+            f"{which} has {length} tokens{of_these}, and {max(new_tokens, 1)} new ones were asked for: that is "
+            f"{length + max(new_tokens, 1)}, the context has {room}. Ask for fewer new tokens (max_new_tokens), shorten the "
+            f"prompt, or send fewer or smaller images{larger}."
+        )
+
+    def _begin(self, run: Run) -> None:
+        self._check_open()
+        self._stats = run.stats
+        self._active[id(run)] = run
+        run.begin()
+
+    def _end(self, run: Run) -> None:
+        if self._active.pop(id(run), None) is not None:
+            self.counters.add(run.stats)
+
+    def _decoder(self) -> Decoder:
+        return self._engine.decoder()
