@@ -17,7 +17,7 @@ static PyTypeObject *state_type;
 
 static PyObject *raise_decoder(DecoderStatus status, const char *message) {
     PyObject *kind = status == DECODER_CONTEXT ? native_context_length_error : status == DECODER_USAGE ? PyExc_ValueError : native_device_error;
-    PyErr_SetString(kind, message);
+    PyErr_Format(kind, "%s", message);
     return NULL;
 }
 
@@ -71,7 +71,7 @@ static int state_init(PyObject *self, PyObject *args, PyObject *kwargs) {
         return -1;
     }
     if (batch < 1 || batch > DECODER_MAX_BATCH || capacity < 1 || capacity >= INT32_MAX || chunk < 0) {
-        PyErr_Format(PyExc_ValueError, "batch %zd, capacity %zd, prefill_chunk %zd: expected 1 to %d, 1 to 2³¹−2, 0 or more", batch, capacity, chunk,
+        PyErr_Format(PyExc_ValueError, "batch %zd, capacity %zd, prefill_chunk %zd: expected 1 to %d, 1 to 2147483646, 0 or more", batch, capacity, chunk,
                      DECODER_MAX_BATCH);
         return -1;
     }
@@ -82,7 +82,7 @@ static int state_init(PyObject *self, PyObject *args, PyObject *kwargs) {
         state->decoder = decoder_new(decoder, embed, (size_t)batch, (size_t)capacity, (size_t)chunk, message);
         Py_END_ALLOW_THREADS;
         if (state->decoder == NULL) {
-            PyErr_SetString(native_device_error, message);
+            PyErr_Format(native_device_error, "%s", message);
         } else {
             state->batch = batch;
             state->capacity = capacity;

@@ -11,7 +11,7 @@
 static int check_size(const char *what, Py_ssize_t height, Py_ssize_t width, Py_ssize_t channels) {
     if (height < 1 || width < 1 || channels < 1 || channels > MAX_CHANNELS || height > INT32_MAX || width > INT32_MAX ||
         height > PTRDIFF_MAX / (16 * MAX_CHANNELS) / width) {
-        PyErr_Format(PyExc_ValueError, "%s of %zd × %zd × %zd: sizes must be positive, with 1 to %d channels", what, height, width, channels,
+        PyErr_Format(PyExc_ValueError, "%s of %zd x %zd x %zd: sizes must be positive, with 1 to %d channels", what, height, width, channels,
                      MAX_CHANNELS);
         return -1;
     }

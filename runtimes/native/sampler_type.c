@@ -66,7 +66,7 @@ static int sampler_object_init(PyObject *self, PyObject *args, PyObject *kwargs)
         return -1;
     }
     if (vocab < 1 || vocab > INT32_MAX) {
-        PyErr_Format(PyExc_ValueError, "vocab_size is %zd, expected 1 to 2³¹−1", vocab);
+        PyErr_Format(PyExc_ValueError, "vocab_size is %zd, expected 1 to 2147483647", vocab);
         return -1;
     }
     if (object->ready) {

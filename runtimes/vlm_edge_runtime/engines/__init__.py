@@ -46,7 +46,7 @@ def open_engine(bundle: Bundle, device: str = "auto", options: EngineOptions | N
     if build is not None and build.backend not in _CPU_BACKENDS:
         raise DeviceError(
             f"build '{build.name}' of {bundle.path} is for the backend '{build.backend}', this version runs: "
-            f"{', '.join(_CPU_BACKENDS)}. Choose another build, or make one with `vlm-edge build {bundle.path} --target cpu-int4`."
+            f"{', '.join(_CPU_BACKENDS)}. Choose another build, or make one: `vlm-edge build {bundle.path} --target cpu-int4`."
         )
     kv = bundle.kv
     if kv is None or kv.shared_buffer:
