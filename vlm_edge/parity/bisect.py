@@ -132,8 +132,8 @@ def _before(probe: Probe, node: ir.Node, seen: Mapping[str, Distance]) -> tuple[
             source = value.producer() if value is not None else None
             if value is None or source is None or source in visited or probe.is_constant(source):
                 continue
-            if value.name in seen:
-                known.append(seen[value.name])
+            if (found := seen.get(str(value.name))) is not None:
+                known.append(found)
                 continue
             visited.add(source)
             waiting.append(source)
@@ -165,13 +165,19 @@ def _weight_reasons(right: Probe, wrong: Probe, value: ir.Value | None) -> list[
         return []
     source = value.producer()
     if source is not None:
-        return [said for below in source.inputs for said in _weight_reasons(right, wrong, below)] if wrong.is_constant(source) else []
+        return (
+            [said for below in source.inputs for said in _weight_reasons(right, wrong, below)]
+            if wrong.is_constant(source)
+            else []
+        )
     name = str(value.name)
     ours, theirs = wrong.weights().get(name), right.weights().get(name)
     if ours is None or theirs is None:
         return []
     found, expected = ours.numpy(), theirs.numpy()
-    return [weight_difference(name, found, expected)] if found.shape != expected.shape or not np.array_equal(found, expected) else []
+    return (
+        [weight_difference(name, found, expected)] if found.shape != expected.shape or not np.array_equal(found, expected) else []
+    )
 
 
 def weight_difference(name: str, found: Array, expected: Array) -> str:

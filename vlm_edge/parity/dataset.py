@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -85,9 +85,7 @@ class JsonLines:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ParityError(f"The dataset {path} cannot be read: {error}.") from None
-        self._lines = [
-            self._parse(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        self._lines = [self._parse(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         if not self._lines:
             raise ParityError(f"The dataset {path} is empty; one JSON object a line is expected.")
         if len({line.text is None for line in self._lines}) > 1:
@@ -147,12 +145,6 @@ def retrieval(images: npt.NDArray[Any], texts: npt.NDArray[Any], *, pool: int = 
             others = np.where(np.eye(len(own), dtype=bool), -np.inf, scores).max(axis=axis, initial=-np.inf)
             right += [bool(value) for value in own > others]  # NaN compares false: a miss
     return right
-
-
-def split(dataset: Dataset) -> tuple[list[Question], list[Pair]]:
-    """The questions and the pairs of a dataset; one of both is empty."""
-    items: Sequence[Question | Pair] = list(dataset)
-    return [item for item in items if isinstance(item, Question)], [item for item in items if isinstance(item, Pair)]
 
 
 def _contains(text: str, words: str) -> bool:

@@ -25,10 +25,9 @@ class Example:
 
 
 def built_in() -> list[Example]:
-    """Five examples: wide, tall and square pictures, smooth, noisy and with sharp edges, one with no picture in the prompt's way.
+    """Five examples: wide, tall and square pictures, smooth, noisy and with sharp edges; the last has two in one prompt.
 
-    Several pictures in one prompt are covered by the last. The content is arbitrary: parity asks for equal answers, not for
-    good ones.
+    The content is arbitrary: parity asks for equal answers, not for good ones.
     """
     return [
         Example((_scene(96, 96),), "What is in the picture?"),
@@ -37,6 +36,12 @@ def built_in() -> list[Example]:
         Example((_stripes(224, 224),), "Is there a red circle?"),
         Example((_scene(96, 96), _gradient(160, 96)), "Compare both pictures."),
     ]
+
+
+def built_in_pairs() -> list[Example]:
+    """For dual encoders: pictures, and short texts to compare each of them with."""
+    words = ("a red circle", "a photo of the sea", "noise", "stripes")
+    return [Example(example.images, text) for example, text in zip(built_in(), words, strict=False)]
 
 
 def view(example: Example) -> ExampleView:
@@ -62,7 +67,9 @@ def _scene(width: int, height: int) -> Image.Image:
     draw = ImageDraw.Draw(image)
     draw.ellipse((width // 10, height // 6, width // 10 + height // 3, height // 2), fill=(205, 40, 35))
     draw.rectangle((width // 2, height // 2, width * 9 // 10, height * 9 // 10), fill=(40, 80, 200))
-    draw.polygon([(width * 3 // 5, height // 10), (width // 2, height * 2 // 5), (width * 9 // 10, height * 2 // 5)], fill=(30, 150, 60))
+    draw.polygon(
+        [(width * 3 // 5, height // 10), (width // 2, height * 2 // 5), (width * 9 // 10, height * 2 // 5)], fill=(30, 150, 60)
+    )
     return image
 
 

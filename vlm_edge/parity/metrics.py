@@ -66,10 +66,7 @@ def distance(found: npt.ArrayLike, expected: npt.ArrayLike, mask: npt.ArrayLike 
     a, b = np.where(filler, 0.0, a), np.where(filler, 0.0, b)
     largest, size = float(np.abs(a - b).max()), float(np.abs(b).max())
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    if norms:
-        cosine = min(1.0, max(-1.0, float(np.vdot(a, b)) / norms))
-    else:
-        cosine = 1.0 if largest == 0.0 else 0.0
+    cosine = min(1.0, max(-1.0, float(np.vdot(a, b)) / norms)) if norms else float(largest == 0.0)
     relative = largest / size if size else (0.0 if largest == 0.0 else UNBOUNDED)
     return Distance(max_abs=largest, relative=min(relative, UNBOUNDED), cosine=cosine)
 
@@ -130,9 +127,7 @@ def compare_step(reference: npt.ArrayLike, found: npt.ArrayLike, near: float) ->
     apart_by = distance(other, expected)
     first, margin = first_choice(expected)
     if apart_by.note:
-        return Step(
-            reference_token=first, token=-1, kl=UNBOUNDED, margin=margin, distance=apart_by, flipped=True, near_tie=False
-        )
+        return Step(reference_token=first, token=-1, kl=UNBOUNDED, margin=margin, distance=apart_by, flipped=True, near_tie=False)
     choice = first_choice(other)[0]
     flipped = choice != first
     # The tie must be between these two: a jump to the tenth choice is none, however close the second was.

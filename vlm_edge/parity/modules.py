@@ -42,7 +42,7 @@ def first_wrong_module(
             continue
         with torch.no_grad(), quiet():
             inputs = plan.sample(case)
-            original = _record(reference.model, lambda case=case, inputs=inputs: plan.reference(case, inputs))  # type: ignore[misc]
+            original = _record(reference.model, lambda case=case, inputs=inputs: plan.reference(case, inputs))
         feeds = {spec.name: tensor.detach().numpy() for spec, tensor in zip(plan.inputs, inputs, strict=True)}
         # Two modules may end in one value (a block and its last layer): the innermost says more.
         pairs = [(name, module) for module, name in leaving.items() if module in original]
@@ -160,8 +160,8 @@ def _since_right(probe: Probe, node: ir.Node, seen: dict[str, Distance]) -> tupl
             source = value.producer() if value is not None else None
             if value is None or source is None or source in found or probe.is_constant(source):
                 continue
-            if value.name in seen:
-                edges.append(seen[value.name])
+            if (right := seen.get(str(value.name))) is not None:
+                edges.append(right)
                 continue
             found.add(source)
             waiting.append(source)
@@ -179,7 +179,9 @@ def _wrong_weights(probe: Probe, model: Any, value: ir.Value | None) -> list[str
         return []
     source = value.producer()
     if source is not None:
-        return [said for below in source.inputs for said in _wrong_weights(probe, model, below)] if probe.is_constant(source) else []
+        return (
+            [said for below in source.inputs for said in _wrong_weights(probe, model, below)] if probe.is_constant(source) else []
+        )
     name = str(value.name).removesuffix(".stored")
     stored = probe.weights().get(str(value.name))
     original = _tensor(model, name.removesuffix(_TRANSPOSED))

@@ -45,7 +45,9 @@ class TorchReference:
     def graph_cases(self, role: str) -> Iterator[GraphCase]:
         """The cases of the family's plan: several shapes, padding, an empty and a long past."""
         if role not in self.plans:
-            raise ParityError(f"The checkpoint has no graph '{role}' (it has {', '.join(self.plans)}): is it the bundle's source?")
+            raise ParityError(
+                f"The checkpoint has no graph '{role}' (it has {', '.join(self.plans)}): is it the bundle's source?"
+            )
         plan = self.plans[role]
         for case in plan.cases:
             with torch.no_grad(), quiet():
@@ -107,7 +109,10 @@ class TorchReference:
 
     def pixels(self, image: Image.Image) -> Array:
         with quiet():
-            return _array(self.processor.image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"])
+            found: Array = _array(
+                self.processor.image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+            )
+            return found
 
     def embed_images(self, images: Sequence[Image.Image]) -> Floats:
         rows = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from transformers import AutoImageProcessor, AutoProcessor
 
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge_runtime.errors import ParityError
@@ -17,13 +16,18 @@ from vlm_edge_runtime.errors import ParityError
 def load_processor(source: str, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     """The checkpoint's processor. Raises ParityError when it can be had neither whole nor from its parts."""
     try:
-        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return _auto("AutoProcessor").from_pretrained(source, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
         kind = str(checkpoint.config.model_type)
         if kind not in _WITHOUT_VIDEO:
             raise ParityError(f"The processor of {source} cannot be loaded: {error}") from error
-    images = AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    images = _auto("AutoImageProcessor").from_pretrained(source, trust_remote_code=trust_remote_code)
     return _WITHOUT_VIDEO[kind](images, checkpoint)
+
+
+def _auto(name: str) -> Any:
+    """A class of transformers, which leaves its constructors untyped."""
+    return getattr(transformers, name)
 
 
 class _Grid:

@@ -17,7 +17,7 @@ class _Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Strict base of the report's parts."""
 
 
-class CaseResult(_Part, frozen=True):
+class CaseResult(_Part):
     """One output of one graph on one set of inputs."""
 
     case: str
@@ -122,7 +122,7 @@ class AccuracyResult(_Part):
         return 100.0 * (self.reference - self.accuracy)
 
 
-class Row(_Part, frozen=True):
+class Row(_Part):
     """One line of the table."""
 
     what: str
@@ -276,9 +276,7 @@ def summary(check: Check) -> str:
     return ", ".join(parts)
 
 
-def _check(
-    verdict: Verdict, subject: str, metric: dict[str, float], tolerance: dict[str, float], cases: int, note: str
-) -> Check:
+def _check(verdict: Verdict, subject: str, metric: dict[str, float], tolerance: dict[str, float], cases: int, note: str) -> Check:
     return Check(verdict=verdict, subject=subject, metric=metric, tolerance=tolerance, cases=cases, note=note)
 
 
