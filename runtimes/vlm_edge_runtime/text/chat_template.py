@@ -1,0 +1,272 @@
+"""Chat templates: Jinja in a sandbox, with exactly the environment that transformers gives them.
+
+A template comes with the checkpoint and is not trusted: it runs in Jinja's immutable sandbox and sees plain data only (images in
+a message become inert placeholders, which is enough for a template that asks whether there is one).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from vlm_edge_runtime.errors import BundleError, PromptError
+
+from .files import Source, optional_json, side_files
+
+Message = Mapping[str, Any]
+"""`{"role": "user", "content": "…" or [{"type": "image"}, {"type": "text", "text": "…"}]}`, and what else a template reads."""
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class ChatTemplate:
+    """One or several named templates of a checkpoint; `special_tokens` are the variables `bos_token`, `eos_token` …"""
+
+    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        """Raises BundleError when a template is not valid Jinja."""
+        self.sources: dict[str, str] = {"default": source} if isinstance(source, str) else dict(source)
+        self._special_tokens = dict(special_tokens or {})
+        environment = _environment()
+        self._templates: dict[str, jinja2.Template] = {}
+        for name, text in self.sources.items():
+            try:
+                self._templates[name] = environment.from_string(text)
+            except jinja2.TemplateSyntaxError as error:
+                raise BundleError(
+                    f"the chat template '{name}' is not valid Jinja, line {error.lineno}: {error.message}"
+                ) from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text, image placeholders still one each.
+
+        `continue_final_message`: the text ends where the last message's text ends, so that the model goes on with it.
+        `tools`: JSON schemas. `template`: the name of one of several. Other keywords are variables of the template.
+
+        Raises PromptError when the template refuses the messages, or fails on them.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise PromptError("continue_final_message goes on with the last message; set add_generation_prompt=False with it")
+        chat = [self._message(message) for message in messages]
+        if not chat:
+            raise PromptError("there are no messages; expected at least one")
+        continued = _mark_end(chat) if continue_final_message else ""
+        context = {**self._special_tokens, **_plain(variables)}
+        try:
+            text = self._pick(template, tools).render(
+                messages=chat,
+                tools=_plain(tools),
+                documents=_plain(documents),
+                add_generation_prompt=add_generation_prompt,
+                **context,
+            )
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the chat template refused the messages: {error.message or type(error).__name__}") from error
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise PromptError(
+                f"the chat template failed on the messages ({type(error).__name__}: {error}); it may want another form of content"
+            ) from error
+        return _cut_at_end(text, continued) if continue_final_message else text
+
+    def _pick(self, name: str | None, tools: object) -> jinja2.Template:
+        if name is None:
+            name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise PromptError(f"there is no chat template '{name}'; the checkpoint has {', '.join(sorted(self._templates))}")
+        return self._templates[name]
+
+    @staticmethod
+    def _message(message: Message) -> dict[str, Any]:
+        if not isinstance(message, Mapping):
+            raise PromptError(f"a message must be a dictionary of role and content; found {type(message).__name__}")
+        # Absent and None mean the same to a caller, and templates test for presence.
+        plain: dict[str, Any] = {str(key): _plain(value) for key, value in message.items() if value is not None}
+        content = plain.get("content")
+        if isinstance(content, list):
+            plain["content"] = [_image_part(part) for part in content]
+        reasoning = next((plain[name] for name in _REASONING if name in plain), None)
+        if reasoning is not None:
+            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+        return plain
+
+
+def find_chat_template(
+    *,
+    jinja: str | None = None,
+    json_file: Mapping[str, Any] | None = None,
+    processor_config: Mapping[str, Any] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+) -> str | dict[str, str] | None:
+    """Where a checkpoint keeps its template: the first of these that has one, or None. Several templates come as a dictionary.
+
+    The order: `processor_config.json`, `chat_template.jinja`, `chat_template.json`, `tokenizer_config.json`.
+    """
+    candidates: list[Any] = [(processor_config or {}).get("chat_template"), jinja, (json_file or {}).get("chat_template")]
+    for found in (*candidates, (tokenizer_config or {}).get("chat_template")):
+        if isinstance(found, str):
+            return found
+        if isinstance(found, Mapping):
+            return {str(name): str(text) for name, text in found.items()}
+        if isinstance(found, list):
+            return {str(entry["name"]): str(entry["template"]) for entry in found}
+    return None
+
+
+def load_chat_template(source: Source, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate | None:
+    """The template of a bundle or of a checkpoint's folder, or None. Raises BundleError for files that cannot be read.
+
+    `special_tokens`: the tokenizer's, which templates read as `bos_token` …
+    """
+    files = side_files(source)
+    found = find_chat_template(
+        jinja=files.read_text("chat_template.jinja") if files.has_file("chat_template.jinja") else None,
+        json_file=optional_json(files, "chat_template.json"),
+        processor_config=optional_json(files, "processor_config.json"),
+        tokenizer_config=optional_json(files, "tokenizer_config.json"),
+    )
+    return None if found is None else ChatTemplate(found, special_tokens)
+
+
+def _image_part(part: Any) -> Any:
+    """OpenAI's `image_url` parts become Hugging Face's `image` parts, which is what templates know."""
+    if isinstance(part, dict) and part.get("type") == "image_url" and "image_url" in part:
+        found = part["image_url"]
+        return {"type": "image", "url": found.get("url", "") if isinstance(found, dict) else found}
+    return part
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only; anything else becomes its type's name, so that a template can call nothing."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return f"<{type(value).__name__}>"
+
+
+def _mark_end(chat: list[dict[str, Any]]) -> str:
+    """Puts a tag behind the last message's text and returns that text."""
+    content = chat[-1].get("content")
+    if isinstance(content, str):
+        chat[-1]["content"] = content + _TAG
+        return content
+    for part in reversed(content if isinstance(content, (list, tuple)) else ()):
+        if isinstance(part, dict) and isinstance(part.get("text"), str):
+            found: str = part["text"]
+            part["text"] = found + _TAG
+            return found
+    raise PromptError("continue_final_message is set, and the last message has no text to go on from")
+
+
+def _cut_at_end(text: str, final: str) -> str:
+    tag = _TAG.strip()
+    if tag not in text or final.strip() not in text:
+        raise PromptError("continue_final_message is set, and the chat template leaves out the last message's text")
+    end = text.rindex(tag)
+    # A template that trims messages took the tag's space away, and the message's own before it.
+    return text[:end] if text[end : end + len(_TAG)] == _TAG else text[:end].rstrip()
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}` marks what the assistant wrote, for training; here it only renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own attribute)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace()` without underscore names, through which a template could reach Python's internals."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, rest = args[0], args[1:]
+        attributes: dict[Any, Any] = dict(*rest, **kwargs)
+        for name in attributes:
+            _refuse_underscore(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+
+def _refuse_underscore(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}, which begins with an underscore")
+
+
+class _Dict:
+    """`dict` as templates use it, without the class behind it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which would change what the model reads.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
+    return environment
