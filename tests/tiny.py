@@ -1,7 +1,7 @@
 """Tiny checkpoints with random weights, whole: weights, configuration, a real tokenizer, image processor, chat template.
 
-`checkpoint(name, folder)` writes one. Two layers, width 64, heads of 16. The weights are drawn much wider than an initialiser would, so
-that attention is far from uniform and a wrong mask, window, position or soft-cap shows in the logits.
+`checkpoint(name, folder)` writes one. Two layers, width 64, heads of 16. The weights are drawn much wider than an
+initialiser would, so that attention is far from uniform and a wrong mask, window, position or soft-cap shows in the logits.
 """
 
 from __future__ import annotations
@@ -79,11 +79,12 @@ def heat(model: torch.nn.Module, seed: int = 7) -> None:
     with torch.no_grad():
         for name, module in model.named_modules():
             for key, weight in module.named_parameters(recurse=False):
+                if weight.numel() == 1:  # a scale or a bias of the similarity
+                    continue
                 if key == "bias":
                     draw(weight, 0.1)
-                elif isinstance(module, torch.nn.Embedding) or weight.dim() == 0:
-                    if weight.dim():
-                        draw(weight, 1.0)
+                elif isinstance(module, torch.nn.Embedding):
+                    draw(weight, 1.0)
                 elif weight.dim() == 1:
                     centred = "gemma" in type(module).__name__.lower()  # Gemma's norms multiply by 1 + weight
                     draw(weight, 0.2, 0.0 if centred else 1.0)
@@ -270,9 +271,7 @@ def clip() -> Parts:
     words = tokenizer([], ends=True)
     text = {key: _TEXT[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
     layers = {key: _VISION[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
-    config = t.CLIPConfig(
-        text_config={**text, **layers, "max_position_embeddings": 16}, vision_config=_VISION, projection_dim=32
-    )
+    config = t.CLIPConfig(text_config={**text, **layers, "max_position_embeddings": 16}, vision_config=_VISION, projection_dim=32)
     return t.CLIPModel(config), _clip_images(), words, {"processor_class": "CLIPProcessor"}, None
 
 

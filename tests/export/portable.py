@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+
 from vlm_edge_runtime.bundle.manifest import ProjectorContract
 from vlm_edge_runtime.bundle.reader import open_bundle
 
@@ -51,7 +52,5 @@ class Portable:
             self.cache = [empty] * (2 * kv.layers)
         names = [f"{layer}.{part}" for layer in range(kv.layers) for part in ("key", "value")]
         past = {f"past_key_values.{name}": tensor for name, tensor in zip(names, self.cache, strict=True)}
-        logits, *self.cache = self.run(
-            "decoder", inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, **past
-        )
+        logits, *self.cache = self.run("decoder", inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, **past)
         return logits

@@ -95,6 +95,7 @@ class PastLayer(DynamicLayer):
         super().__init__()
         self.index = index
         self.keys, self.values = key, value
+        self._length = key.shape[-2]
         self.dtype, self.device = key.dtype, key.device
         self.is_initialized = True
         self.present: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -107,19 +108,20 @@ class PastLayer(DynamicLayer):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[-2]
+        return self._length
 
 
 class PastCache(Cache):
     """The whole past: `[batch, kv_heads, past, head_dim]` keys and values, one pair per layer."""
 
     def __init__(self, past: Sequence[torch.Tensor]) -> None:
-        super().__init__(layers=[PastLayer(i, past[2 * i], past[2 * i + 1]) for i in range(len(past) // 2)])
+        self.past = [PastLayer(i, past[2 * i], past[2 * i + 1]) for i in range(len(past) // 2)]
+        super().__init__(layers=[*self.past])
 
     def presents(self) -> tuple[torch.Tensor, ...]:
         """Key and value after this step, layer by layer. Raises ExportError when a layer's attention was not ours."""
         flat: list[torch.Tensor] = []
-        for layer in self.layers:
+        for layer in self.past:
             if layer.present is None:
                 raise ExportError(
                     f"Decoder layer {layer.index} does not go through transformers' attention interface, so its cache cannot be "

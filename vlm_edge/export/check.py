@@ -1,7 +1,7 @@
 """Every exported graph against the original PyTorch model, on several shapes.
 
-The difference of two tensors is the largest absolute difference divided by the largest absolute value of the reference, where that is
-above 1: `max|a − b| / max(1, max|b|)`. fp32 holds 24 bits, about 6e-8; summation order costs some tens to hundreds of
+The difference of two tensors is the largest absolute difference divided by the largest absolute value of the reference, where
+that is above 1: `max|a − b| / max(1, max|b|)`. fp32 holds 24 bits, about 6e-8; summation order costs some tens to hundreds of
 that, so 1e-4 is met with room by an equal graph and missed by a wrong one.
 """
 
@@ -44,7 +44,7 @@ class Difference:
 
 
 def difference(found: npt.ArrayLike, expected: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> Difference:
-    """Compares where `mask` is true. Different shapes, and a NaN or infinity that is not on both sides, give NaN: never within."""
+    """Compares where `mask` is true. Different shapes, any NaN, and an infinity on one side only give NaN: never within."""
     a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if a.shape != b.shape:
         return Difference(np.nan, np.nan, np.nan)
@@ -86,9 +86,7 @@ def check(plan: GraphPlan, model: PreTrainedModel, file: Path) -> Check:
             one = difference(found[i], expected[i].detach().numpy(), None if masks is None else masks[i].numpy())
             if not one.within:
                 _fail(plan, case, spec.name, one, np.shape(found[i]), tuple(expected[i].shape))
-            worst = Difference(
-                max(worst.max_abs, one.max_abs), max(worst.scaled, one.scaled), min(worst.cosine, one.cosine)
-            )
+            worst = Difference(max(worst.max_abs, one.max_abs), max(worst.scaled, one.scaled), min(worst.cosine, one.cosine))
     return Check(
         verdict="PASS",
         subject=plan.role,
@@ -108,12 +106,10 @@ def _session(file: Path, role: str) -> ort.InferenceSession:
         raise ExportError(f"Graph '{role}' was written but ONNX Runtime cannot load it: {error}") from error
 
 
-def _fail(
-    plan: GraphPlan, case: Case, output: str, one: Difference, found: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
+def _fail(plan: GraphPlan, case: Case, output: str, one: Difference, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
         raise ExportError(f"Graph '{plan.role}', case '{case.label}': {output} has shape {found}, PyTorch's has {expected}.")
     raise ExportError(
-        f"Graph '{plan.role}', case '{case.label}': {output} differs from PyTorch by {one.scaled:.3g} of its largest value (absolute "
-        f"{one.max_abs:.3g}, cosine {one.cosine:.6f}); {TOLERANCE:g} is allowed."
+        f"Graph '{plan.role}', case '{case.label}': {output} differs from PyTorch by {one.scaled:.3g} of its largest value "
+        f"(absolute {one.max_abs:.3g}, cosine {one.cosine:.6f}); {TOLERANCE:g} is allowed."
     )

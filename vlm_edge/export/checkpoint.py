@@ -25,6 +25,7 @@ from vlm_edge_runtime.errors import ExportError, UnsupportedModelError
 from .trace import quiet
 
 _CHUNK = 4 << 20
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -133,7 +134,8 @@ def load(
         )
     if isinstance(source, PreTrainedModel):
         plain = source.device.type == "cpu" and all(p.dtype == torch.float32 for p in source.parameters())
-        model = source if plain else copy.deepcopy(source).to("cpu", torch.float32)
+        copied: Any = source if plain else copy.deepcopy(source)
+        model: PreTrainedModel = copied if plain else copied.to("cpu", torch.float32)
         name, commit = str(source.config._name_or_path or type(source).__name__), _hash_tensors(source)
     else:
         with _reading(source):
@@ -143,7 +145,14 @@ def load(
         local = Path(source).is_dir()
         name = Path(source).resolve().name if local else str(source)
         commit = _hash_files(Path(source)) if local else str(config._commit_hash)
-    return Checkpoint(model, tokenizer, images, processor_config, template, Source(name=name, revision=commit, architecture=type(model).__name__))
+    return Checkpoint(
+        model,
+        tokenizer,
+        images,
+        processor_config,
+        template,
+        Source(name=name, revision=commit, architecture=type(model).__name__),
+    )
 
 
 @contextlib.contextmanager
@@ -179,6 +188,9 @@ def _reading(source: object) -> Iterator[None]:
 
 def _read_processor(source: str, known: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any] | None, str | None]:
     """Tokenizer and image processor by themselves: the joint class may want a video processor, and with it torchvision."""
+    if not any(_find(source, name, known["revision"]) for name in _VOCABULARIES):
+        # transformers would go on with an empty tokenizer of the model's usual class.
+        raise ExportError(f"'{source}' has no tokenizer (tokenizer.json, vocab.json, …): save it beside the model.")
     with _reading(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **known)
         images = AutoImageProcessor.from_pretrained(source, **known)
@@ -198,8 +210,14 @@ def _take_processor(processor: Any) -> tuple[Any, dict[str, Any], dict[str, Any]
     return tokenizer, _plain(images.to_dict()), _plain(processor.to_dict()), template
 
 
+def _find(source: str, name: str, revision: str | None) -> str | None:
+    """The path of a checkpoint's file, fetched from the hub where needed; None when there is no such file."""
+    found: str | None = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
 def _read_text(source: str, name: str, revision: str | None) -> str | None:
-    found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    found = _find(source, name, revision)
     return Path(found).read_text(encoding="utf-8") if found else None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from vlm_edge.families.base import GraphPlan
@@ -45,8 +46,8 @@ def export(
     `check=False` writes graphs that nobody compared, and the manifest says so by having no parity record.
 
     Raises UnsupportedModelError before anything is loaded when the model type is unknown or its configuration cannot be
-    carried, ExportError when the checkpoint is missing or damaged, a graph cannot be traced or differs from PyTorch, or the disk is
-    full, and BundleError when `out` exists. Whatever is raised, KeyboardInterrupt included, nothing is left behind and a
+    carried, ExportError when the checkpoint is missing or damaged, a graph cannot be traced or differs from PyTorch, or the
+    disk is full, and BundleError when `out` exists. Whatever is raised, KeyboardInterrupt included, nothing is left behind and a
     model object is as it was.
     """
     steps = progress or Silent()
@@ -54,9 +55,7 @@ def export(
         raise BundleError(f"{out} exists already; choose another name or pass overwrite=True (--overwrite) to replace it.")
     with _step(steps, "load") as said:
         config, entry, family = identify(source, revision, trust_remote_code)
-        checkpoint = load(
-            source, family, config, revision=revision, trust_remote_code=trust_remote_code, processor=processor
-        )
+        checkpoint = load(source, family, config, revision=revision, trust_remote_code=trust_remote_code, processor=processor)
         said.text = f"{checkpoint.source.architecture}, family {entry.family}"
     model = checkpoint.model
     try:
@@ -72,7 +71,7 @@ def export(
                 for plan in split.graphs:
                     with _step(steps, f"trace {plan.role}") as said:
                         graph = trace(plan, model)
-                        parameters = sum(value.const_value.size for value in graph.graph.initializers.values() if value.const_value)
+                        parameters = _parameters(graph)
                         if weights.save(graph, f"{plan.role}.onnx"):
                             reading.add(plan.role)
                         nodes = sum(1 for _ in graph.graph.all_nodes())
@@ -106,6 +105,12 @@ def export(
     return manifest
 
 
+def _parameters(graph: ir.Model) -> int:
+    """Numbers in the graph's weights; whole numbers in it are shapes and axes."""
+    tensors = [value.const_value for value in graph.graph.initializers.values()]
+    return sum(tensor.size for tensor in tensors if tensor is not None and tensor.dtype.is_floating_point())
+
+
 def _entry(writer: BundleWriter, plan: GraphPlan, nodes: int, parameters: int) -> GraphEntry:
     return GraphEntry(
         role=plan.role,
@@ -127,7 +132,11 @@ def _check_all(plans: tuple[GraphPlan, ...], model: PreTrainedModel, folder: Pat
 
 
 def _record(checks: list[Check]) -> ParityRecord | None:
-    return ParityRecord(verdict="PASS", reference="PyTorch, eager attention, float32", created=now(), checks=checks) if checks else None
+    return (
+        ParityRecord(verdict="PASS", reference="PyTorch, eager attention, float32", created=now(), checks=checks)
+        if checks
+        else None
+    )
 
 
 def _write_files(checkpoint: Checkpoint, writer: BundleWriter) -> list[str]:
@@ -168,8 +177,8 @@ class _Said:
 def _step(steps: Progress, name: str) -> Iterator[_Said]:
     """Reports a step's start and its end, good or bad."""
     said = _Said()
-    steps.start(name)
     try:
+        steps.start(name)
         yield said
     except BaseException as error:
         steps.failed(name, str(error) or type(error).__name__)
@@ -183,5 +192,3 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-

@@ -74,13 +74,13 @@ class WeightFile:
         ir.save(model, self._folder / file)
         return reads
 
-    def _append(self, array: np.ndarray) -> _Stored:  # type: ignore[type-arg]
+    def _append(self, array: np.ndarray) -> _Stored:
         offset = -(-self._stream.tell() // _ALIGN) * _ALIGN
         self._stream.write(b"\0" * (offset - self._stream.tell()))
         self._stream.write(array.reshape(-1).view(np.uint8).data)
         return _Stored(offset, array.nbytes, tuple(array.shape))
 
-    def _turned(self, array: np.ndarray, dtype: ir.DataType) -> _Stored | None:  # type: ignore[type-arg]
+    def _turned(self, array: np.ndarray, dtype: ir.DataType) -> _Stored | None:
         """The stored matrix that `array` is the transpose of."""
         if array.ndim != 2 or array.nbytes < _TRANSPOSE_BYTES or tuple(array.shape[::-1]) not in self._shapes:
             return None
@@ -98,7 +98,7 @@ class WeightFile:
         )
 
 
-def _key(array: np.ndarray, dtype: ir.DataType) -> str:  # type: ignore[type-arg]
+def _key(array: np.ndarray, dtype: ir.DataType) -> str:
     digest = hashlib.sha256(f"{dtype.name}{array.shape}".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

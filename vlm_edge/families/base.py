@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vlm_edge.export.checkpoint import Checkpoint
 
 Tensors = tuple[torch.Tensor, ...]
+Part = Any
+"""A model, or a part of one, whose own methods and attributes transformers gives no types to."""
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
@@ -162,9 +164,7 @@ def run_to(root: torch.nn.Module, part: torch.nn.Module, call: Callable[[], obje
 
     Modules between `root` and `part` must not be entered by being called (their `forward` or other methods may).
     """
-    parent, name = next(
-        (module, name) for module in root.modules() for name, child in module.named_children() if child is part
-    )
+    parent, name = next((module, name) for module in root.modules() for name, child in module.named_children() if child is part)
     parent._modules[name] = _Cut()
     try:
         call()

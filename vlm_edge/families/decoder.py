@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from vlm_edge.export.attention import PastCache, attention_implementation
 from vlm_edge_runtime.bundle.manifest import KVLayout, TensorSpec
 from vlm_edge_runtime.errors import UnsupportedModelError
 
-from .base import Case, GraphPlan, Tensors, float32, int64, randn
+from .base import Case, GraphPlan, Part, Tensors, float32, int64
 
 LONGEST_CHECKED_WINDOW = 2048
 """A sliding window up to this length is checked beyond its edge; wider ones would need gigabytes of random cache."""
@@ -26,7 +26,7 @@ class EmbedTokens(torch.nn.Module):
     The model's own embedding is *run*, not copied: Gemma scales its embeddings inside it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Part) -> None:
         super().__init__()
         self.embedding = model.get_input_embeddings()
 
@@ -40,9 +40,9 @@ class Decoder(torch.nn.Module):
     The full vision-language model is called without an image, so that whatever it does around its text model stays in.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Part) -> None:
         super().__init__()
-        self.model = model
+        self.model: Part = model
 
     def forward(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
@@ -59,20 +59,20 @@ class Decoder(torch.nn.Module):
         return (output.logits, *cache.presents())
 
 
-def probe(model: PreTrainedModel) -> tuple[KVLayout, int, int]:
+def probe(model: Part) -> tuple[KVLayout, int, int]:
     """Runs the original model on two tokens and reads its KV layout, hidden size and vocabulary size off the tensors."""
     cache = DynamicCache()
     with torch.no_grad(), attention_implementation(model, "eager"):
         embeddings = model.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long))
         logits = model(inputs_embeds=embeddings.clone(), past_key_values=cache, use_cache=True, return_dict=True).logits
-    shapes = {tuple(tensor.shape) for layer in cache.layers for tensor in (layer.keys, layer.values)}
+    shapes = {tuple(tensor.shape) for tensor in _tensors(cache)}
     if len(shapes) != 1:
         raise UnsupportedModelError(f"The decoder's layers keep caches of different shapes ({sorted(shapes)}); one is expected.")
     _, heads, _, width = shapes.pop()
     return KVLayout(layers=len(cache.layers), kv_heads=heads, head_dim=width), embeddings.shape[-1], logits.shape[-1]
 
 
-def embed_plan(model: PreTrainedModel, hidden: int, vocabulary: int) -> GraphPlan:
+def embed_plan(model: Part, hidden: int, vocabulary: int) -> GraphPlan:
     """The graph `embed_tokens`."""
     inputs, outputs = (int64("input_ids", "batch", "sequence"),), (float32("inputs_embeds", "batch", "sequence", hidden),)
 
@@ -90,7 +90,7 @@ def embed_plan(model: PreTrainedModel, hidden: int, vocabulary: int) -> GraphPla
 
 
 def decoder_plan(
-    model: PreTrainedModel, kv: KVLayout, hidden: int, vocabulary: int, context_length: int, *, rotary_axes: int = 1
+    model: Part, kv: KVLayout, hidden: int, vocabulary: int, context_length: int, *, rotary_axes: int = 1
 ) -> GraphPlan:
     """The graph `decoder`. `rotary_axes` is 3 for M-RoPE, whose position_ids are `[3, batch, sequence]`."""
     cache = ("batch", kv.kv_heads)
@@ -133,7 +133,7 @@ def decoder_plan(
             use_cache=True,
             return_dict=True,
         )
-        return (output.logits, *(tensor for layer in before.layers for tensor in (layer.keys, layer.values)))
+        return (output.logits, *_tensors(before))
 
     def compared(case: Case, tensors: Tensors) -> Tensors | None:
         if not case.padding:
@@ -152,7 +152,9 @@ def _decoder_cases(context_length: int, window: int | None) -> tuple[Case, ...]:
 
     def case(label: str, batch: int, sequence: int, past: int, padding: int = 0) -> Case:
         sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
-        return Case(f"{label} (batch {batch}, {sequence} tokens, past {past}{f', {padding} padded' if padding else ''})", sizes, padding)
+        return Case(
+            f"{label} (batch {batch}, {sequence} tokens, past {past}{f', {padding} padded' if padding else ''})", sizes, padding
+        )
 
     return (
         case("continued prefill", 2, 3, 4),
@@ -167,14 +169,22 @@ def _decoder_cases(context_length: int, window: int | None) -> tuple[Case, ...]:
     )
 
 
+def _tensors(cache: DynamicCache) -> list[torch.Tensor]:
+    """Key and value of every layer. Raises UnsupportedModelError for layers that keep something else."""
+    found: list[torch.Tensor] = []
+    for layer in cache.layers:
+        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if key is None or value is None:
+            raise UnsupportedModelError(f"A {type(layer).__name__} in the decoder keeps no keys and values.")
+        found.extend((key, value))
+    return found
+
+
 def _window(config: Any) -> int | None:
     window = getattr(config, "sliding_window", None)
     return window if isinstance(window, int) and window > 0 else None
 
 
-def _token_ids(model: PreTrainedModel, spec: TensorSpec, case: Case, vocabulary: int) -> torch.Tensor:
+def _token_ids(model: Part, spec: TensorSpec, case: Case, vocabulary: int) -> torch.Tensor:
     rows = min(vocabulary, model.get_input_embeddings().weight.shape[0])
     return torch.randint(0, rows, case.shape(spec), generator=case.generator())
-
-
-__all__ = ["Decoder", "EmbedTokens", "decoder_plan", "embed_plan", "probe", "randn"]

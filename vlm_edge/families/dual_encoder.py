@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from vlm_edge.export.attention import attention_implementation
 from vlm_edge.export.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from vlm_edge_runtime.bundle.manifest import (
 )
 from vlm_edge_runtime.errors import UnsupportedModelError
 
-from .base import Case, GraphPlan, Split, Tensors, float32, int64, options, randn
+from .base import Case, GraphPlan, Part, Split, Tensors, float32, int64, options, randn
 from .layouts import pixels_of
 from .registry import Entry
 
@@ -64,9 +64,9 @@ class DualEncoder:
 class _ImageEncoder(torch.nn.Module):
     """`pixel_values [images, channels, height, width]` → `image_embeds [images, embedding]`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Part) -> None:
         super().__init__()
-        self.model = model
+        self.model: Part = model
 
     def forward(self, pixel_values: torch.Tensor) -> Tensors:
         return (self.model.get_image_features(pixel_values=pixel_values).pooler_output,)
@@ -75,16 +75,16 @@ class _ImageEncoder(torch.nn.Module):
 class _TextEncoder(torch.nn.Module):
     """`input_ids [texts, sequence]` and, where the model reads one, `attention_mask` → `text_embeds [texts, embedding]`."""
 
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+    def __init__(self, model: Part, names: list[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model: Part = model
         self._names = tuple(names)
 
     def forward(self, *tensors: torch.Tensor) -> Tensors:
         return (self.model.get_text_features(**dict(zip(self._names, tensors, strict=True))).pooler_output,)
 
 
-def _vision_plan(model: PreTrainedModel) -> GraphPlan:
+def _vision_plan(model: Part) -> GraphPlan:
     pixels = pixels_of(model.config.vision_config, "images")
     cases = tuple(Case(f"{n} image{'s' * (n > 1)}", {"images": n}) for n in (2, 1, 3))
 
@@ -100,7 +100,8 @@ def _vision_plan(model: PreTrainedModel) -> GraphPlan:
 
 def _text_plan(checkpoint: Checkpoint, wanted: Options, length: int, pad: int) -> GraphPlan:
     """Texts of several lengths; with a mask, the first text is shorter than the others and padded on the right."""
-    model, names = checkpoint.model, list(wanted.text)
+    model: Part = checkpoint.model
+    names: list[str] = list(wanted.text)
     dynamic = wanted.padding == "longest"
     sequence: int | str = "sequence" if dynamic else length
     inputs = tuple(int64(name, "texts", sequence) for name in names)
@@ -136,18 +137,20 @@ def _text_plan(checkpoint: Checkpoint, wanted: Options, length: int, pad: int) -
     )
 
 
-def _width(model: PreTrainedModel, reference: Any, case: Case, inputs: Tensors) -> int:
+def _width(model: Part, reference: Any, case: Case, inputs: Tensors) -> int:
     with torch.no_grad(), attention_implementation(model, "eager"):
         return int(reference(case, inputs)[0].shape[-1])
 
 
-def _similarity(model: PreTrainedModel, kind: str) -> Similarity:
+def _similarity(model: Part, kind: str) -> Similarity:
     if (temperature := getattr(model, "temperature", None)) is not None:  # ALIGN divides by it
         scale = 1.0 / float(temperature)
     else:
         scale = float(model.logit_scale.exp())
-    return SigmoidSimilarity(logit_scale=scale, logit_bias=float(model.logit_bias)) if kind == "sigmoid" else SoftmaxSimilarity(
-        logit_scale=scale
+    return (
+        SigmoidSimilarity(logit_scale=scale, logit_bias=float(model.logit_bias))
+        if kind == "sigmoid"
+        else SoftmaxSimilarity(logit_scale=scale)
     )
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_position_ids
 
 from vlm_edge_runtime.bundle.manifest import TensorSpec
 
-from .base import Case, Tensors, float32, int64, randn, run_to
+from .base import Case, Part, Tensors, float32, int64, randn, run_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +38,16 @@ class Layout:
 class _WholeImage(torch.nn.Module):
     """`pixel_values [images, channels, height, width]` → what the model's projector is called with."""
 
-    def __init__(self, model: PreTrainedModel, projector: torch.nn.Module) -> None:
+    def __init__(self, model: Part, projector: torch.nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Part = model
         self._projector = (projector,)  # in a tuple: it is not a part of this graph
 
     def forward(self, pixel_values: torch.Tensor) -> Tensors:
         return (run_to(self.model, self._projector[0], lambda: self.model.get_image_features(pixel_values=pixel_values)),)
 
 
-def image_layout(model: PreTrainedModel, vision: torch.nn.Module, projector: torch.nn.Module) -> Layout:
+def image_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
     """LLaVA: every image has the vision encoder's size."""
     pixels = pixels_of(model.config.vision_config, "images")
     return Layout(
@@ -69,9 +68,9 @@ class _FullTile(torch.nn.Module):
     no patch needs masking.
     """
 
-    def __init__(self, vision: torch.nn.Module) -> None:
+    def __init__(self, vision: Part) -> None:
         super().__init__()
-        self.vision = vision
+        self.vision: Part = vision
         seen: list[torch.Tensor] = []
         handle = vision.embeddings.position_embedding.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
         size, channels = vision.config.image_size, vision.config.num_channels
@@ -90,7 +89,7 @@ class _FullTile(torch.nn.Module):
         return (self.vision.post_layernorm(encoded.last_hidden_state),)
 
 
-def tile_layout(model: PreTrainedModel, vision: torch.nn.Module, projector: torch.nn.Module) -> Layout:
+def tile_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
     """Idefics3 and SmolVLM: the rows of a batch are tiles."""
     pixels = pixels_of(model.config.vision_config, "tiles")
     return Layout(
@@ -126,9 +125,9 @@ class _OneSegment:
 class _PatchRow(torch.nn.Module):
     """`pixel_values [patches, values]`, `position_ids [patches, 2]` → hidden states `[patches, vision_hidden]` of one image."""
 
-    def __init__(self, vision: torch.nn.Module, projector: torch.nn.Module) -> None:
+    def __init__(self, vision: Part, projector: torch.nn.Module) -> None:
         super().__init__()
-        self.vision = vision
+        self.vision: Part = vision
         self._projector = (projector,)
 
     def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> Tensors:
@@ -139,7 +138,7 @@ class _PatchRow(torch.nn.Module):
         return (run_to(self.vision, self._projector[0], call),)
 
 
-def patch_layout(model: PreTrainedModel, vision: torch.nn.Module, projector: torch.nn.Module) -> Layout:
+def patch_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
     """Qwen2-VL: one image per call, of any size; its patches come in blocks of merge × merge (the processor's order)."""
     config = model.config.vision_config
     merge = int(config.spatial_merge_size)
@@ -168,7 +167,7 @@ def patch_layout(model: PreTrainedModel, vision: torch.nn.Module, projector: tor
     )
 
 
-LAYOUTS: dict[str, Callable[[PreTrainedModel, torch.nn.Module, torch.nn.Module], Layout]] = {
+LAYOUTS: dict[str, Callable[[Part, Part, torch.nn.Module], Layout]] = {
     "image": image_layout,
     "tiles": tile_layout,
     "patches": patch_layout,

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from vlm_edge.export.attention import attention_implementation
 from vlm_edge.export.checkpoint import Checkpoint
@@ -31,11 +31,10 @@ from vlm_edge_runtime.bundle.manifest import (
 )
 from vlm_edge_runtime.errors import UnsupportedModelError
 
-from .base import Case, GraphPlan, Single, Split, Tensors, float32, options, submodule
+from .base import Case, GraphPlan, Part, Single, Split, Tensors, float32, options, submodule
 from .decoder import decoder_plan, embed_plan, probe
 from .layouts import LAYOUTS, Layout
 from .registry import Entry
-
 
 _VISION_BATCH: dict[str, Literal["image", "tile", "patches"]] = {"image": "image", "tiles": "tile", "patches": "patches"}
 
@@ -101,7 +100,7 @@ class Projector:
         return Split(graphs, contract)
 
 
-def _vision_plans(model: PreTrainedModel, projector: torch.nn.Module, layout: Layout) -> tuple[GraphPlan, GraphPlan, int]:
+def _vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tuple[GraphPlan, GraphPlan, int]:
     """The graphs `vision_encoder` and `projector`, and how many tokens one image or tile becomes (0: depends on the image)."""
     seen: dict[str, Tensors] = {}
 
@@ -175,7 +174,9 @@ def _placeholder(checkpoint: Checkpoint, layout: str, tokens: int) -> Placeholde
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     image_token = tokenizer.convert_ids_to_tokens(_image_token_id(config))
     if image_token is None:
-        raise UnsupportedModelError(f"The tokenizer has no token {_image_token_id(config)}, which the configuration calls its image.")
+        raise UnsupportedModelError(
+            f"The tokenizer has no token {_image_token_id(config)}, which the configuration calls its image."
+        )
     if layout == "image":
         return FixedPlaceholder(image_token=image_token, tokens_per_image=tokens)
     if layout == "patches":
@@ -183,9 +184,7 @@ def _placeholder(checkpoint: Checkpoint, layout: str, tokens: int) -> Placeholde
     # The processors of Idefics3 and SmolVLM fix these words in their code; a tokenizer may name others (SmolVLM's does).
     fake = getattr(tokenizer, "fake_image_token", None) or "<fake_token_around_image>"
     overall = getattr(tokenizer, "global_image_token", None) or "<global-img>"
-    unknown = tokenizer.convert_tokens_to_ids("")
-    missing = [word for word in (fake, overall) if tokenizer.convert_tokens_to_ids(word) in (None, unknown, tokenizer.unk_token_id)]
-    if fake in missing:
+    if tokenizer.convert_tokens_to_ids(fake) in (None, tokenizer.unk_token_id):
         raise UnsupportedModelError(f"The tokenizer has no token '{fake}', which frames every tile of an image.")
     return TilePlaceholder(image_token=image_token, fake_token=fake, global_token=overall, tokens_per_tile=tokens)
 
