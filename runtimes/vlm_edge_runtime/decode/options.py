@@ -19,22 +19,22 @@ MAX_SEED = 2**64 - 1
 _TRANSFORMERS_TOP_K = 50
 
 # Keys of generation_config.json that we read.
-_READ = frozenset(
-    ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length")
-    + ("eos_token_id", "stop_strings")
-)
+_READ = frozenset({
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length",
+    "eos_token_id", "stop_strings",
+})  # fmt: skip
 # Keys that change nothing about which tokens a single greedy or sampled sequence has: bookkeeping, caches, beam-search and
 # assistant details (which matter only where `num_beams`, `prompt_lookup_num_tokens` … switch those on), and outputs.
-_HARMLESS = frozenset(
-    ("_from_model_config", "transformers_version", "pad_token_id", "bos_token_id", "decoder_start_token_id")
-    + ("use_cache", "cache_implementation", "cache_config", "max_cache_len", "disable_compile", "compile_config", "low_memory")
-    + ("continuous_batching_config", "prefill_chunk_size", "return_legacy_cache", "return_dict_in_generate")
-    + ("output_attentions", "output_hidden_states", "output_scores", "output_logits", "early_stopping", "length_penalty")
-    + ("num_beam_groups", "diversity_penalty", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule")
-    + ("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind")
-    + ("assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "use_mtp")
-    + ("renormalize_logits", "remove_invalid_values")
-)
+_HARMLESS = frozenset({
+    "_from_model_config", "transformers_version", "pad_token_id", "bos_token_id", "decoder_start_token_id", "use_cache",
+    "cache_implementation", "cache_config", "max_cache_len", "disable_compile", "compile_config", "low_memory",
+    "continuous_batching_config", "prefill_chunk_size", "return_legacy_cache", "return_dict_in_generate",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "early_stopping", "length_penalty",
+    "num_beam_groups", "diversity_penalty", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+    "assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "use_mtp",
+    "renormalize_logits", "remove_invalid_values",
+})  # fmt: skip
 # Keys that change the answer, with the value at which they do not.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "num_beams": (1,),

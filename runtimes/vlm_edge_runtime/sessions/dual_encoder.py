@@ -122,16 +122,14 @@ class DualEncoder(Session):
         """Logits and probabilities of every image with every text. Errors as `embed_image` and `embed_text`."""
         self._check_open()
         self._stats = stats = EmbeddingStats()
-        return self._compare(
-            self._embed_images(as_images(images), stats, True), self._embed_texts(_as_texts(texts), stats, True)
-        )
+        return self._compare(self._embed_images(as_images(images), stats, True), self._embed_texts(_as_texts(texts), stats, True))
 
     def classify(
         self, image: ImageLike, labels: Sequence[str], template: str | Sequence[str] = "a photo of a {}"
     ) -> list[LabelScore]:
         """The labels, the likeliest first.
 
-        `template` makes a sentence of each label; several are averaged (CLIP's prompt ensembling, arXiv 2103.00020, section 3.1.4).
+        `template` makes a sentence of each label; several are averaged (prompt ensembling, arXiv 2103.00020, section 3.1.4).
         Raises PromptError for no labels, a template without `{}`; and the errors of `similarity`.
         """
         self._check_open()
@@ -218,18 +216,18 @@ class DualEncoder(Session):
 def unit_length(vectors: Floats) -> Floats:
     """Each row of float32 `[n, dim]` divided by its length; a row of zeros stays one."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return (vectors / np.maximum(lengths, np.finfo(np.float32).tiny)).astype(np.float32)
+    return np.asarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
 def softmax(logits: Floats) -> Floats:
     """Over the last axis, without overflow for logits of any size."""
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return (shifted / shifted.sum(-1, keepdims=True)).astype(np.float32)
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True), dtype=np.float32)
 
 
 def sigmoid(logits: Floats) -> Floats:
     """1 / (1 + e⁻ˣ) as (1 + tanh(x/2)) / 2, which neither overflows nor warns."""
-    return (0.5 * (1.0 + np.tanh(0.5 * logits))).astype(np.float32)
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * logits)), dtype=np.float32)
 
 
 def _as_texts(texts: str | Sequence[str]) -> list[str]:

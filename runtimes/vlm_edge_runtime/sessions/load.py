@@ -21,7 +21,6 @@ BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("ort-cpu",)}
 """Which builds' backends a device runs. "auto" is the first device here that the bundle has a build for."""
 
 
-
 def load(
     path: str | Path,
     *,

@@ -86,7 +86,7 @@ class Run:
                 prompt,
                 options.for_row(number),
                 options.new_tokens(len(prompt), context),
-                RowText(parts.prompts.tokenizer.decode, options.stop),
+                RowText(parts.prompts.tokenizer.stream(), options.stop),
             )
             for number, prompt in enumerate(prompts)
         ]

@@ -45,7 +45,9 @@ class VisionGraphs:
                 between()
                 rows = self._run(_joined([_arrays(pictures[i]) for i in chunk]))
                 if len(rows) != len(chunk):
-                    raise BundleError(f"the vision graphs gave {len(rows)} rows for {len(chunk)} images: the bundle is inconsistent.")
+                    raise BundleError(
+                        f"the vision graphs gave {len(rows)} rows for {len(chunk)} images: the bundle is inconsistent."
+                    )
                 features.update({i: np.array(row) for i, row in zip(chunk, rows, strict=True)})
         return [features[i] for i in range(len(pictures))]
 
@@ -82,7 +84,7 @@ class VisionGraphs:
 def projector_encoder(
     graphs: VisionGraphs, contract: ProjectorContract
 ) -> Callable[[list[Picture], Callable[[], None]], list[Floats]]:
-    """How family `projector` encodes pictures: float32 `[tokens, hidden]` for each, checked against its number of image tokens."""
+    """How family `projector` encodes pictures: float32 `[image tokens, hidden]` for each."""
     run = {"image": graphs.per_image, "tile": graphs.per_tile, "patches": graphs.per_patches}[contract.vision_batch]
 
     def encode(pictures: list[Picture], between: Callable[[], None]) -> list[Floats]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Unpack, overload
+from typing import Any, TypeAlias, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +19,20 @@ from vlm_edge_runtime.decode.stats import Counters, Stats
 from vlm_edge_runtime.engines.base import Decoder, Engine
 from vlm_edge_runtime.errors import BundleError, ContextLengthError, GenerationCancelled, OptionError
 from vlm_edge_runtime.preprocess import ImageLike, load_image_processor
+from vlm_edge_runtime.text import Message
 
 from .base import Session, missing_method
 from .conversation import Conversation
 from .images import ImageStore, Picture
 from .kv_plan import KVPlan
 from .prefix_cache import PrefixCache
-from .prompts import Message, PromptBuilder, PromptRow, as_images, as_rows
+from .prompts import PromptBuilder, PromptRow, as_images, as_rows
 from .run import Parts, Run
 from .stream import TextStream
 from .vision import VisionGraphs, projector_encoder
 
-Prompt = str | Sequence[Message]
-Images = ImageLike | Picture | Sequence[ImageLike | Picture]
+Prompt: TypeAlias = "str | Sequence[Message]"
+Images: TypeAlias = "ImageLike | Picture | Sequence[ImageLike | Picture]"
 
 
 class VisionLanguageModel(Session):
@@ -120,7 +121,7 @@ class VisionLanguageModel(Session):
     @overload
     def generate(
         self,
-        prompt: Sequence[Prompt],
+        prompt: list[str] | list[list[Message]],
         images: Sequence[Images | None] | None = None,
         *,
         raw: bool = False,
@@ -168,7 +169,9 @@ class VisionLanguageModel(Session):
         if any(result.finish_reason == "cancelled" for result in results):
             text = "\n".join(result.text for result in results)
             count = run.stats.new_tokens
-            raise GenerationCancelled(f"cancelled after {count} token{'s' * (count != 1)}; what there is stands in partial_text.", text)
+            raise GenerationCancelled(
+                f"cancelled after {count} token{'s' * (count != 1)}; what there is stands in partial_text.", text
+            )
         return results[0] if single else results
 
     def stream(
@@ -203,9 +206,7 @@ class VisionLanguageModel(Session):
 
     # --- parts ---
 
-    def embed_image(
-        self, images: ImageLike | Sequence[ImageLike]
-    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
+    def embed_image(self, images: ImageLike | Sequence[ImageLike]) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
         """What the decoder gets to see of an image: projected features float32 `[image tokens, hidden]`.
 
         A list for a list of images. Raises ImageError, DeviceError.
