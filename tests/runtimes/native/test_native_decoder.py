@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import resource
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -177,7 +177,7 @@ def test_prefix_is_reused_after_truncate(one) -> None:
     state.decode(8)
     state.truncate(0, 10)
     assert state.lengths == [10]
-    prompt = PROMPTS[2][:10] + [50, 51, 52]
+    prompt = [*PROMPTS[2][:10], 50, 51, 52]
     one.fill(state, 0, prompt[10:])
     one.start(state, 0, prompt, SamplingParams())
     assert state.decode(8)[0][0] == one.expected(prompt, 8, SamplingParams())
@@ -192,7 +192,7 @@ def test_prefix_is_copied_between_rows_and_states(one) -> None:
     assert target.lengths == [9, 0, 12]
     source.close()
     for row, kept in ((2, 12), (0, 9)):
-        prompt = PROMPTS[2][:kept] + [1, 2, 3]
+        prompt = [*PROMPTS[2][:kept], 1, 2, 3]
         one.fill(target, row, prompt[kept:])
         one.start(target, row, prompt, SamplingParams())
         assert target.decode(6)[row][0] == one.expected(prompt, 6, SamplingParams())
@@ -441,6 +441,9 @@ def test_times_of_each_run(one) -> None:
     assert state.take_times() == ([], [])
 
 
+@pytest.mark.skipif(
+    "VLM_EDGE_SANITIZED" in os.environ, reason="AddressSanitizer keeps freed memory and touches what is allocated"
+)
 def test_cache_pages_are_taken_only_when_written(one) -> None:
     before = psutil.Process().memory_info().rss
     state = one.state(batch=8, capacity=1_000_000)
@@ -450,6 +453,9 @@ def test_cache_pages_are_taken_only_when_written(one) -> None:
     state.close()
 
 
+@pytest.mark.skipif(
+    "VLM_EDGE_SANITIZED" in os.environ, reason="AddressSanitizer keeps freed memory and touches what is allocated"
+)
 def test_memory_is_steady_over_many_states(one) -> None:
     def cycle() -> None:
         state = one.state(batch=2, capacity=256)
@@ -468,7 +474,7 @@ def test_memory_is_steady_over_many_states(one) -> None:
         cycle()
     gc.collect()
     # One state holds 256 KiB of cache: 200 leaked ones would be 50 MiB.
-    assert psutil.Process().memory_info().rss - before < 8 << 20, resource.getrusage(resource.RUSAGE_SELF)
+    assert psutil.Process().memory_info().rss - before < 8 << 20
 
 
 def _array(logits: bytes) -> np.ndarray:

@@ -193,29 +193,27 @@ def test_sessions_that_agree_share_one_pool() -> None:
 
 
 def test_lock_is_released_while_running() -> None:
-    """Two threads meet inside the run: impossible while one of them holds the interpreter lock."""
+    """A waiting thread gets its turn inside the run: impossible while the run holds the interpreter lock."""
     session = _session(_slow())
-    x = np.eye(256, dtype=np.float32)
-    running, counted = threading.Event(), []
+    go, went = threading.Event(), threading.Event()
 
-    def count() -> None:
-        running.wait()
-        while running.is_set():
-            counted.append(1)
+    def step() -> None:
+        go.wait()
+        went.set()
 
-    thread = threading.Thread(target=count)
+    thread = threading.Thread(target=step)
+    thread.start()
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(100)  # no forced switches: only a released lock lets the other thread in
+    sys.setswitchinterval(10)  # no forced switches: only a released lock lets the other thread in
     try:
-        thread.start()
-        running.set()
-        session.run({"x": x})
-        running.clear()
+        go.set()
+        early = went.is_set()
+        session.run({"x": np.eye(256, dtype=np.float32)})
+        inside = went.is_set()
     finally:
         sys.setswitchinterval(interval)
-        running.clear()
-        thread.join()
-    assert counted
+    thread.join()
+    assert inside and not early
 
 
 def test_runs_from_many_threads_and_a_close_in_between() -> None:

@@ -1,0 +1,64 @@
+"""Builds the C extension with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests: `make asan`.
+
+The instrumented extension lies in a folder of its own (.cache/asan), ahead of the ordinary one on the path, so that nothing else
+sees it. Leaks are looked for by the tests themselves (memory steady over many states), not by LeakSanitizer, which would report
+what Python and ONNX Runtime keep on purpose.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".cache" / "asan"
+TESTS = ("tests/runtimes/native", "tests/runtimes/engines")
+SANITIZERS = "address,undefined"
+
+
+def build() -> Path:
+    """Builds into .cache/asan; returns the folder to put on the path: a copy of the package with the instrumented extension."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    package = FOLDER / "vlm_edge_runtime"
+    shutil.copytree(
+        ROOT / "runtimes" / "vlm_edge_runtime", package, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    )
+    environment = os.environ | {"VLM_EDGE_SANITIZE": SANITIZERS}
+    arguments = ["build_ext", "--build-lib", str(FOLDER), "--build-temp", str(FOLDER / "objects")]
+    subprocess.run([sys.executable, "setup.py", "--quiet", *arguments], cwd=ROOT, env=environment, check=True)
+    return FOLDER
+
+
+def library(name: str) -> str:
+    """Path of one of the compiler's runtime libraries."""
+    compiler = os.environ.get("CC", "gcc").split()
+    return subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> int:
+    """Builds, runs the tests, returns pytest's exit status."""
+    folder = build()
+    preload = [library("libasan.so"), library("libubsan.so"), library("libstdc++.so")]
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONMALLOC": "malloc",
+        "VLM_EDGE_SANITIZED": "1",
+    }
+    check = "from vlm_edge_runtime import _native; print(_native.__file__)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", check], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    if Path(loaded.strip()).parent != folder / "vlm_edge_runtime":
+        raise SystemExit(f"the tests would load {loaded.strip()} and not the instrumented extension in {folder}")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "1800", *(sys.argv[1:] or TESTS)]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
