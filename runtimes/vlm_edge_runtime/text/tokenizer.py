@@ -24,8 +24,6 @@ from .cleanup import Cleanup, cleanup_of
 from .files import Source, optional_json, side_files
 from .stream import StreamDecoder
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -47,8 +45,8 @@ def load_tokenizer(source: Source) -> Tokenizer:
 class Tokenizer:
     """Text to token ids and back. Safe to use from several threads.
 
-    `special_tokens`: the named ones (`bos_token` … `mask_token`) that are set, as chat templates see them.
-    `named_tokens`: those and the ones only this model has (`image_token` …).
+    `special_tokens`: those with a name (`bos_token`, `eos_token` … and the model's own, `image_token` …), as chat templates
+    see them.
     `special_ids`: ids that `skip_special_tokens` leaves out.
     """
 
@@ -68,12 +66,11 @@ class Tokenizer:
         self._backend.no_padding()
         self.config: Mapping[str, Any] = config or {}
         settings = {**(special_tokens_map or {}), **self.config}
-        self.named_tokens = _named_tokens(settings)
-        self.special_tokens = {name: self.named_tokens[name] for name in NAMED_TOKENS if name in self.named_tokens}
+        self.special_tokens = _named_tokens(settings)
         extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
         listed = [content for one in extra if not isinstance(extra, Mapping) and (content := _content(one)) is not None]
         self._backend.add_special_tokens(
-            [tokenizers.AddedToken(word, special=True, normalized=False) for word in (*self.named_tokens.values(), *listed)]
+            [tokenizers.AddedToken(word, special=True, normalized=False) for word in (*self.special_tokens.values(), *listed)]
         )
         self.special_ids = frozenset(index for index, token in self._backend.get_added_tokens_decoder().items() if token.special)
         self.padding_side: Literal["left", "right"] = "left" if self.config.get("padding_side") == "left" else "right"
@@ -168,7 +165,7 @@ class Tokenizer:
         return re.sub(r"\s+", " ", text.translate(_PUNCTUATION)).strip()
 
     def _named_id(self, name: str) -> int | None:
-        token = self.named_tokens.get(name)
+        token = self.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
 
     def _byte_fallback_ids(self) -> frozenset[int]:
@@ -192,7 +189,7 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         **(settings.get("model_specific_special_tokens") or {}),
     }
     for name, value in entries.items():
-        if (name in NAMED_TOKENS or name.endswith("_token")) and (content := _content(value)) is not None:
+        if name.endswith("_token") and (content := _content(value)) is not None:
             named[name] = content
     return named
 
