@@ -1,101 +1,8 @@
-/* The token loop: prefill a row, then sample → emit → embed → decode for all rows together. */
+/* The token loop over all rows together: sample → emit → embed → decode. */
 #include "decoder.h"
 
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-static DecoderStatus fail(DecoderStatus status, char message[ORT_MESSAGE_SIZE], const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(message, ORT_MESSAGE_SIZE, format, arguments);
-    va_end(arguments);
-    return status;
-}
-
-static DecoderStatus run_failed(const SessionCore *core, char message[ORT_MESSAGE_SIZE]) {
-    char reason[ORT_MESSAGE_SIZE];
-    memcpy(reason, message, sizeof reason);
-    return fail(DECODER_DEVICE, message, "graph '%s': %.900s", core->name, reason);
-}
-
-static void forget(DecoderRow *row) {
-    row->pending = -1;
-    row->pushed = false;
-    row->logits_valid = false;
-    row->armed = false;
-    row->finished = false;
-}
-
-/* One prefill run of `tokens` tokens at the row's end. */
-static DecoderStatus prefill_chunk(Decoder *d, size_t row, const float *embeds, const int64_t *positions, size_t tokens,
-                                   char message[ORT_MESSAGE_SIZE]) {
-    const int32_t total = (int32_t)(d->rows[row].length + tokens), seqlen = total - 1;
-    OrtIoBinding *binding = NULL;
-    if (decoder_bind(d, row, 1, tokens, embeds, positions, &seqlen, &total, &binding, message) != 0) {
-        return run_failed(d->decoder, message);
-    }
-    const double seconds = session_run_bound(d->decoder, binding, message);
-    ort.ReleaseIoBinding(binding);
-    if (seconds < 0) {
-        return run_failed(d->decoder, message);
-    }
-    run_times_add(&d->decoder_times, seconds);
-    d->rows[row].length += tokens;
-    return DECODER_OK;
-}
-
-DecoderStatus decoder_prefill(Decoder *d, size_t row, const float *embeds, const int64_t *positions, size_t tokens,
-                              char message[ORT_MESSAGE_SIZE]) {
-    DecoderRow *r = &d->rows[row];
-    const size_t start = r->length, axes = d->position_axes > 0 ? d->position_axes : 1;
-    if (tokens == 0) {
-        return fail(DECODER_USAGE, message, "there is nothing to prefill");
-    }
-    if (tokens > d->capacity - r->length) {
-        return fail(DECODER_CONTEXT, message,
-                    "the prompt needs %zu more entries, the KV cache has %zu left (%zu of %zu used): use a shorter prompt or load with a larger "
-                    "context_length",
-                    tokens, d->capacity - r->length, r->length, d->capacity);
-    }
-    for (size_t i = 0; d->position_axes == 0 && i < tokens; i++) {
-        if (positions[i] != (int64_t)(start + i)) {
-            return fail(DECODER_USAGE, message, "this decoder counts positions itself: position %lld at entry %zu cannot be asked for",
-                        (long long)positions[i], start + i);
-        }
-    }
-    const size_t chunk = d->prefill_chunk > 0 && d->prefill_chunk < tokens ? d->prefill_chunk : tokens;
-    int64_t *gathered = NULL;
-    if (axes > 1 && chunk < tokens && (gathered = malloc(axes * chunk * sizeof *gathered)) == NULL) {
-        return fail(DECODER_DEVICE, message, "out of memory");
-    }
-    forget(r);
-    DecoderStatus status = DECODER_OK;
-    for (size_t done = 0; status == DECODER_OK && done < tokens; done += chunk) {
-        const size_t now = tokens - done < chunk ? tokens - done : chunk;
-        const int64_t *at = positions + done;
-        if (gathered != NULL) {
-            for (size_t axis = 0; axis < axes; axis++) {
-                memcpy(gathered + axis * now, positions + axis * tokens + done, now * sizeof *gathered);
-            }
-            at = gathered;
-        }
-        status = prefill_chunk(d, row, embeds + done * d->hidden, at, now, message);
-    }
-    free(gathered);
-    if (status != DECODER_OK) {
-        r->length = start;
-        return status;
-    }
-    r->logits_valid = true;
-    r->next_position = 0;
-    for (size_t axis = 0; axis < axes; axis++) {
-        const int64_t last = positions[axis * tokens + tokens - 1];
-        r->next_position = last >= r->next_position ? last + 1 : r->next_position;
-    }
-    return DECODER_OK;
-}
 
 /* Binds embed_tokens and the decoder for one token of rows [first, first + count); they stay bound until the span changes. */
 static DecoderStatus bind_span(Decoder *d, size_t first, size_t count, char message[ORT_MESSAGE_SIZE]) {
@@ -126,11 +33,11 @@ static DecoderStatus bind_span(Decoder *d, size_t first, size_t count, char mess
     }
     if (ort_check(status, message) != 0) {
         decoder_unbind(d);
-        return run_failed(d->embed, message);
+        return decoder_run_failed(d->embed, message);
     }
     if (decoder_bind(d, first, count, 1, d->embeds, d->positions, d->seqlens, &d->total, &d->span_decoder, message) != 0) {
         decoder_unbind(d);
-        return run_failed(d->decoder, message);
+        return decoder_run_failed(d->decoder, message);
     }
     d->span_first = first;
     d->span_count = count;
@@ -191,7 +98,7 @@ static DecoderStatus run_pending(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
     keep_all_idle(d, first, count, false);
     const double embed_seconds = session_run_bound(d->embed, d->span_embed, message);
     if (embed_seconds < 0) {
-        return run_failed(d->embed, message);
+        return decoder_run_failed(d->embed, message);
     }
     const double seconds = session_run_bound(d->decoder, d->span_decoder, message);
     keep_all_idle(d, first, count, true);
@@ -199,7 +106,7 @@ static DecoderStatus run_pending(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
         d->rows[i].logits_valid &= !d->running[i]; /* overwritten; valid again below */
     }
     if (seconds < 0) {
-        return run_failed(d->decoder, message);
+        return decoder_run_failed(d->decoder, message);
     }
     run_times_add(&d->embed_times, embed_seconds);
     run_times_add(&d->decoder_times, seconds);
@@ -220,7 +127,7 @@ static DecoderStatus run_pending(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
 }
 
 static DecoderStatus no_room(const Decoder *d, size_t row, char message[ORT_MESSAGE_SIZE]) {
-    return fail(DECODER_CONTEXT, message, "row %zu fills the KV cache's %zu entries: ask for fewer new tokens or load with a larger context_length",
+    return decoder_fail(DECODER_CONTEXT, message, "row %zu fills the KV cache's %zu entries: ask for fewer new tokens or load with a larger context_length",
                 row, d->capacity);
 }
 
@@ -239,33 +146,9 @@ DecoderStatus decoder_logits(Decoder *d, size_t row, const float **logits, char 
         }
     }
     if (!r->logits_valid) {
-        return fail(DECODER_USAGE, message, "row %zu has no logits: prefill it first", row);
+        return decoder_fail(DECODER_USAGE, message, "row %zu has no logits: prefill it first", row);
     }
     *logits = d->logits + row * d->vocab;
-    return DECODER_OK;
-}
-
-DecoderStatus decoder_start(Decoder *d, size_t row, Sampler *sampler, int64_t *eos, size_t eos_count, int64_t next_position,
-                            char message[ORT_MESSAGE_SIZE]) {
-    DecoderRow *r = &d->rows[row];
-    if (!r->logits_valid && r->pending < 0) {
-        return fail(DECODER_USAGE, message, "row %zu has no logits: prefill it before start", row);
-    }
-    if (d->position_axes == 0 && next_position != (int64_t)r->length) {
-        return fail(DECODER_USAGE, message, "this decoder counts positions itself: next_position %lld does not follow %zu entries",
-                    (long long)next_position, r->length);
-    }
-    if (r->has_sampler) {
-        sampler_free(&r->sampler);
-    }
-    free(r->eos);
-    r->sampler = *sampler;
-    r->has_sampler = true;
-    r->eos = eos;
-    r->eos_count = eos_count;
-    r->next_position = next_position;
-    r->armed = true;
-    r->finished = false;
     return DECODER_OK;
 }
 
@@ -278,7 +161,7 @@ static DecoderStatus emit(Decoder *d, size_t index, RowOutput *out, char message
     TokenLogprob *top = out->top != NULL ? out->top + out->count * out->top_count : NULL;
     const SampleStatus sampled = sampler_choose(&row->sampler, d->logits + index * d->vocab, &chosen, top);
     if (sampled != SAMPLE_OK) {
-        return fail(DECODER_DEVICE, message, "graph '%s' computed logits that contain %s (row %zu, entry %zu): there is no next token",
+        return decoder_fail(DECODER_DEVICE, message, "graph '%s' computed logits that contain %s (row %zu, entry %zu): there is no next token",
                     d->decoder->name, sample_status_text(sampled), index, row->length);
     }
     row->pending = chosen.token;
@@ -351,7 +234,7 @@ static size_t mark_pending(Decoder *d, size_t *active, size_t *full) {
 DecoderStatus decoder_decode(Decoder *d, size_t steps, const atomic_bool *cancelled, RowOutput *outputs, char message[ORT_MESSAGE_SIZE]) {
     DecoderStatus status = DECODER_OK;
     if (allocate_outputs(d, steps, outputs) != 0) {
-        return fail(DECODER_DEVICE, message, "out of memory");
+        return decoder_fail(DECODER_DEVICE, message, "out of memory");
     }
     for (size_t step = 0; step < steps && !atomic_load(cancelled); step++) {
         size_t active, full;
@@ -380,56 +263,4 @@ DecoderStatus decoder_decode(Decoder *d, size_t steps, const atomic_bool *cancel
         outputs[i].finished = d->rows[i].finished;
     }
     return status;
-}
-
-DecoderStatus decoder_push(Decoder *d, size_t row, int64_t token, char message[ORT_MESSAGE_SIZE]) {
-    DecoderRow *r = &d->rows[row];
-    if (token < 0 || (uint64_t)token >= d->vocab) {
-        return fail(DECODER_USAGE, message, "token %lld is outside the vocabulary of %zu", (long long)token, d->vocab);
-    }
-    if (!r->logits_valid && r->pending < 0) {
-        return fail(DECODER_USAGE, message, "row %zu is empty: prefill it before push", row);
-    }
-    r->pending = token;
-    r->pushed = true;
-    r->finished = false;
-    return DECODER_OK;
-}
-
-DecoderStatus decoder_truncate(Decoder *d, size_t row, size_t length, char message[ORT_MESSAGE_SIZE]) {
-    DecoderRow *r = &d->rows[row];
-    if (length > r->length) {
-        return fail(DECODER_USAGE, message, "row %zu has %zu entries: it cannot be truncated to %zu", row, r->length, length);
-    }
-    forget(r);
-    r->length = length;
-    return DECODER_OK;
-}
-
-DecoderStatus decoder_copy_prefix(Decoder *d, size_t row, const Decoder *source, size_t source_row, size_t length,
-                                  char message[ORT_MESSAGE_SIZE]) {
-    if (source->decoder != d->decoder) {
-        return fail(DECODER_USAGE, message, "the source state belongs to another decoder");
-    }
-    if (length > source->rows[source_row].length) {
-        return fail(DECODER_USAGE, message, "the source row has %zu entries, %zu were asked for", source->rows[source_row].length, length);
-    }
-    if (length > d->capacity) {
-        return fail(DECODER_CONTEXT, message, "%zu entries do not fit a KV cache of %zu", length, d->capacity);
-    }
-    if (source == d && source_row == row) {
-        return decoder_truncate(d, row, length, message);
-    }
-    for (size_t i = 0; i < d->cache_count; i++) {
-        const CacheTensor *to = &d->caches[i], *from = &source->caches[i];
-        const size_t entry = to->width * to->element;
-        uint8_t *target = to->data + row * to->row_bytes;
-        const uint8_t *origin = from->data + source_row * from->row_bytes;
-        for (size_t head = 0; head < to->heads; head++) {
-            memcpy(target + head * d->capacity * entry, origin + head * source->capacity * entry, length * entry);
-        }
-    }
-    forget(&d->rows[row]);
-    d->rows[row].length = length;
-    return DECODER_OK;
 }

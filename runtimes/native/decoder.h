@@ -109,7 +109,12 @@ DecoderStatus decoder_truncate(Decoder *decoder, size_t row, size_t length, char
 DecoderStatus decoder_copy_prefix(Decoder *decoder, size_t row, const Decoder *source, size_t source_row, size_t length,
                                   char message[ORT_MESSAGE_SIZE]);
 
-/* Shared by decoder_*.c: */
+/* Shared by decoder*.c: */
+
+/* Formats a message and returns `status`. */
+DecoderStatus decoder_fail(DecoderStatus status, char message[ORT_MESSAGE_SIZE], const char *format, ...);
+/* Puts the graph's name before ONNX Runtime's message; returns DECODER_DEVICE. */
+DecoderStatus decoder_run_failed(const SessionCore *core, char message[ORT_MESSAGE_SIZE]);
 
 /* Frees what is bound for decoding. */
 void decoder_unbind(Decoder *decoder);
