@@ -38,7 +38,7 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "llava": Recipe(steps=6000, batch=48, talks=4),
     "smolvlm": Recipe(steps=4000, batch=32, talks=6),
-    "clip": Recipe(steps=2500, batch=128),
+    "clip": Recipe(steps=1500, batch=128),
 }
 
 Report = Callable[[int, float, float, dict[str, float]], None]
