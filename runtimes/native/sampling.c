@@ -9,6 +9,14 @@
 #endif
 
 #define LANES 16
+#define BLOCK 1024
+
+/* Where the loader can choose between versions of a function, one for wider registers. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define VECTOR_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define VECTOR_CLONES
+#endif
 
 const char *sampling_params_error(const SamplingParams *p) {
     /* Written so that a NaN fails. */
@@ -69,6 +77,10 @@ int sampler_init(Sampler *s, const SamplingParams *params, size_t vocab) {
         s->weights = malloc(vocab * sizeof *s->weights);
         ok = s->weights != NULL;
     }
+    if (ok && drawn && params->top_p < 1.0) {
+        s->ranked = malloc(vocab * sizeof *s->ranked);
+        ok = s->ranked != NULL;
+    }
     if (!ok) {
         sampler_free(s);
         return -1;
@@ -82,6 +94,7 @@ void sampler_free(Sampler *s) {
     free(s->scores);
     free(s->candidates);
     free(s->weights);
+    free(s->ranked);
     memset(s, 0, sizeof *s);
 }
 
@@ -92,55 +105,71 @@ void sampler_accept(Sampler *s, int64_t token) {
     }
 }
 
-size_t first_largest(const float *values, size_t count, SampleStatus *status) {
-    /* Independent lanes let the compiler use packed maximum without being told to reorder floating point. */
+/* The largest of `count` values (a multiple of LANES), −∞ for none; sets *nan when there is one. Independent lanes let the compiler use
+ * packed maximum without being allowed to reorder floating point. */
+VECTOR_CLONES static float block_largest(const float *values, size_t count, int32_t *nan) {
     float best[LANES];
-    int32_t nan[LANES] = {0};
+    int32_t unordered[LANES] = {0};
     for (size_t lane = 0; lane < LANES; lane++) {
         best[lane] = -INFINITY;
     }
-    size_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
+    for (size_t i = 0; i < count; i += LANES) {
         for (size_t lane = 0; lane < LANES; lane++) {
             const float value = values[i + lane];
             best[lane] = value > best[lane] ? value : best[lane];
-            nan[lane] |= value != value;
+            unordered[lane] |= value != value;
         }
     }
     float largest = -INFINITY;
-    int32_t any_nan = 0;
     for (size_t lane = 0; lane < LANES; lane++) {
         largest = best[lane] > largest ? best[lane] : largest;
-        any_nan |= nan[lane];
+        *nan |= unordered[lane];
     }
-    for (; i < count; i++) {
-        largest = values[i] > largest ? values[i] : largest;
-        any_nan |= values[i] != values[i];
-    }
-    *status = any_nan ? SAMPLE_NAN : largest == INFINITY ? SAMPLE_INFINITE : largest == -INFINITY ? SAMPLE_ALL_MASKED : SAMPLE_OK;
-    for (i = 0; i < count; i++) {
-        if (values[i] == largest) {
-            return i;
+    return largest;
+}
+
+size_t first_largest(const float *values, size_t count, SampleStatus *status) {
+    const size_t whole = count / LANES * LANES;
+    float largest = -INFINITY;
+    int32_t nan = 0;
+    size_t found = 0; /* where the block begins that first held the largest value */
+    for (size_t i = 0; i < whole; i += BLOCK) {
+        const size_t size = whole - i < BLOCK ? whole - i : BLOCK;
+        const float best = block_largest(values + i, size, &nan);
+        if (best > largest) {
+            largest = best;
+            found = i;
         }
     }
-    return 0;
+    for (size_t i = whole; i < count; i++) {
+        nan |= values[i] != values[i];
+        if (values[i] > largest) {
+            largest = values[i];
+            found = i;
+        }
+    }
+    *status = nan ? SAMPLE_NAN : largest == INFINITY ? SAMPLE_INFINITE : largest == -INFINITY ? SAMPLE_ALL_MASKED : SAMPLE_OK;
+    while (found < count && values[found] != largest) {
+        found++;
+    }
+    return found < count ? found : 0;
 }
 
 /* Whether a comes before b: higher score first, lower token among equals. */
 static inline bool before(Candidate a, Candidate b) { return a.score != b.score ? a.score > b.score : a.token < b.token; }
 
-/* Restores a binary heap whose top is the candidate that comes first (or, `last_on_top`, last). */
-static void sift_down(Candidate *heap, size_t count, size_t at, bool last_on_top) {
+/* Restores a binary heap whose top is the candidate that comes last. */
+static void sift_down(Candidate *heap, size_t count, size_t at) {
     const Candidate moved = heap[at];
     for (;;) {
         size_t child = 2 * at + 1;
         if (child >= count) {
             break;
         }
-        if (child + 1 < count && before(heap[child + 1], heap[child]) != last_on_top) {
+        if (child + 1 < count && before(heap[child], heap[child + 1])) {
             child++;
         }
-        if (before(moved, heap[child]) != last_on_top) {
+        if (before(heap[child], moved)) {
             break;
         }
         heap[at] = heap[child];
@@ -149,9 +178,9 @@ static void sift_down(Candidate *heap, size_t count, size_t at, bool last_on_top
     heap[at] = moved;
 }
 
-static void make_heap(Candidate *heap, size_t count, bool last_on_top) {
+static void make_heap(Candidate *heap, size_t count) {
     for (size_t i = count / 2; i-- > 0;) {
-        sift_down(heap, count, i, last_on_top);
+        sift_down(heap, count, i);
     }
 }
 
@@ -161,12 +190,12 @@ static size_t select_largest(const float *scores, size_t count, size_t wanted, C
     for (size_t i = 0; i < wanted; i++) {
         heap[i] = (Candidate){scores[i], (int32_t)i};
     }
-    make_heap(heap, wanted, true);
+    make_heap(heap, wanted);
     float threshold = wanted > 0 ? heap[0].score : INFINITY;
     for (size_t i = wanted; i < count; i++) {
         if (scores[i] > threshold) {
             heap[0] = (Candidate){scores[i], (int32_t)i};
-            sift_down(heap, wanted, 0, true);
+            sift_down(heap, wanted, 0);
             threshold = heap[0].score;
         }
     }
@@ -176,11 +205,6 @@ static size_t select_largest(const float *scores, size_t count, size_t wanted, C
 static int by_rank(const void *left, const void *right) {
     const Candidate *a = left, *b = right;
     return before(*a, *b) ? -1 : before(*b, *a) ? 1 : 0;
-}
-
-static int by_token(const void *left, const void *right) {
-    const Candidate *a = left, *b = right;
-    return a->token < b->token ? -1 : a->token > b->token;
 }
 
 static void raw_logprobs(Sampler *s, const float *logits, TokenLogprob *chosen, TokenLogprob *top) {
@@ -215,47 +239,81 @@ static const float *penalised(Sampler *s, const float *logits) {
     return s->scores;
 }
 
+static void swap(Ranked *items, size_t a, size_t b) {
+    const Ranked kept = items[a];
+    items[a] = items[b];
+    items[b] = kept;
+}
+
+static size_t middle_of_three(const Ranked *items, size_t a, size_t b, size_t c) {
+    const bool ab = before(items[a].candidate, items[b].candidate), bc = before(items[b].candidate, items[c].candidate);
+    const bool ac = before(items[a].candidate, items[c].candidate);
+    return ab == bc ? b : ab == ac ? c : a;
+}
+
+/* The last candidate of the shortest head of the ranking whose weights reach `wanted`; a quickselect by weight, which reorders `items`
+ * but need not sort them. `count` > 0 and `wanted` > 0. */
+static Candidate nucleus_end(Ranked *items, size_t count, double wanted) {
+    size_t low = 0, high = count;
+    double above = 0.0; /* weight of everything ranked before items[low] */
+    Candidate last = items[0].candidate;
+    while (low < high) {
+        swap(items, middle_of_three(items, low, low + (high - low) / 2, high - 1), high - 1);
+        const Ranked pivot = items[high - 1];
+        size_t place = low;
+        double ahead = 0.0;
+        for (size_t i = low; i + 1 < high; i++) {
+            if (before(items[i].candidate, pivot.candidate)) {
+                ahead += items[i].weight;
+                swap(items, i, place++);
+            }
+        }
+        swap(items, place, high - 1);
+        if (place > low && above + ahead >= wanted) {
+            high = place;
+            continue;
+        }
+        last = pivot.candidate;
+        above += ahead + pivot.weight;
+        if (above >= wanted) {
+            break;
+        }
+        low = place + 1;
+    }
+    return last;
+}
+
 /* Leaves the surviving tokens in `candidates`, by increasing token, and their unnormalised probabilities in `weights`; returns how
  * many there are. `largest` is the highest score. The filters are transformers' and run in its order: top-k (ties with the k-th
  * stay), top-p (Holtzman et al. 2019: the shortest head of the ranking whose mass reaches p), min-p (Nguyen et al. 2024). */
 static size_t survivors(Sampler *s, const float *scores, float largest, double *total) {
     const SamplingParams *p = &s->params;
-    Candidate *kept = s->candidates;
-    size_t count = 0;
+    Candidate *kept = s->candidates, end = {-INFINITY, INT32_MAX};
+    size_t count = 0, passed = 0;
     float threshold = -INFINITY;
+    double mass = 0.0;
     if (p->top_k > 0 && (uint64_t)p->top_k < s->vocab) {
         select_largest(scores, s->vocab, (size_t)p->top_k, kept);
         threshold = kept[0].score;
     }
     for (size_t i = 0; i < s->vocab; i++) {
         if (scores[i] >= threshold && scores[i] > -INFINITY) {
-            kept[count++] = (Candidate){scores[i], (int32_t)i};
+            kept[count] = (Candidate){scores[i], (int32_t)i};
+            s->weights[count] = exp((double)scores[i] - largest);
+            mass += s->weights[count++];
         }
     }
-    if (p->top_p < 1.0) {
-        double mass = 0.0, above = 0.0;
+    if (s->ranked != NULL) {
         for (size_t i = 0; i < count; i++) {
-            mass += exp((double)kept[i].score - largest);
+            s->ranked[i] = (Ranked){kept[i], s->weights[i]};
         }
-        make_heap(kept, count, false);
-        /* Pop in ranking order, to the end of the shrinking heap, while the mass ranked above is short of p. */
-        size_t left = count;
-        while (left > 0 && above < p->top_p * mass) {
-            const Candidate first = kept[0];
-            above += exp((double)first.score - largest);
-            kept[0] = kept[--left];
-            sift_down(kept, left, 0, false);
-            kept[left] = first;
-        }
-        memmove(kept, kept + left, (count - left) * sizeof *kept);
-        count -= left;
-        qsort(kept, count, sizeof *kept, by_token);
+        end = nucleus_end(s->ranked, count, p->top_p * mass);
     }
-    size_t passed = 0;
     *total = 0.0;
     for (size_t i = 0; i < count; i++) {
-        const double weight = exp((double)kept[i].score - largest);
-        if (weight >= p->min_p) { /* relative to the most likely token, whose weight is 1 */
+        const double weight = s->weights[i];
+        /* min-p is relative to the most likely token, whose weight is 1. */
+        if (!before(end, kept[i]) && weight >= p->min_p) {
             kept[passed] = kept[i];
             s->weights[passed++] = weight;
             *total += weight;

@@ -26,6 +26,11 @@ typedef struct {
     int32_t token;
 } Candidate;
 
+typedef struct {
+    Candidate candidate;
+    double weight;
+} Ranked;
+
 typedef enum { SAMPLE_OK = 0, SAMPLE_NAN, SAMPLE_INFINITE, SAMPLE_ALL_MASKED } SampleStatus;
 
 /* One row's sampler: its parameters, the tokens its penalty looks at, its place in the random stream, and scratch memory. */
@@ -39,6 +44,7 @@ typedef struct {
     float *scores;         /* [vocab] */
     Candidate *candidates; /* [vocab]; NULL until a sampled row needs them */
     double *weights;       /* [vocab] */
+    Ranked *ranked;        /* [vocab]; NULL when top-p is off */
 } Sampler;
 
 /* What is wrong with the parameters, or NULL. */
