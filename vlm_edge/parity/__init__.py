@@ -5,21 +5,12 @@ device, builds are compared with the portable graphs without it.
 """
 
 from .bisect import Culprit, first_divergence
+from .comparison import compare
 from .culprits import bisect_bundle
 from .dataset import Dataset, Pair, Question, load_dataset
 from .examples import Example, built_in
 from .report import BuildReport, ParityReport
 from .tolerance import EXIT_CODES, Tolerance, Verdict, tolerance
-
-
-def __getattr__(name: str) -> object:
-    # `compare` loads the runtime's engines; the report and the dataset can be read where those are not built.
-    if name == "compare":
-        from .compare import compare
-
-        return compare
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "EXIT_CODES",

@@ -30,9 +30,12 @@ def render(report: ParityReport) -> str:
 
 def _view(report: ParityReport, build: BuildReport) -> dict[str, Any]:
     """What the template shows of one build."""
+    checks = build.checks()
+    told = next((check for check in checks if check.verdict == build.verdict and build.verdict != "PASS"), None)
     return {
         "build": build,
-        "checks": [(check, summary(check)) for check in build.checks()],
+        "checks": [(check, summary(check)) for check in checks],
+        "worst": f"{told.subject}: {told.note}" if told else "",
         "graph_plot": _raw(
             bars(
                 [Bar(graph.role, graph.distance.relative, graph.tolerance, graph.verdict) for graph in build.graphs],

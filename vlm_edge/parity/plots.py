@@ -13,6 +13,8 @@ from html import escape
 from .report import short
 
 Point = tuple[float, float]
+KL_FLOOR = 1e-16
+"""Below float64's own rounding every KL divergence is drawn as this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ def bars(items: Sequence[Bar], *, floor: float = 1e-9, title: str) -> str:
         y = 6 + row * i
         parts.append(_text(left - 10, y + 14, item.label, "label", "end"))
         length = max(x(item.value) - left, 1.5)
-        parts.append(f'<rect class="bar {item.verdict.lower()}" x="{left}" y="{y + 3}" width="{length:.1f}" height="15" rx="2"/>')
+        kind = "unjudged" if item.limit is None and item.verdict == "PASS" else item.verdict.lower()
+        parts.append(f'<rect class="bar {kind}" x="{left}" y="{y + 3}" width="{length:.1f}" height="15" rx="2"/>')
         parts.append(_text(left + length + 6, y + 15, short(item.value), "value", "start"))
         if item.limit is not None:
             parts.append(_line(x(item.limit), y, x(item.limit), y + 21, "limit"))
@@ -61,8 +64,8 @@ def steps(series: Sequence[Sequence[float]], marks: Sequence[tuple[int, int, str
     longest = max((len(one) for one in series), default=0)
     if not longest:
         return ""
-    left, width, top, bottom = 58, 640, 8, 190
-    shown = [min(max(value, 1e-10), 1e3) for one in series for value in one]
+    left, width, top, bottom = 58, 640, 8, 262
+    shown = [min(max(value, KL_FLOOR), 1e3) for one in series for value in one]
     low = math.floor(math.log10(min([*shown, limit])))
     high = max(math.ceil(math.log10(max([*shown, limit]))), low + 1)
 
@@ -78,7 +81,7 @@ def steps(series: Sequence[Sequence[float]], marks: Sequence[tuple[int, int, str
         parts.append(_text(left - 6, y + 4, _power(exponent), "axis", "end"))
     y = place(0, limit)[1]
     parts.append(_line(left, y, width - 14, y, "limit"))
-    parts.append(_text(width - 16, y - 4, "allowed mean", "axis", "end"))
+    parts.append(_text(width - 16, y + 13 if y < top + 14 else y - 4, "allowed mean", "axis", "end"))
     for i, one in enumerate(series):
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(step, value) for step, value in enumerate(one)))
         parts.append(f'<polyline class="line s{i % 6}" points="{points}"/>')

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 
 from vlm_edge_runtime.errors import ParityError
 
@@ -41,7 +42,7 @@ class Probe:
         self.path = path
         try:
             self.model = ir.load(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DecodeError) as error:
             raise ParityError(f"{path} cannot be read as an ONNX graph: {error}") from error
         self._outputs = list(self.model.graph.outputs)
         self._constant = _constants(self.model.graph)
