@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -16,7 +17,10 @@ from vlm_edge_runtime.errors import DeviceError
 LIBRARY_VARIABLE = "VLM_EDGE_ONNXRUNTIME"
 """Environment variable with the path of another build of the library (a vendor's, on boards that PyPI does not serve)."""
 
-_INSTALL = "Install it with `pip install 'onnxruntime>=1.22'`, or set VLM_EDGE_ONNXRUNTIME to the path of libonnxruntime."
+MINIMUM = (1, 23)
+"""The oldest version whose CPU provider has the standard `Attention` of opset 23, which portable graphs use."""
+
+_INSTALL = "Install it with `pip install 'onnxruntime>=1.23'`, or set VLM_EDGE_ONNXRUNTIME to the path of libonnxruntime."
 _PATTERNS = {"win32": "onnxruntime.dll", "darwin": "libonnxruntime*.dylib"}
 _lock = threading.Lock()
 _version: str | None = None
@@ -44,9 +48,17 @@ def ensure_runtime() -> str:
     with _lock:
         if _version is None:
             version = _native.load_runtime(str(find_library()))
+            check_version(version)
             _self_test(version)
             _version = version
         return _version
+
+
+def check_version(version: str) -> None:
+    """Raises DeviceError when the library is older than MINIMUM."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < MINIMUM:
+        raise DeviceError(f"ONNX Runtime {version} is too old, needed is {'.'.join(map(str, MINIMUM))} or newer. {_INSTALL}")
 
 
 def _self_test(version: str) -> None:

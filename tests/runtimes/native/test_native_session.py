@@ -250,6 +250,13 @@ def test_library_that_is_missing_or_wrong(tmp_path, monkeypatch) -> None:
         ort_library.find_library()
 
 
+def test_old_versions_are_refused() -> None:
+    ort_library.check_version("1.23.0")
+    ort_library.check_version("1.100.2-dev")
+    with pytest.raises(DeviceError, match=r"ONNX Runtime 1\.22\.1 is too old, needed is 1\.23"):
+        ort_library.check_version("1.22.1")
+
+
 @pytest.mark.parametrize("content", ["not a library", None])
 def test_other_libraries_are_refused_in_a_fresh_process(tmp_path, content) -> None:
     """A file that is no library, and a library that is not ONNX Runtime (the extension itself)."""
