@@ -82,11 +82,19 @@ class ImageProcessor(ABC):
         pixels = to_rgb(loaded) if self.options.do_convert_rgb else to_channels(loaded)
         return self.encode(pixels, (loaded.height, loaded.width))
 
-    def normalize(self, pixels: Pixels) -> Floats:
-        """`do_rescale` and `do_normalize`: uint8 `[height, width, channels]` → float32 `[channels, height, width]`."""
-        options, channels = self.options, pixels.shape[2]
+    def normalize(self, *frames: Pixels) -> Floats:
+        """`do_rescale` and `do_normalize`: frames uint8 `[height, width, channels]`, all of one size, → float32
+
+        `[frames, channels, height, width]`.
+        """
+        options = self.options
+        height, width, channels = frames[0].shape
         mean, std = (options.image_mean, options.image_std) if options.do_normalize else (0.0, 1.0)
-        return normalize(pixels, options.rescale_factor, self.per_channel(mean, channels), self.per_channel(std, channels))
+        means, deviations = self.per_channel(mean, channels), self.per_channel(std, channels)
+        values = np.empty((len(frames), channels, height, width), np.float32)
+        for frame, out in zip(frames, values, strict=True):
+            normalize(frame, options.rescale_factor, means, deviations, out)
+        return values
 
     def per_channel(self, values: tuple[float, ...] | float | None, channels: int) -> tuple[float, ...]:
         """One value for each channel. Raises ImageError where the image has another number of channels than the options."""
@@ -123,7 +131,7 @@ class FixedSizeProcessor(ImageProcessor):
             pixels = resize(pixels, resized_size(options.size, height, width, self.name), options.resample)
         if options.do_center_crop:
             pixels = center_crop(pixels, _height_width(options.crop_size, "crop_size", self.name))
-        planes = self.normalize(pixels)
+        (planes,) = self.normalize(pixels)
         if options.do_pad and options.pad_size is not None:
             planes = pad_bottom_right(planes, _height_width(options.pad_size, "pad_size", self.name))
         return EncodedImage({"pixel_values": planes[None]}, size, tokens=self._tokens(planes.shape[1], planes.shape[2]))

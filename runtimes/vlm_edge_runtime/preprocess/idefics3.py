@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import EncodedImage, ImageProcessor
@@ -65,9 +63,8 @@ class Idefics3ImageProcessor(ImageProcessor):
                     for column in range(columns)
                 ]
         frames.append(resize(pixels, (tile, tile), options.resample))
-        values = np.stack([self.normalize(frame) for frame in frames])
         tokens = None if self.tokens_per_tile is None else self.tokens_per_tile * len(frames)
-        return EncodedImage({"pixel_values": values}, size, rows=rows, columns=columns, tokens=tokens)
+        return EncodedImage({"pixel_values": self.normalize(*frames)}, size, rows=rows, columns=columns, tokens=tokens)
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
         size = self.options.size

@@ -104,18 +104,18 @@ def pad_bottom_right(planes: Floats, size: tuple[int, int]) -> Floats:
     return np.pad(planes, ((0, 0), (0, size[0] - height), (0, size[1] - width)))
 
 
-def normalize(pixels: Pixels, scale: float, mean: Sequence[float], std: Sequence[float]) -> Floats:
-    """float32 `[channels, height, width]` = (float32(pixel · scale) − mean) / std.
+def normalize(pixels: Pixels, scale: float, mean: Sequence[float], std: Sequence[float], out: Floats) -> None:
+    """Writes float32 `[channels, height, width]` = (float32(pixel · scale) − mean) / std into `out`, which must be contiguous.
 
     The product is taken in float64 and rounded once, difference and quotient in float32, as transformers' `rescale` and
     `normalize` do one after the other.
     """
     height, width, channels = pixels.shape
     if native is not None and channels <= 4:
-        out = np.empty((channels, height, width), np.float32)
         native.normalize_hwc_u8(np.ascontiguousarray(pixels), height, width, channels, scale, mean, std, out)
-        return out
+        return
     scaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
     # There are only 256 inputs per channel: compute each once, with the same arithmetic.
     tables = (scaled[None, :] - np.asarray(mean, np.float32)[:, None]) / np.asarray(std, np.float32)[:, None]
-    return np.stack([tables[channel][pixels[..., channel]] for channel in range(channels)])
+    for channel in range(channels):
+        np.take(tables[channel], pixels[..., channel], out=out[channel])

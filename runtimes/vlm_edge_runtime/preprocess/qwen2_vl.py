@@ -78,7 +78,7 @@ class Qwen2VLImageProcessor(ImageProcessor):
         rows, columns = height // self.patch, width // self.patch
         return EncodedImage(
             {
-                "pixel_values": self._patchify(self.normalize(pixels)),
+                "pixel_values": self._patchify(self.normalize(pixels)[0]),
                 "position_ids": vision_position_ids(rows, columns, self.merge),
             },
             size,

@@ -172,6 +172,49 @@ def test_defaults_are_those_of_the_class(photographs: dict[str, Image.Image]) ->
         assert load_image_processor(saved).fingerprint == load_image_processor({"image_processor_type": name}).fingerprint
 
 
+CLIP_NUMBERS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+HALVES = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+STEPS = {"do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 0.00392156862745098}
+PUBLISHED = {
+    "clip-vit-base-patch32": {"crop_size": 224, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3}
+    | {"size": 224, "feature_extractor_type": "CLIPFeatureExtractor"}
+    | CLIP_NUMBERS,
+    "llava-1.5-7b-hf": {"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}, "do_center_crop": True}
+    | {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "resample": 3, "do_convert_rgb": True}
+    | {"_valid_processor_keys": ["images", "do_resize", "size"]}
+    | STEPS
+    | CLIP_NUMBERS,
+    "siglip-so400m-patch14-384": {"image_processor_type": "SiglipImageProcessor", "resample": 3}
+    | {"size": {"height": 384, "width": 384}, "processor_class": "SiglipProcessor"}
+    | STEPS
+    | HALVES,
+    "SmolVLM2-256M": {"image_processor_type": "SmolVLMImageProcessor", "do_image_splitting": True, "do_pad": True, "resample": 1}
+    | {"max_image_size": {"longest_edge": 512}, "size": {"longest_edge": 2048}, "do_convert_rgb": True}
+    | {"video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}}}
+    | STEPS
+    | HALVES,
+    "Qwen2-VL-2B": {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14}
+    | {"temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen2VLProcessor"}
+    | CLIP_NUMBERS,
+    "Qwen2.5-VL-3B": {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 3136, "longest_edge": 12845056},
+    }
+    | {"device": None, "disable_grouping": None, "data_format": "channels_first"}
+    | CLIP_NUMBERS,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_files_as_published(name: str, tmp_path: Path, photographs: dict[str, Image.Image]) -> None:
+    config: dict[str, Any] = PUBLISHED[name]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    reference = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    kind = type(reference).__name__.removesuffix("Pil")
+    compare({**config, "image_processor_type": kind}, reference, photographs["astronaut.png"])
+    assert load_image_processor(config).name == kind
+
+
 def test_numpy_without_native_code(monkeypatch: pytest.MonkeyPatch, pictures: dict[str, Image.Image]) -> None:
     monkeypatch.setattr(ops, "native", None)
     for name, options in (("CLIPImageProcessor", SMALL), ("SmolVLMImageProcessor", TILED), ("Qwen2VLImageProcessor", AREA)):
