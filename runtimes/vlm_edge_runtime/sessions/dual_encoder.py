@@ -13,7 +13,7 @@ import numpy.typing as npt
 from vlm_edge_runtime.bundle.manifest import DualEncoderContract, SigmoidSimilarity
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines.base import Engine
-from vlm_edge_runtime.errors import BundleError, ContextLengthError, PromptError
+from vlm_edge_runtime.errors import BundleError, ContextLengthError, ImageError, PromptError
 from vlm_edge_runtime.preprocess import ImageLike, load_image_processor
 from vlm_edge_runtime.text import load_tokenizer
 
@@ -90,6 +90,8 @@ class DualEncoder(Session):
         )
         self._tokenizer = load_tokenizer(bundle)
         self._texts: ByteLRU[str, Floats] = ByteLRU(TEXT_CACHE_BYTES)
+        # With activations quantised on the fly a text's vector would depend on its neighbours in the batch.
+        self._texts_per_call = 1 if bundle.graphs["text_encoder"].precision == "int8" else TEXTS_PER_CALL
         self._stats = EmbeddingStats()
 
     def __getattr__(self, name: str) -> Any:
@@ -160,6 +162,8 @@ class DualEncoder(Session):
 
     def _embed_images(self, images: Sequence[ImageLike | Picture], stats: EmbeddingStats, normalize: bool) -> Floats:
         began = time.perf_counter()
+        if not images:
+            raise ImageError("no image was given: pass one image, or a list of at least one.")
         pictures = [self._images.picture(image) for image in images]
         encoded = self._images.features(pictures)
         vectors = np.stack([encoded.features[picture.key] for picture in pictures])
@@ -172,9 +176,10 @@ class DualEncoder(Session):
         found = {text: vector for text in texts if (vector := self._texts.get(text)) is not None}
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         rows = [self._tokenized(text) for text in missing]
-        for start in range(0, len(missing), TEXTS_PER_CALL):
-            vectors = self._encode(rows[start : start + TEXTS_PER_CALL])
-            for text, vector in zip(missing[start : start + TEXTS_PER_CALL], vectors, strict=True):
+        for start in range(0, len(missing), self._texts_per_call):
+            chunk = slice(start, start + self._texts_per_call)
+            vectors = self._encode(rows[chunk])
+            for text, vector in zip(missing[chunk], vectors, strict=True):
                 found[text] = np.array(vector)
                 self._texts.put(text, found[text], vector.nbytes)
         stats.texts, stats.text_s = len(texts), time.perf_counter() - began

@@ -13,7 +13,7 @@ from vlm_edge_runtime import _native
 from vlm_edge_runtime.bundle.manifest import ProjectorContract
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines.base import Decoder
-from vlm_edge_runtime.errors import PromptError
+from vlm_edge_runtime.errors import BundleError, PromptError
 from vlm_edge_runtime.text import (
     ChatTemplate,
     Message,
@@ -68,7 +68,12 @@ class PromptRow:
         for picture, count in zip(self.pictures, self.counts, strict=True):
             low, high = max(first - offset, 0), min(last - offset, count)
             if low < high:
-                parts.append(by_key[picture.key][low:high])
+                rows = by_key[picture.key]
+                if len(rows) != count:
+                    raise BundleError(
+                        f"the vision graphs gave {len(rows)} features for an image of {count} tokens: export again."
+                    )
+                parts.append(rows[low:high])
             offset += count
         return parts
 
