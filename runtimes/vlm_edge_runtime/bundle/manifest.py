@@ -79,6 +79,7 @@ class TilePlaceholder(_Struct, kw_only=True, tag="tiles", tag_field="kind"):
 
     One tile: `{fake_token}{row_column_format.format(row=1, column=1)}{image_token × tokens_per_tile}`; rows end with a
     newline; the global view is `\\n{fake_token}{global_token}{image_token × tokens_per_tile}{fake_token}`.
+    An image that was not split is the global view alone, without the newline before it.
     """
 
     image_token: str

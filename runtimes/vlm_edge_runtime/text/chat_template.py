@@ -82,7 +82,16 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise PromptError(f"the chat template refused the messages: {error.message or type(error).__name__}") from error
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            IndexError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise PromptError(
                 f"the chat template failed on the messages ({type(error).__name__}: {error}); it may want another form of content"
             ) from error

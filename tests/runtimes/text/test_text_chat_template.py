@@ -145,6 +145,7 @@ def find_one(folder: Path) -> str:
         (LLAMA_3, [say("assistant", "no")], "refused the messages: Conversation roles must alternate"),
         ("{{ messages[3].content }}", [say("user", "x")], "refused the messages: .*no element 3|refused the messages"),
         ("{{ messages[0].content + 1 }}", [say("user", "x")], "failed on the messages"),
+        ("{{ 'a' * 10 ** 15 }}", [say("user", "x")], "failed on the messages .MemoryError"),
         ("{{ 1 / 0 }}", [say("user", "x")], "ZeroDivisionError"),
         ("{{ messages[0].__class__.__mro__ }}", [say("user", "x")], "refused"),
         ("{{ ''.__class__ }}x{{ namespace(_a=1) }}", [say("user", "x")], "underscore|refused"),
