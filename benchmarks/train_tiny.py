@@ -61,7 +61,7 @@ def main(
     """Train MODEL (llava, smolvlm or clip) from nothing, save it in float16 and measure the saved files.
 
     \b
-      python -m benchmarks.train_tiny llava                    the committed recipe, about half an hour on one core
+      python -m benchmarks.train_tiny llava                    the committed recipe, 30 to 60 minutes on one core
       python -m benchmarks.train_tiny clip --minutes 1         a first look
       python -m benchmarks.train_tiny smolvlm --seed 1 --out /tmp/other
 
