@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from vlm_edge_runtime.bundle.manifest import Build, Manifest
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines.base import Engine
 from vlm_edge_runtime.errors import CapabilityError, DeviceError
+from vlm_edge_runtime.preprocess import load_image_processor
+from vlm_edge_runtime.preprocess.base import ImageProcessor
 
 from .registry import METHODS
 
@@ -27,6 +29,14 @@ class Session:
         self._bundle = bundle
         self._engine = engine
         self._closed = False
+
+    def _image_processor(self, overrides: Mapping[str, Any] | None) -> ImageProcessor:
+        """The bundle's own image processor, with the caller's options over the saved ones."""
+        processor_config = (
+            self._bundle.read_json("processor_config.json") if self._bundle.has_file("processor_config.json") else None
+        )
+        saved = self._bundle.read_json("preprocessor_config.json") if self._bundle.has_file("preprocessor_config.json") else {}
+        return load_image_processor(saved, processor_config, overrides)
 
     @property
     def path(self) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from vlm_edge_runtime.bundle.manifest import DualEncoderContract, SigmoidSimilar
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines.base import Engine
 from vlm_edge_runtime.errors import BundleError, ContextLengthError, ImageError, PromptError
-from vlm_edge_runtime.preprocess import ImageLike, load_image_processor
+from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import load_tokenizer
 
 from .base import Session, missing_method
@@ -74,16 +74,21 @@ class DualEncoder(Session):
 
     family = "dual_encoder"
 
-    def __init__(self, bundle: Bundle, engine: Engine, *, image_cache_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        image_cache_bytes: int = 256 << 20,
+        image_options: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(bundle, engine)
         contract = bundle.manifest.contract
         if not isinstance(contract, DualEncoderContract):
             raise BundleError(f"{bundle.path} is of family {bundle.manifest.family}: it is not a dual encoder.")
         self._contract = contract
-        processor_config = bundle.read_json("processor_config.json") if bundle.has_file("processor_config.json") else None
-        preprocessor = bundle.read_json("preprocessor_config.json") if bundle.has_file("preprocessor_config.json") else {}
         self._images = ImageStore(
-            load_image_processor(preprocessor, processor_config),
+            self._image_processor(image_options),
             VisionGraphs(engine, bundle.graphs, ("vision_encoder",)).per_image,
             variant=bundle.build_name,
             budget=image_cache_bytes,

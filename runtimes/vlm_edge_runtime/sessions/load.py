@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def load(
     image_cache_bytes: int = 256 << 20,
     prefix_cache: bool = True,
     prefix_cache_bytes: int = 512 << 20,
+    image_options: Mapping[str, Any] | None = None,
     verify: bool = True,
 ) -> VisionLanguageModel | DualEncoder:
     """Loads a bundle. The class of the session follows from the bundle's family.
@@ -42,6 +44,8 @@ def load(
     - `image_cache_bytes`: budget for the features of images seen before; 0 keeps none.
     - `prefix_cache`, `prefix_cache_bytes`: whether KV caches of earlier calls are kept for prompts that begin like theirs, and
       how many bytes of them. The newest one is kept whatever its size.
+    - `image_options`: options of the image processor in place of the saved ones, such as `{"do_image_splitting": False}` for
+      one tile an image instead of many (SmolVLM), or `{"max_pixels": 401408}` (Qwen2-VL).
     - `verify`: whether every file is checked against its hash first.
 
     Raises BundleError (damaged or incomplete), TargetError (no such build, or none at all), DeviceError, OptionError.
@@ -61,7 +65,7 @@ def load(
     module, name = SESSIONS[manifest.family]
     session_class = getattr(importlib.import_module(module), name)
     engine = open_engine(bundle, device, EngineOptions(threads=threads))
-    given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes}
+    given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes, "image_options": image_options}
     if hasattr(session_class, "generate"):
         given |= {"context_length": context_length, "prefix_cache": prefix_cache, "prefix_cache_bytes": prefix_cache_bytes}
     elif context_length is not None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_edge_runtime.engines.base import DecoderState
+from vlm_edge_runtime.errors import DeviceError
 
 ContentIds = npt.NDArray[np.int64]
 
@@ -56,6 +57,10 @@ class Slots:
         self.touched = [max(pair) for pair in zip(self.touched, self.state.lengths, strict=True)]
 
 
+Source = tuple[Slots | None, int, int]
+"""A kept cache, a row of it, and how many of its entries a prompt can take over."""
+
+
 class PrefixCache:
     """Hands out KV caches, and keeps those that come back while they fit `budget` bytes (the newest one always).
 
@@ -94,7 +99,7 @@ class PrefixCache:
                     taken.state.truncate(row, length)
                     taken.contents[row] = prompt[:length]
                 return taken
-            slots = Slots(self._allocate(len(prompts), capacity), [prompt[:0] for prompt in prompts])
+            slots = Slots(self._make(len(prompts), capacity, sources), [prompt[:0] for prompt in prompts])
             try:
                 for row, (source, source_row, length) in enumerate(sources):
                     if source is not None:
@@ -139,6 +144,20 @@ class PrefixCache:
             self._drain()
             return self._size()
 
+    def _make(self, batch: int, capacity: int, sources: list[Source]) -> DecoderState:
+        """A new cache. When memory is short the kept ones make room, except those that prefixes are to be copied from."""
+        try:
+            return self._allocate(batch, capacity)
+        except DeviceError:
+            needed = [source for source, _, _ in sources]
+            spare = [slots for slots in self._kept if slots not in needed]
+            if not spare:
+                raise
+        for slots in spare:
+            self._kept.remove(slots)
+            slots.state.close()
+        return self._allocate(batch, capacity)
+
     def _best_to_take(self, prompts: Sequence[ContentIds], capacity: int) -> tuple[Slots | None, int]:
         best: tuple[Slots | None, int] = (None, 0)
         for slots in self._kept:
@@ -147,8 +166,8 @@ class PrefixCache:
                 best = (slots, score) if score > best[1] else best
         return best
 
-    def _best_source(self, prompt: ContentIds) -> tuple[Slots | None, int, int]:
-        best: tuple[Slots | None, int, int] = (None, 0, 0)
+    def _best_source(self, prompt: ContentIds) -> Source:
+        best: Source = (None, 0, 0)
         for slots in self._kept:
             for row, held in enumerate(slots.contents):
                 length = reusable(held, prompt)

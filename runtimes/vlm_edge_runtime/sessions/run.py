@@ -239,16 +239,20 @@ class Run:
                 break
         if row.text.stopped:
             self._end(row, "stop_string")
-            assert self._slots is not None
-            # Takes the row out of decode; the entries of the stop string are forgotten.
-            held = len(row.prompt) + row.text.tokens_within()
-            self._slots.touch()
-            self._slots.state.truncate(number, min(held, self._slots.state.lengths[number]))
+            self._take_out(number, len(row.prompt) + row.text.tokens_within())
         elif new.finished:
             pieces.append(self._end(row, "stop"))
         elif len(row.tokens) >= row.limit:
             pieces.append(self._end(row, "length"))
+            self._take_out(number)
         return "".join(pieces)
+
+    def _take_out(self, number: int, length: int | None = None) -> None:
+        """Ends a row's part in decode while others go on, and forgets its entries from `length` on."""
+        assert self._slots is not None
+        self._slots.touch()
+        held = self._slots.state.lengths[number]
+        self._slots.state.truncate(number, held if length is None else min(length, held))
 
     def _end(self, row: _Row, reason: FinishReason) -> str:
         last = row.text.finish()

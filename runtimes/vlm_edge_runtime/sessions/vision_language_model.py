@@ -18,7 +18,7 @@ from vlm_edge_runtime.decode.result import Generation
 from vlm_edge_runtime.decode.stats import Counters, Stats
 from vlm_edge_runtime.engines.base import Decoder, Engine
 from vlm_edge_runtime.errors import BundleError, ContextLengthError, GenerationCancelled, OptionError
-from vlm_edge_runtime.preprocess import ImageLike, load_image_processor
+from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import Message
 
 from .base import Session, missing_method
@@ -56,6 +56,7 @@ class VisionLanguageModel(Session):
         image_cache_bytes: int = 256 << 20,
         prefix_cache: bool = True,
         prefix_cache_bytes: int = 512 << 20,
+        image_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(bundle, engine)
         contract = bundle.manifest.contract
@@ -67,11 +68,9 @@ class VisionLanguageModel(Session):
             raise OptionError(f"context_length={limit} is out of range: this model's is 2 … {contract.context_length}.")
         config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
         self._defaults = GenerationDefaults(config, contract.eos_token_ids, contract.vocab_size)
-        processor_config = bundle.read_json("processor_config.json") if bundle.has_file("processor_config.json") else None
-        preprocessor = bundle.read_json("preprocessor_config.json") if bundle.has_file("preprocessor_config.json") else {}
         graphs = VisionGraphs(engine, bundle.graphs, ("vision_encoder", "projector"))
         self._images = ImageStore(
-            load_image_processor(preprocessor, processor_config),
+            self._image_processor(image_options),
             projector_encoder(graphs, contract),
             variant=bundle.build_name,
             budget=image_cache_bytes,

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm_edge_runtime.bundle.manifest import KVLayout
+from vlm_edge_runtime.errors import DeviceError
 from vlm_edge_runtime.sessions.kv_plan import BUCKET, KVPlan
 from vlm_edge_runtime.sessions.lru import ByteLRU
 from vlm_edge_runtime.sessions.prefix_cache import MIN_REUSE, PrefixCache, common_prefix, reusable
@@ -216,3 +217,22 @@ def test_a_release_inside_a_critical_section_waits_in_line(kept) -> None:
     with kept._lock:
         kept.release(slots)
     assert kept.bytes == 20
+
+
+def test_kept_caches_make_room_when_memory_is_short() -> None:
+    room = 2
+
+    def allocate(batch: int, capacity: int) -> Cache:
+        if sum(not cache.closed for cache in Cache.made) >= room:
+            raise DeviceError("no memory")
+        return Cache(batch, capacity)
+
+    Cache.made = []
+    kept = PrefixCache(allocate, entry_bytes=1, budget=1000)
+    first, _ = use(kept, np.arange(40))
+    second, _ = use(kept, np.arange(100, 140))
+    third, reused = use(kept, np.concatenate([np.arange(10), ids(77)]))
+    assert (first.closed, second.closed, third.closed, reused) == (False, True, False, [10])
+    room = 0
+    with pytest.raises(DeviceError):
+        use(kept, np.arange(500, 520))

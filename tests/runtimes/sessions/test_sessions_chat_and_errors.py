@@ -118,6 +118,11 @@ def test_a_smaller_context_says_so(portable_bundle) -> None:
         full = vlm.generate(ASK, images=noise(1), ignore_eos=True, ignore_config=["max_new_tokens"])
         assert full.prompt_tokens + len(full.tokens) == 40
         assert full.finish_reason == "length"
+        # Rows of a batch reach the end of the context at different times.
+        rows = vlm.generate([ASK, "a"], images=[noise(1), None], ignore_eos=True, ignore_config=["max_new_tokens"])
+        assert rows[0].tokens == full.tokens
+        assert [row.prompt_tokens + len(row.tokens) for row in rows] == [40, 40]
+        assert rows[1].tokens == vlm.generate("a", ignore_eos=True, ignore_config=["max_new_tokens"]).tokens
     for wrong in (0, 257):
         with pytest.raises(OptionError, match="2 … 256"):
             load(portable_bundle("llava-llama"), build="portable", context_length=wrong)
@@ -205,7 +210,7 @@ def test_closed(portable_bundle) -> None:
 
 def test_which_build_is_taken(built_bundle, portable_bundle) -> None:
     path = portable_bundle("llava-llama")
-    with pytest.raises(TargetError, match="only portable graphs.*vlm-edge build .*build='portable'"):
+    with pytest.raises(TargetError, match=r"only portable graphs.*vlm-edge build .*build='portable'"):
         load(path)
     with pytest.raises(TargetError, match="no build 'cpu-int2'"):
         load(path, build="cpu-int2")

@@ -221,3 +221,23 @@ def test_streams_may_be_open_side_by_side(session) -> None:
         texts[number] += "".join(stream)
     assert texts == expected
     assert between.text == expected[0]
+
+
+def test_a_cache_that_must_grow(built_bundle, monkeypatch) -> None:
+    """Where the whole context would take too much memory, a longer turn moves into a larger cache."""
+    from dataclasses import replace
+
+    from vlm_edge_runtime import load
+    from vlm_edge_runtime.sessions import kv_plan
+
+    monkeypatch.setattr(kv_plan, "BUCKET", 32)
+    with load(built_bundle("llava-llama", "cpu-fp32")) as vlm:
+        expected = [vlm.generate(ASK * times, images=noise(1), max_new_tokens=4).tokens for times in (1, 3)]
+        vlm.clear_caches()
+        vlm._plan = replace(vlm._plan, budget=0)
+        capacities = []
+        for times, tokens in zip((1, 3), expected, strict=True):
+            assert vlm.generate(ASK * times, images=noise(1), max_new_tokens=4).tokens == tokens
+            capacities.append(vlm._kept._kept[-1].state.capacity)
+        assert capacities[0] < capacities[1] < vlm.context_length
+        assert vlm.stats.reused_tokens > 16
