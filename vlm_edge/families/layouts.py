@@ -97,7 +97,7 @@ def tile_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout
         inputs=(pixels,),
         sample=lambda case: (randn(pixels, case),),
         features=lambda case, inputs: model.get_image_features(pixel_values=inputs[0].clone()[None]),
-        cases=tuple(Case(f"{n} tile{'s' * (n > 1)}", {"tiles": n}) for n in (2, 1, 5)),
+        cases=tuple(Case(f"{n} tile{'s' * (n > 1)}", {"tiles": n}) for n in (2, 1, 3)),
         rows="tiles",
     )
 

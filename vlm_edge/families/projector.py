@@ -112,17 +112,18 @@ def _vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tu
             layout.features(case, inputs)
         finally:
             handle.remove()
-        return tuple(tensor.detach().clone() for tensor in kept[:2])
+        seen[case.label] = tuple(tensor.detach().clone() for tensor in kept[:2])
+        return seen[case.label]
 
     def hidden_states(case: Case) -> Tensors:
-        """The projector is checked on what the vision encoder really puts out, not on noise."""
+        """What the vision encoder really puts out, not noise; kept from its own check, for it may cost seconds a tile."""
         if case.label not in seen:
             with torch.no_grad(), attention_implementation(model, "eager"):
-                seen[case.label] = original(case, layout.sample(case))
+                original(case, layout.sample(case))
         return seen[case.label][:1]
 
-    hidden = hidden_states(layout.cases[0])[0]
-    features = seen[layout.cases[0].label][1]
+    first = layout.cases[0]
+    hidden, features = hidden_states(first)[0], seen[first.label][1]
     one_row = layout.tokens_dim is not None
     rows_in = (layout.rows,) if one_row else (layout.rows, hidden.shape[1])
     rows_out = (layout.tokens_dim,) if layout.tokens_dim else (layout.rows, features.shape[1])
