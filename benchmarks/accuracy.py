@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import numpy as np
@@ -48,7 +48,7 @@ def measure(bundle: Path, build: str, task: str, count: int) -> dict[str, Any]:
     with load(bundle, build=build) as session:
         if isinstance(session, DualEncoder):
             return {"build": build, "examples": count, **retrieval(session, scenes.held_out_captions(count))}
-        kind = "smolvlm" if session.manifest.model_type in ("smolvlm", "idefics3") else "llava"
+        kind: Literal["smolvlm", "llava"] = "smolvlm" if session.manifest.model_type in ("smolvlm", "idefics3") else "llava"
         data = scenes.held_out_examples(count, model=kind) if task == "scenes" else easyvqa.test_examples(count)
         ttft: list[float] = []
         rates: list[float] = []

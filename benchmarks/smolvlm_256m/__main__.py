@@ -60,7 +60,7 @@ def prepare(builds: tuple[str, ...]) -> None:
 
 def compare(builds: tuple[str, ...], split: bool, rounds: int, runs: int) -> dict[str, dict[str, float]]:
     """Every contender `rounds` times, in turn; medians over the rounds."""
-    contenders = {f"vlm-edge {build}": ("ours", (BUNDLE, build)) for build in builds}
+    contenders: dict[str, tuple[str, tuple[object, ...]]] = {f"vlm-edge {build}": ("ours", (BUNDLE, build)) for build in builds}
     contenders["transformers eager fp32"] = ("eager", (CHECKPOINT,))
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     picture = "split" if split else "whole"

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 BEGAN = float(os.environ.get("BENCH_BEGAN", time.time()))
 
@@ -17,7 +18,7 @@ from .scenario import NEW_TOKENS, PROMPT, peak_rss_mb, picture, report  # noqa: 
 
 def main(bundle: Path, build: str, mode: str, split: bool, runs: int) -> None:
     """Measures one scenario and prints it."""
-    options = {"images": [picture()], "temperature": 0.0, "ignore_eos": True}
+    options: dict[str, Any] = {"images": [picture()], "temperature": 0.0, "ignore_eos": True}
     with load(bundle, build=build, image_options={"do_image_splitting": split}) as vlm:
         if mode == "cold":
             vlm.generate(PROMPT, max_new_tokens=1, **options)

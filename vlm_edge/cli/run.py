@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ from .console import echo_json, size, stderr, stdout, table
 @click.option("--stop", multiple=True, help="End the answer before this text (repeatable).")
 @click.option("--raw", is_flag=True, help="Use the prompt as it is, without the chat template.")
 @click.option("--stats", "show_stats", is_flag=True, help="Print TTFT, tokens/s and cache hits afterwards.")
+@click.option(
+    "--image-option",
+    "image_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Override a preprocessing option (repeatable), e.g. do_image_splitting=false for one tile an image.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of streamed text.")
 @click.option("--no-verify", is_flag=True, help="Skip checking the hashes of the bundle's files.")
 def command(
@@ -50,6 +58,7 @@ def command(
     no_verify: bool,
     show_stats: bool,
     as_json: bool,
+    image_options: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Ask BUNDLE about pictures; the answer streams to standard output.
@@ -64,9 +73,16 @@ def command(
 
     if prompt == "-":
         prompt = click.get_text_stream("stdin").read().strip()
-    with load(
-        bundle, device=device, build=build, threads=threads, context_length=context_length, verify=not no_verify
-    ) as session:
+    session = load(
+        bundle,
+        device=device,
+        build=build,
+        threads=threads,
+        context_length=context_length,
+        image_options=_options(image_options),
+        verify=not no_verify,
+    )
+    with session:
         if isinstance(session, DualEncoder):
             _classify(session, images, labels or prompt, template, as_json)
             return
@@ -92,6 +108,20 @@ def command(
             _stream(session.stream(prompt, images=list(images) or None, raw=raw, **options))
         if show_stats:
             _show(session)
+
+
+def _options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`name=value` pairs; a value is JSON where it parses as such, else a text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise click.UsageError(f"--image-option {pair!r}: write it as NAME=VALUE, e.g. do_image_splitting=false.")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def _stream(pieces: Any) -> None:

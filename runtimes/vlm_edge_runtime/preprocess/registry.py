@@ -23,12 +23,15 @@ PROCESSORS: dict[str, type[ImageProcessor]] = {
 }
 
 
-def load_image_processor(preprocessor_config: Config, processor_config: Config | None = None) -> ImageProcessor:
+def load_image_processor(
+    preprocessor_config: Config, processor_config: Config | None = None, overrides: Config | None = None
+) -> ImageProcessor:
     """The image processor that the saved JSON describes.
 
     `preprocessor_config`: the content of `preprocessor_config.json` (may be empty where the other file holds it).
     `processor_config`: the content of `processor_config.json`; its `image_processor` entry, when there is one, goes first,
     as in transformers, and its `patch_size`, `image_seq_len` … tell how many tokens an image becomes.
+    `overrides`: options that take the place of the saved ones (`{"do_image_splitting": False}`).
 
     Raises UnsupportedModelError for an unknown processor type, an unknown option, or a value that cannot be honoured.
     """
@@ -45,4 +48,4 @@ def load_image_processor(preprocessor_config: Config, processor_config: Config |
         near = get_close_matches(base, PROCESSORS, n=1)
         hint = f" (the nearest is {near[0]})" if near else ""
         raise UnsupportedModelError(f"image processor {name!r} is not known{hint}; known are {', '.join(PROCESSORS)}")
-    return PROCESSORS[base](name=base, config=config, processor_config=processor_config)
+    return PROCESSORS[base](name=base, config={**config, **(overrides or {})}, processor_config=processor_config)
