@@ -72,7 +72,7 @@ def command(
     from vlm_edge_runtime import DualEncoder, load
 
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read().strip()
+        prompt = sys.stdin.read().strip()
     session = load(
         bundle,
         device=device,
