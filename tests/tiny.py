@@ -211,6 +211,20 @@ def llava(text: str, *, tower: str = "clip", layer: int | list[int] = -2, strate
     return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<image>\n'")
 
 
+def vipllava() -> Parts:
+    """VipLLaVA: LLaVA over several layers of its vision encoder, with a norm before the projector."""
+    _, images, words, processor, template = llava("llama")
+    config = t.VipLlavaConfig(
+        vision_config=t.CLIPVisionConfig(**_VISION),
+        text_config=_text_config("llama"),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE // PATCH) ** 2,
+        vision_feature_layers=[-2, -1],
+        tie_word_embeddings=True,
+    )
+    return _generating(t.VipLlavaForConditionalGeneration(config)), images, words, processor, template
+
+
 def tiles(kind: str) -> Parts:
     """SmolVLM or Idefics3: an image of up to 2 × 2 tiles and a global view, each 4 tokens after the pixel shuffle."""
     names = {"fake_image_token": "<fake_token_around_image>", "image_token": "<image>", "global_image_token": "<global-img>"}
@@ -301,6 +315,7 @@ CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "llava-gemma": lambda: llava("gemma"),
     "llava-gemma2": lambda: llava("gemma2"),
     "llava-gemma3": lambda: llava("gemma3"),
+    "vipllava": vipllava,
     "smolvlm": lambda: tiles("smolvlm"),
     "idefics3": lambda: tiles("idefics3"),
     "qwen2_vl": qwen2_vl,

@@ -56,6 +56,7 @@ LLAVAS = [
     "llava-llama",
     pytest.param("llava-mistral", marks=pytest.mark.slow),
     "llava-gemma2",
+    pytest.param("vipllava", marks=pytest.mark.slow),
     *(
         pytest.param(f"llava-{text}", marks=pytest.mark.slow)
         for text in ("opt", "gpt2", "qwen2", "qwen3", "phi3", "gemma", "gemma3")
