@@ -29,11 +29,11 @@ class CancelToken:
 
     def cancel(self) -> None:
         """Cancels. Calling it twice does no harm."""
+        # The hooks run under the lock: once `detach` has returned, its hook runs no more.
         with self._lock:
             self._set = True
-            hooks = list(self._hooks.values())
-        for hook in hooks:
-            hook()
+            for hook in list(self._hooks.values()):
+                hook()
 
     def is_set(self) -> bool:
         """Whether `cancel` was called."""

@@ -15,6 +15,7 @@ from vlm_edge_runtime.decode.result import FinishReason, Generation
 from vlm_edge_runtime.decode.row_text import RowText
 from vlm_edge_runtime.decode.stats import Stats
 from vlm_edge_runtime.engines.base import Decoder, RowTokens, SamplingParams
+from vlm_edge_runtime.errors import DeviceError
 
 from .images import Floats, ImageStore, Picture
 from .kv_plan import KVPlan
@@ -77,6 +78,7 @@ class Run:
         self._outside = cancel
         self.cancel = CancelToken()
         self._attached: int | None = None
+        self._reaching: int | None = None
         self._slots: Slots | None = None
         self._step_s = 0.0
         self.closed = False
@@ -115,7 +117,7 @@ class Run:
             needed = max(len(row.prompt) + row.limit for row in self._rows)
             capacity = parts.plan.capacity(len(prompts), needed)
             self._slots = parts.kept.acquire([prompt.content_ids for prompt in prompts], capacity)
-            self.cancel.attach(self._slots.state.cancel)
+            self._reaching = self.cancel.attach(self._slots.state.cancel)
             self._prefill(self._slots, prompts)
         except _Cancelled:
             self._end_all("cancelled")
@@ -138,6 +140,8 @@ class Run:
             produced = self._slots.state.decode(steps)
             now = time.perf_counter()
             self._clock(started, now, max(len(new.tokens) for new in produced))
+            if not any(new.tokens for new in produced) and not self._is_cancelled():
+                raise DeviceError("the decoder produced no token although rows are open: this is a fault in the engine.")
             for number, (row, new) in enumerate(zip(self._rows, produced, strict=True)):
                 if row.finish is None:
                     pieces[number] = self._take(number, row, new)
@@ -154,6 +158,10 @@ class Run:
         if self._attached is not None and isinstance(self._outside, CancelToken):
             self._outside.detach(self._attached)
             self._attached = None
+        if self._reaching is not None:
+            # The cache may serve another call from now on, which a late `cancel` must not reach.
+            self.cancel.detach(self._reaching)
+            self._reaching = None
         slots, self._slots = self._slots, None
         if slots is None:
             return

@@ -43,6 +43,9 @@ class VisionLanguageModel(Session):
 
     Memory: each call's KV cache is allocated once (see `KVPlan`); caches of earlier calls are kept within
     `prefix_cache_bytes`, encoded images within `image_cache_bytes`.
+
+    Neither cache changes an answer beyond rounding, with one exception: a decoder whose activations are quantised on the
+    fly (precision "int8") takes their range over all tokens of a call, so there batches and kept prefixes shift it slightly.
     """
 
     family = "projector"

@@ -76,6 +76,21 @@ def test_one_stream_can_be_ended_alone(session) -> None:
     assert (first.finish_reason, second.finish_reason) == ("cancelled", "length")
 
 
+def test_cancelling_what_has_ended_reaches_nobody_else(session) -> None:
+    vlm = session("llava-llama")
+    token = CancelToken()
+    ended = vlm.stream(ASK, images=noise(1), max_new_tokens=3, ignore_eos=True, cancel=token)
+    text = "".join(ended)
+    assert ended.finish_reason == "length"
+    going_on = vlm.stream(ASK, images=noise(1), max_new_tokens=12, ignore_eos=True)  # takes over its KV cache
+    start = next(going_on)
+    ended.cancel()
+    token.cancel()
+    assert (start + "".join(going_on)).startswith(text)
+    assert going_on.finish_reason == "length"
+    assert ended.finish_reason == "length"
+
+
 @pytest.mark.parametrize("kind", [CancelToken, threading.Event])
 def test_a_token_or_event_cancels_its_own_call(kind, session) -> None:
     vlm = session("llava-llama")
