@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from vlm_edge.parity import first_divergence
-from vlm_edge.parity.bisect import compare_values
+from vlm_edge.parity.pairs import compare_values
 from vlm_edge.parity.probe import Probe
 from vlm_edge_runtime.errors import ParityError
 
@@ -29,17 +29,17 @@ def chain(layers=4, *, width=16, names=lambda layer, what: f"{what}_{layer}"):
         scale, shift = value(f"scale_{layer}", np.ones(width)), value(f"shift_{layer}", np.zeros(width))
         stored = value(f"weight_{layer}", rng.normal(size=(width, width)))
         weights += [scale, shift, stored]
-        for op, inputs, what in (
-            ("LayerNormalization", lambda s=scale, b=shift: [current, s, b], "norm"),
-            ("Transpose", lambda w=stored: [w], "turn"),
-            ("MatMul", lambda: [nodes[-2].outputs[0], nodes[-1].outputs[0]], "product"),
-            ("Add", lambda: [nodes[-1].outputs[0], current], "sum"),
-        ):
-            attributes = {"epsilon": 1e-5} if what == "norm" else {}
-            node = ir.node(op, inputs(), attributes, name=f"{what}_{layer}_node")
+
+        def add(op, what, inputs, layer=layer, **attributes):
+            node = ir.node(op, inputs, attributes, name=f"{what}_{layer}_node")
             node.outputs[0].name = names(layer, what)
             node.metadata_props["vlm_edge.scope"] = f"layers.{layer}.{what}"
             nodes.append(node)
+            return node.outputs[0]
+
+        normal = add("LayerNormalization", "norm", [current, scale, shift], epsilon=1e-5)
+        product = add("MatMul", "product", [normal, add("Transpose", "turn", [stored])])
+        add("Add", "sum", [product, current])
         current = nodes[-1].outputs[0]
     current.name, current.type, current.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape([3, width])
     graph = ir.Graph([source], [current], nodes=nodes, initializers=weights, opset_imports={"": 23}, name="chain")
@@ -109,10 +109,12 @@ def test_an_error_below_the_tolerance_is_none(right, tmp_path):
 
 def test_values_without_a_partner_become_candidates(right, tmp_path):
     wrong = chain(names=lambda layer, what: f"{what}_{layer}" if what == "sum" else f"other_{what}_{layer}")
-    next(node for node in wrong.graph if node.name == "norm_1_node").attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.1)
+    for node in wrong.graph:
+        node.name = f"other_{node.name}"
+    next(node for node in wrong.graph if node.name == "other_norm_1_node").attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.1)
     found = first_divergence(right, save(wrong, tmp_path / "wrong", "g.onnx"), FEEDS, 1e-4)
-    assert found.node == "sum_1_node"
-    assert found.candidates == ["norm_1_node", "product_1_node"]
+    assert found.node == "other_sum_1_node"
+    assert found.candidates == ["other_norm_1_node", "other_product_1_node"]
 
 
 def test_more_values_than_one_run_exposes(tmp_path):
@@ -125,6 +127,8 @@ def test_more_values_than_one_run_exposes(tmp_path):
 def test_graphs_that_share_nothing(right, tmp_path):
     other = chain(names=lambda layer, what: f"other_{what}_{layer}")
     other.graph.outputs[0].name = "z"
+    for node in other.graph:
+        node.name = f"other_{node.name}"
     with pytest.raises(ParityError, match="share no value"):
         first_divergence(right, save(other, tmp_path / "other", "g.onnx"), FEEDS, 1e-4)
 
@@ -152,4 +156,12 @@ def test_a_cache_of_fixed_capacity_is_compared_where_the_other_grows():
     fixed = np.concatenate([grown, np.full((1, 2, 3, 4), np.nan, np.float32)], axis=2)
     assert compare_values("present.0.key", fixed, grown).within(0.0)
     assert compare_values("hidden", fixed, grown) is None
-    assert compare_values("hidden", grown.reshape(1, 5, 8), grown).within(0.0)
+
+
+def test_merged_heads_and_flattened_rows_are_laid_over_each_other():
+    heads = RANDOM.normal(size=(1, 2, 5, 4)).astype(np.float32)
+    merged = heads.transpose(0, 2, 1, 3).reshape(1, 5, 8)
+    assert compare_values("hidden", merged, heads).within(0.0)
+    assert not compare_values("hidden", heads.reshape(1, 5, 8), heads).within(0.1)
+    assert compare_values("hidden", merged.reshape(5, 8), merged).within(0.0)
+    assert compare_values("hidden", merged.reshape(8, 5), merged) is None

@@ -25,7 +25,9 @@ def write(folder, *lines):
 
 
 def test_questions(folder):
-    path = write(folder, {"image": "a.png", "prompt": "p", "answer": "x"}, "", {"images": ["a.png", "a.png"], "prompt": "q", "answer": "y"})
+    path = write(
+        folder, {"image": "a.png", "prompt": "p", "answer": "x"}, "", {"images": ["a.png", "a.png"], "prompt": "q", "answer": "y"}
+    )
     dataset = load_dataset(path)
     assert len(dataset) == 2
     first, second = dataset

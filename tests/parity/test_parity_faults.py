@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 from planted import copy, edit_graph, edit_json, matmul, set_epsilon, set_weight, zero_block
 
-from vlm_edge.parity import bisect_bundle, compare
+from vlm_edge.parity import bisect_bundle, compare, first_divergence
 from vlm_edge.parity.examples import built_in
+from vlm_edge.parity.graphs import PortableReference, lower_row
+from vlm_edge.parity.pairs import pair_values
+from vlm_edge.parity.probe import Probe
 from vlm_edge.targets.build import build
+from vlm_edge_runtime.bundle.reader import open_bundle
+from vlm_edge_runtime.bundle.writer import file_ref, update_manifest
 
 LAYER = "model.language_model.layers.1"
 EXAMPLES = built_in()[:2]
@@ -27,7 +32,9 @@ def lowered(portable_bundle, tmp_path_factory):
 
 
 def norm(model, scope):
-    return next(node for node in model.graph if "Normalization" in node.op_type and node.metadata_props["vlm_edge.scope"] == scope)
+    return next(
+        node for node in model.graph if "Normalization" in node.op_type and node.metadata_props["vlm_edge.scope"] == scope
+    )
 
 
 def failed(report, name="portable"):
@@ -107,7 +114,6 @@ def test_a_wrong_image_mean_of_a_dual_encoder(portable_bundle, tiny_checkpoint, 
 def test_a_wrong_chat_template(llava, tiny_checkpoint):
     template = llava / "chat_template.jinja"
     template.write_text(template.read_text().replace("ASSISTANT:", "ASSISTANT :"))
-    from vlm_edge_runtime.bundle.writer import file_ref, update_manifest
 
     def record(manifest):
         manifest.files = [file_ref(llava, ref.file) for ref in manifest.files]
@@ -189,6 +195,19 @@ def test_a_fault_in_a_quantised_build(portable_bundle, tmp_path):
     report, culprits = checked(bundle, None)
     assert "logits" in failed(report, "cpu-int8")
     assert [one.node for one in culprits] == planted
+
+
+def test_no_node_of_a_sound_build_is_suspected(lowered):
+    """Every value that is paired with a portable one agrees with it: the pairing itself raises no alarm."""
+    portable, built = open_bundle(lowered), open_bundle(lowered, build="cpu-fp32")
+    for role in built.build.graphs:
+        case = list(PortableReference(portable).graph_cases(role))[-1]
+        feeds = lower_row(case, 0)[0] if role == "decoder" else case.feeds
+        paths = portable.graph_path(role), built.graph_path(role)
+        assert first_divergence(*paths, case.feeds, 1e-4, suspect_feeds=feeds) is None
+        paired = pair_values(*map(Probe, paths))
+        computed = [node.name for node in Probe(paths[1]).nodes if node.outputs[0].name in paired]
+        assert sum("linear" in name or "MatMul" in name for name in computed) >= 5
 
 
 def test_nothing_is_bisected_where_nothing_failed(llava, tiny_checkpoint):

@@ -1,8 +1,7 @@
 """The first node whose output leaves the tolerance, between two graphs that should compute the same.
 
-The graphs may be copies with other weights or attributes, or a portable graph and its lowered form: values are matched by
-name, which the passes keep where the value is the same. Where a value has no partner the search goes on, and the nodes in
-between are named with the culprit.
+The graphs may be copies with other weights or attributes, or a portable graph and its lowered form (see pairs.py for which
+values are compared). Where a value has no partner the search goes on, and the nodes in between are named with the culprit.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import onnx_ir as ir
 
 from vlm_edge_runtime.errors import ParityError
 
-from .metrics import Array, Distance, distance, worst
+from .metrics import Array, Distance, worst
+from .pairs import compare_values, pair_values
 from .probe import Probe, label, scope_of
 from .report import short
 
@@ -73,17 +73,17 @@ def first_divergence(
     `suspect_feeds`: its inputs, where its signature is another. Raises ParityError when the graphs share no value to compare.
     """
     right, wrong = Probe(reference), Probe(suspect)
-    right_names = right.values()
-    shared = [name for name in wrong.values() if name in right_names]
+    pairs = pair_values(right, wrong)
+    shared = list(pairs)
     if not shared:
-        raise ParityError(f"{reference.name} and {suspect} share no value by name: there is nothing to bisect.")
+        raise ParityError(f"{reference.name} and {suspect} share no value: there is nothing to bisect.")
     seen: dict[str, Distance] = {}
     for start in range(0, len(shared), CHUNK):
         names = shared[start : start + CHUNK]
-        expected = right.run(feeds, names)
+        expected = right.run(feeds, list(dict.fromkeys(pairs[name] for name in names)))
         found = wrong.run(feeds if suspect_feeds is None else suspect_feeds, names)
         for name in names:
-            one = compare_values(name, found[name], expected[name])
+            one = compare_values(name, found[name], expected[pairs[name]])
             if one is None:
                 continue
             seen[name] = one
@@ -102,24 +102,9 @@ def first_divergence(
                     after=one,
                     tolerance=tolerance,
                     candidates=[label(other) for other in between],
-                    reason=_reason(right, wrong, [*between, node]),
+                    reason=_reason(right, wrong, pairs, [*between, node]),
                 )
     return None
-
-
-def compare_values(name: str, found: Array, expected: Array) -> Distance | None:
-    """Two values of one name, or None where the lowered form keeps something else under it.
-
-    A cache of fixed capacity is compared where the growing one is; a value that merely lost a dimension is reshaped.
-    """
-    if found.shape != expected.shape:
-        if name.startswith("present.") and found.ndim == expected.ndim == 4 and found.shape[2] > expected.shape[2]:
-            found = found[:, :, : expected.shape[2]]
-        elif found.size == expected.size and found.size > 1:
-            found = found.reshape(expected.shape)
-        else:
-            return None
-    return distance(found, expected)
 
 
 def _before(probe: Probe, node: ir.Node, seen: Mapping[str, Distance]) -> tuple[Distance, list[ir.Node]]:
@@ -142,15 +127,17 @@ def _before(probe: Probe, node: ir.Node, seen: Mapping[str, Distance]) -> tuple[
     return worst(known), sorted(between, key=order.__getitem__)
 
 
-def _reason(right: Probe, wrong: Probe, nodes: list[ir.Node]) -> str:
+def _reason(right: Probe, wrong: Probe, pairs: Mapping[str, str], nodes: list[ir.Node]) -> str:
     """What differs about the suspects themselves: a weight, an attribute, the operator."""
     partners = {node.outputs[0].name: node for node in right.nodes}
     said: list[str] = []
     for node in nodes:
-        partner = partners.get(node.outputs[0].name)
-        if partner is None or partner.op_type != node.op_type:
+        partner = partners.get(pairs.get(str(node.outputs[0].name)))
+        if partner is None:
             continue
-        for name in {**partner.attributes, **node.attributes}:
+        # A fused form has attributes of its own; those that both know must agree.
+        same = partner.op_type == node.op_type
+        for name in {**partner.attributes, **node.attributes} if same else {*partner.attributes} & {*node.attributes}:
             ours, theirs = (_attribute(one, name) for one in (node, partner))
             if ours != theirs:
                 said.append(f"attribute {name} of {label(node)} is {ours} instead of {theirs}")

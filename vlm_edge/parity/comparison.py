@@ -65,7 +65,8 @@ def compare(
         raise ParityError("There are no examples: give at least one picture with a prompt.")
     request = _Request(path, manifest, chosen, dataset, max_new_tokens, accuracy_points, steps)
     with _step(steps, "load the reference") as said:
-        side, graphs, close = _reference(path, reference, dual, trust_remote_code)
+        side, graphs, close = _reference(path, manifest, reference, dual, trust_remote_code)
+        note = _other_weights(manifest, side) if reference is not None else ""
         said.append(side.name)
     try:
         expected = _expect_vectors(request, side) if dual else _expect_answers(request, side)
@@ -84,6 +85,7 @@ def compare(
         created=now(),
         builds=reports,
         examples=views(chosen),
+        note=note,
         versions=_versions(torch=reference is not None),
     )
     if store:
@@ -159,6 +161,7 @@ class _Vectors:
 
         contract = request.manifest.contract
         assert isinstance(contract, DualEncoderContract)  # what chose this class
+        decides = request.dataset is not None and tolerance.quantised
         with _step(request.steps, f"{name}: whole model") as said:
             side = BundleEncoder(request.path, name)
             try:
@@ -169,7 +172,9 @@ class _Vectors:
                 report.embeddings = [
                     compare_vectors("image embeddings", images, self.images, tolerance),
                     compare_vectors("text embeddings", texts, self.texts, tolerance),
-                    compare_similarities((images, texts), (self.images, self.texts), contract, tolerance),
+                    compare_similarities(
+                        (images, texts), (self.images, self.texts), contract, tolerance, accuracy_decides=decides
+                    ),
                 ]
                 if request.dataset is not None:
                     report.accuracy = judge_accuracy(
@@ -231,13 +236,19 @@ def _expect_vectors(request: _Request, side: Encoder) -> _Vectors:
 
 
 def _reference(
-    path: Path, reference: str | Path | None, dual: bool, trust_remote_code: bool
+    path: Path, manifest: Manifest, reference: str | Path | None, dual: bool, trust_remote_code: bool
 ) -> tuple[Any, GraphReference, Callable[[], None]]:
     """The reference: a Generator or (`dual`) an Encoder; what knows its graphs; and how it is closed."""
     if reference is not None:
         from .reference import TorchReference
 
         original = TorchReference(str(reference), trust_remote_code=trust_remote_code)
+        if original.model_type != manifest.model_type:
+            original.close()
+            raise ParityError(
+                f"{reference} is a '{original.model_type}', {path} was made from a '{manifest.model_type}' "
+                f"({manifest.source.name}): name the checkpoint that the bundle was exported from."
+            )
         return original, original, original.close
     from .bundle_side import BundleEncoder, BundleGenerator
 
@@ -245,6 +256,16 @@ def _reference(
     portable = PortableReference(open_bundle(path))
     side.name = portable.name
     return side, portable, side.close
+
+
+def _other_weights(manifest: Manifest, original: Any) -> str:
+    found = original.checkpoint.source
+    if found.revision == manifest.source.revision:
+        return ""
+    return (
+        f"The reference's weights ({found.name}, {found.revision[:12]}) are not those the bundle was exported from "
+        f"({manifest.source.name}, {manifest.source.revision[:12]})."
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from vlm_edge_runtime.errors import ParityError
 
 from .examples import Example
-from .metrics import Distance, apart, compare_step, distance, worst
+from .metrics import UNBOUNDED, Distance, apart, compare_step, distance, worst
 from .report import ForcedResult, LogitsResult, PreprocessingResult, TextResult, short
 from .subject import Answer, Array, Floats, Generator, Prepared
 from .tolerance import PREPROCESSING, Tolerance, Verdict
@@ -76,7 +76,7 @@ def judge_logits(results: Sequence[ForcedResult], tolerance: Tolerance, *, accur
     near = sum(step.near_tie for step in steps)
     decided = flips - near
     kl = [step.kl for step in steps]
-    mean_kl = min(float(np.mean(np.minimum(kl, 1e300))), max(kl))
+    mean_kl = UNBOUNDED if max(kl) >= UNBOUNDED else float(np.mean(kl))
     verdict: Verdict = "PASS"
     said: list[str] = []
     if total.note:

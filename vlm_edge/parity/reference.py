@@ -29,7 +29,7 @@ class TorchReference:
         config, entry, family = checkpoints.identify(source, None, trust_remote_code)
         self.checkpoint: Checkpoint = checkpoints.load(source, family, config, trust_remote_code=trust_remote_code)
         self.name = f"PyTorch, {self.checkpoint.source.name}"
-        self.family = entry.family
+        self.model_type = entry.model_type
         self.model: Any = self.checkpoint.model
         self._stack = ExitStack()
         self._stack.enter_context(evaluating(self.model))

@@ -208,7 +208,10 @@ class ExampleView(_Part):
 
 
 class ParityReport(_Part):
-    """Everything `compare` found. `reference`: the checkpoint's name, or `portable graphs` where there was no PyTorch."""
+    """Everything `compare` found. `reference`: the checkpoint's name, or `portable graphs` where there was no PyTorch.
+
+    `note`: what a reader of a bad verdict should know first (the bundle was made from other weights).
+    """
 
     bundle: str
     model_type: str
@@ -216,6 +219,7 @@ class ParityReport(_Part):
     created: str
     builds: list[BuildReport]
     examples: list[ExampleView] = []
+    note: str = ""
     versions: dict[str, str] = {}
 
     @property
@@ -230,7 +234,8 @@ class ParityReport(_Part):
 
     def rows(self) -> list[Row]:
         """One line per comparison, for a table."""
-        return [
+        about = [Row(what="reference", subject="weights", verdict=self.verdict, numbers="", note=self.note)] if self.note else []
+        return about + [
             Row(what=build.name, subject=check.subject, verdict=check.verdict, numbers=summary(check), note=check.note)
             for build in self.builds
             for check in build.checks()
