@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+
+import msgspec
 import pytest
 from planted import copy, edit_graph, edit_json, matmul, set_epsilon, set_weight, zero_block
 
 from vlm_edge.parity import bisect_bundle, compare, first_divergence
 from vlm_edge.parity.examples import built_in
 from vlm_edge.parity.graphs import PortableReference, lower_row
+from vlm_edge.parity.metrics import UNBOUNDED
 from vlm_edge.parity.pairs import pair_values
 from vlm_edge.parity.probe import Probe
+from vlm_edge.parity.report import LogitsResult
 from vlm_edge.targets.build import build
-from vlm_edge_runtime.bundle.reader import open_bundle
+from vlm_edge_runtime.bundle.reader import open_bundle, read_manifest
 from vlm_edge_runtime.bundle.writer import file_ref, update_manifest
 
 LAYER = "model.language_model.layers.1"
@@ -41,8 +46,8 @@ def failed(report, name="portable"):
     return {check.subject for check in next(b for b in report.builds if b.name == name).checks() if check.verdict == "FAIL"}
 
 
-def checked(bundle, reference, **options):
-    report = compare(bundle, reference, examples=EXAMPLES, max_new_tokens=6, store=False, **options)
+def checked(bundle, reference, store=False, **options):
+    report = compare(bundle, reference, examples=EXAMPLES, max_new_tokens=6, store=store, **options)
     return report, bisect_bundle(bundle, reference, report)
 
 
@@ -103,6 +108,19 @@ def test_a_wrong_image_mean_points_at_preprocessing(llava, tiny_checkpoint):
     assert "image_mean is [0.9, 0.1, 0.5]" in culprits[0].reason
 
 
+def test_a_wrong_image_mean_in_the_processor_file(portable_bundle, tiny_checkpoint, tmp_path):
+    """Newer checkpoints keep the image processor's options there, and they go before those of the other file."""
+    bundle = copy(portable_bundle("tiny-llava"), tmp_path)
+    options = json.loads((bundle / "processor_config.json").read_text()).get("image_processor")
+    if options is None:
+        pytest.skip("the checkpoint keeps its options in preprocessor_config.json")
+    edit_json(bundle, "processor_config.json", image_processor={**options, "image_mean": [0.9, 0.1, 0.5]})
+    report, culprits = checked(bundle, tiny_checkpoint("tiny-llava"), builds=["portable"])
+    assert "preprocessing" in failed(report)
+    assert [(one.graph, one.node) for one in culprits] == [("preprocessing", "processor_config.json")]
+    assert "image_mean is [0.9, 0.1, 0.5]" in culprits[0].reason
+
+
 def test_a_wrong_image_mean_of_a_dual_encoder(portable_bundle, tiny_checkpoint, tmp_path):
     clip = copy(portable_bundle("clip"), tmp_path)
     edit_json(clip, "preprocessor_config.json", image_mean=[0.9, 0.1, 0.5])
@@ -131,8 +149,10 @@ def test_weights_that_are_not_a_number(llava, tiny_checkpoint):
         set_weight(weight, weight.const_value.numpy() * float("nan"))
 
     edit_graph(llava, "decoder", plant)
-    report, culprits = checked(llava, tiny_checkpoint("llava-llama"), builds=["portable"])
+    report, culprits = checked(llava, tiny_checkpoint("llava-llama"), store=True)
     assert {"decoder", "logits", "greedy text"} <= failed(report)
+    assert read_manifest(llava).parity.verdict == "FAIL"  # a manifest with a NaN in it could not be read again
+    assert msgspec.convert(json.loads(report.to_json())["builds"][0]["logits"], LogitsResult).mean_kl == UNBOUNDED
     assert culprits[0].module == f"{LAYER}.mlp.gate_proj"
     assert '"verdict": "FAIL"' in report.to_json()
 

@@ -88,19 +88,29 @@ def _built(bundle: Bundle, role: str) -> Culprit | None:
     )
 
 
+def _image_options(bundle: Bundle) -> tuple[str, dict[str, Any]]:
+    """The image processor's options as the runtime reads them: the entry of processor_config.json goes first."""
+    if bundle.has_file("processor_config.json"):
+        nested = bundle.read_json("processor_config.json").get("image_processor")
+        if isinstance(nested, dict):
+            return "processor_config.json", nested
+    return "preprocessor_config.json", bundle.read_json("preprocessor_config.json")
+
+
 def _preprocessing(bundle: Bundle, original: TorchReference, build: BuildReport) -> list[Culprit]:
-    """The options of preprocessor_config.json that are not those of the checkpoint."""
+    """The options that the runtime goes by and that are not those of the checkpoint, with the file they stand in."""
     assert build.preprocessing is not None  # its verdict chose this
-    ours = bundle.read_json("preprocessor_config.json") if bundle.has_file("preprocessor_config.json") else {}
+    file, ours = _image_options(bundle)
     theirs = original.checkpoint.image_processor
-    differ = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    said = "; ".join(f"{key} is {ours.get(key)} instead of {theirs.get(key)}" for key in differ)
+    # An option that is not saved has its default on both sides; the type's suffix names an implementation (Fast, Pil).
+    differ = sorted(key for key in ours if key in theirs and key != "image_processor_type" and ours[key] != theirs[key])
+    said = "; ".join(f"{key} is {ours[key]} instead of {theirs[key]}" for key in differ)
     reason = f"Found: {said}." if said else build.preprocessing.note
     return [
         Culprit(
             build=build.name,
             graph="preprocessing",
-            node="preprocessor_config.json",
+            node=file,
             op=str(ours.get("image_processor_type", "image processor")),
             module="",
             output="pixel_values",
