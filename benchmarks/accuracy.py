@@ -30,12 +30,14 @@ def exact_match(session: VisionLanguageModel, examples: Sequence[scenes.Example]
     return right / len(examples)
 
 
-def retrieval(session: DualEncoder, pairs: Sequence[tuple[Any, str]]) -> dict[str, float]:
+def retrieval(session: DualEncoder, pools: int) -> dict[str, float]:
     """Top-1 retrieval within pools of 64 pairs with captions that are all different: image → text and text → image."""
-    images = session.embed_image([image for image, _ in pairs])
-    texts = session.embed_text([caption for _, caption in pairs])
-    pools = [slice(i, i + POOL) for i in range(0, len(pairs) - POOL + 1, POOL)]
-    scores = [images[pool] @ texts[pool].T for pool in pools]
+    scores = []
+    for pool in range(pools):
+        pairs = scenes.held_out_captions(POOL, seed=pool)
+        images = session.embed_image([image for image, _ in pairs])
+        texts = session.embed_text([caption for _, caption in pairs])
+        scores.append(images @ texts.T)
     own = np.arange(POOL)
     return {
         "image_to_text": float(np.mean([s.argmax(1) == own for s in scores])),
@@ -47,7 +49,8 @@ def measure(bundle: Path, build: str, task: str, count: int) -> dict[str, Any]:
     """Accuracy of one build, with the speed of the same calls (medians over the examples)."""
     with load(bundle, build=build) as session:
         if isinstance(session, DualEncoder):
-            return {"build": build, "examples": count, **retrieval(session, scenes.held_out_captions(count))}
+            pools = max(1, count // POOL)
+            return {"build": build, "examples": pools * POOL, **retrieval(session, pools)}
         kind: Literal["smolvlm", "llava"] = "smolvlm" if session.manifest.model_type in ("smolvlm", "idefics3") else "llava"
         data = scenes.held_out_examples(count, model=kind) if task == "scenes" else easyvqa.test_examples(count)
         ttft: list[float] = []

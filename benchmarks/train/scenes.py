@@ -270,7 +270,9 @@ def held_out_examples(n: int, seed: int = 0, model: Literal["llava", "smolvlm"] 
 
 
 def held_out_captions(n: int, seed: int = 0) -> list[tuple[Image.Image, str]]:
-    """Return ``n`` held-out (64 x 64 image, caption) pairs with captions that are all different."""
+    """Return ``n`` held-out (64 x 64 image, caption) pairs with captions that are all different; ``n`` at most 256."""
+    if n > 256:
+        raise ValueError(f"{n} different held-out captions were asked for; there are only a few hundred: ask for 256 at most")
     rng = random.Random(f"captions-{seed}")
     pairs: dict[str, Image.Image] = {}
     while len(pairs) < n:

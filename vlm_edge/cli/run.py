@@ -24,6 +24,7 @@ from .console import echo_json, size, stderr, stdout, table
 @click.option("--build", help="Which build to run (default: the bundle's first for this device; 'portable' is the reference).")
 @click.option("--device", default="auto", show_default=True, help="cpu or auto.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads (0: physical cores).")
+@click.option("--spin/--no-spin", default=True, help="Whether idle threads spin; --no-spin beside other busy processes.")
 @click.option("--context-length", type=click.IntRange(1), help="Slots of the KV cache (default: what the model has).")
 @click.option("--max-new-tokens", "-n", type=click.IntRange(1), help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), help="0 is greedy.")
@@ -54,6 +55,7 @@ def command(
     build: str | None,
     device: str,
     threads: int,
+    spin: bool,
     context_length: int | None,
     no_verify: bool,
     show_stats: bool,
@@ -78,6 +80,7 @@ def command(
         device=device,
         build=build,
         threads=threads,
+        spin=spin,
         context_length=context_length,
         image_options=_options(image_options),
         verify=not no_verify,

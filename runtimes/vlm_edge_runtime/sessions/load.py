@@ -28,6 +28,7 @@ def load(
     device: str = "auto",
     build: str | None = None,
     threads: int = 0,
+    spin: bool = True,
     context_length: int | None = None,
     image_cache_bytes: int = 256 << 20,
     prefix_cache: bool = True,
@@ -40,6 +41,8 @@ def load(
     - `device`: "cpu" or "auto" (what the bundle has a build for). Never silently another.
     - `build`: a build's name, or "portable" for the reference graphs; by default the first build for the device.
     - `threads`: CPU threads, 0 for the number of physical cores.
+    - `spin`: idle threads wait for the next piece of work without sleeping. Fastest on a machine of one's own; beside other
+      busy processes switch it off, or every step waits for a thread that is not scheduled.
     - `context_length`: most tokens of prompt and answer together; by default what the model has.
     - `image_cache_bytes`: budget for the features of images seen before; 0 keeps none.
     - `prefix_cache`, `prefix_cache_bytes`: whether KV caches of earlier calls are kept for prompts that begin like theirs, and
@@ -64,7 +67,7 @@ def load(
 
     module, name = SESSIONS[manifest.family]
     session_class = getattr(importlib.import_module(module), name)
-    engine = open_engine(bundle, device, EngineOptions(threads=threads))
+    engine = open_engine(bundle, device, EngineOptions(threads=threads, spin=spin))
     given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes, "image_options": image_options}
     if hasattr(session_class, "generate"):
         given |= {"context_length": context_length, "prefix_cache": prefix_cache, "prefix_cache_bytes": prefix_cache_bytes}
