@@ -46,7 +46,9 @@ def _pytorch_accuracy(examples: list[scenes.Example]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.generation.streamers import BaseStreamer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(CHECKPOINT)
 

@@ -20,6 +20,13 @@ _COLOUR = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "red"}
     type=click.Path(exists=True, path_type=Path),
     help="JSON lines of {image, prompt, answer}: task accuracy decides about quantised builds.",
 )
+@click.option(
+    "--accuracy-points",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Task accuracy, in points of 100, that a quantised build may lose on --dataset.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--bisect", "with_bisect", is_flag=True, help="Name the first node whose output leaves the tolerance.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write the report as one self-contained page.")
@@ -33,6 +40,7 @@ def command(
     reference: str | None,
     builds: tuple[str, ...],
     dataset: Path | None,
+    accuracy_points: float,
     max_new_tokens: int,
     with_bisect: bool,
     html: Path | None,
@@ -48,7 +56,7 @@ def command(
     """
     if reference:
         need_extra("export", "torch", "transformers")
-    need_extra("export", "onnx", "onnx_ir", "matplotlib")
+    need_extra("build", "onnx", "onnx_ir")
     from vlm_edge.parity import bisect_bundle, compare, load_dataset
 
     with progress(quiet=as_json) as listener:
@@ -58,20 +66,26 @@ def command(
             builds=list(builds) or None,
             dataset=load_dataset(dataset) if dataset else None,
             max_new_tokens=max_new_tokens,
+            accuracy_points=accuracy_points,
             store=store,
             progress=listener,
             trust_remote_code=trust_remote_code,
         )
-    culprits = bisect_bundle(bundle, reference, report) if with_bisect else []
+    culprits = bisect_bundle(bundle, reference, report, trust_remote_code=trust_remote_code) if with_bisect else []
     if html:
         report.to_html(html)
     if as_json:
         echo_json({"report": report.to_builtins(), "bisect": [culprit.to_builtins() for culprit in culprits]})
         return report.exit_code
-    drawn = table(f"parity of {bundle}", "what", "subject", "verdict", "numbers", "note")
-    for row in report.rows():
-        drawn.add_row(row.what, row.subject, f"[{_COLOUR[row.verdict]}]{row.verdict}[/]", row.numbers, row.note)
-    stdout.print(drawn)
+    if report.note:
+        stdout.print(f"[yellow]{report.note}[/]", highlight=False)
+    for build in report.builds:
+        drawn = table(f"{build.name}: [{_COLOUR[build.verdict]}]{build.verdict}[/] against {build.reference}", "", "", "", "")
+        for row in report.rows():
+            if row.what == build.name:
+                note = "" if row.verdict == "PASS" else row.note
+                drawn.add_row(f"  {row.subject}", f"[{_COLOUR[row.verdict]}]{row.verdict}[/]", row.numbers, note)
+        stdout.print(drawn)
     for culprit in culprits:
         stdout.print(f"[red]first bad node[/] {culprit}")
     if html:

@@ -156,7 +156,9 @@ def _write_files(checkpoint: Checkpoint, writer: BundleWriter) -> list[str]:
     if checkpoint.generation is not None:
         texts["generation_config.json"] = checkpoint.generation.to_json_string()
     if checkpoint.processor is not None:
-        texts["processor_config.json"] = _json(checkpoint.processor)
+        # transformers 5 nests the image processor's options in here too; a bundle has them in one place only.
+        kept = {key: value for key, value in checkpoint.processor.items() if key != "image_processor"}
+        texts["processor_config.json"] = _json(kept)
     if checkpoint.chat_template:
         texts["chat_template.jinja"] = checkpoint.chat_template
     for name, text in texts.items():
