@@ -71,7 +71,7 @@ class DrawnProgress:
         self._finish(step, f"[green]✓[/] {step}", detail)
 
     def failed(self, step: str, reason: str) -> None:
-        self._finish(step, f"[red]✗[/] {step}", reason)
+        self._finish(step, f"[red]✗[/] {step}", "")  # the reason follows as the command's error message
 
     def _finish(self, step: str, label: str, detail: str) -> None:
         task = self._tasks.pop(step, None)
