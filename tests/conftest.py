@@ -116,3 +116,14 @@ def _hash(*files: Path) -> str:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory) -> tuple[Path, str]:
+    """A held-out picture and the right caption of it."""
+    from benchmarks.train import scenes
+
+    example = scenes.held_out_examples(1, seed=7)[0]
+    picture = tmp_path_factory.mktemp("scene") / "scene.png"
+    example.image.save(picture)
+    return picture, example.answer

@@ -1,4 +1,4 @@
-"""Trained bundles with a 4-bit build, and a held-out picture, for tests that run the real command."""
+"""Trained bundles with a 4-bit build for tests that run the real command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.train import scenes
 from vlm_edge.targets.build import build
 
 
@@ -26,12 +25,3 @@ def trained_bundle(tmp_path_factory, portable_bundle) -> Callable[[str], Path]:
         return made[name]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def scene(tmp_path_factory) -> tuple[Path, str]:
-    """A held-out picture and the right caption of it."""
-    example = scenes.held_out_examples(1, seed=7)[0]
-    picture = tmp_path_factory.mktemp("scene") / "scene.png"
-    example.image.save(picture)
-    return picture, example.answer

@@ -109,11 +109,10 @@ def test_a_wrong_image_mean_points_at_preprocessing(llava, tiny_checkpoint):
 
 
 def test_a_wrong_image_mean_in_the_processor_file(portable_bundle, tiny_checkpoint, tmp_path):
-    """Newer checkpoints keep the image processor's options there, and they go before those of the other file."""
+    """As in transformers, options that stand there go before those of the other file; an exported bundle has none there."""
     bundle = copy(portable_bundle("tiny-llava"), tmp_path)
-    options = json.loads((bundle / "processor_config.json").read_text()).get("image_processor")
-    if options is None:
-        pytest.skip("the checkpoint keeps its options in preprocessor_config.json")
+    assert "image_processor" not in json.loads((bundle / "processor_config.json").read_text())
+    options = json.loads((bundle / "preprocessor_config.json").read_text())
     edit_json(bundle, "processor_config.json", image_processor={**options, "image_mean": [0.9, 0.1, 0.5]})
     report, culprits = checked(bundle, tiny_checkpoint("tiny-llava"), builds=["portable"])
     assert "preprocessing" in failed(report)

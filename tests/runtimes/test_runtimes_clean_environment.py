@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.train import scenes
 from vlm_edge.targets.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,14 +42,6 @@ def device(tmp_path_factory) -> Path:
     return programs
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> tuple[Path, str]:
-    example = scenes.held_out_examples(1, seed=7)[0]
-    picture = tmp_path_factory.mktemp("scene") / "scene.png"
-    example.image.save(picture)
-    return picture, example.answer
-
-
 def _run(device: Path, *command: object) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
@@ -59,8 +51,6 @@ def _run(device: Path, *command: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_trained_bundle_answers_without_pytorch(device, scene, portable_bundle, tmp_path):
-    import shutil
-
     bundle = tmp_path / "tiny-llava.vlm"
     shutil.copytree(portable_bundle("tiny-llava"), bundle)
     build(bundle, "cpu-int4")

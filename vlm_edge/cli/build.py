@@ -12,6 +12,7 @@ from vlm_edge_runtime.bundle.manifest import Build
 from vlm_edge_runtime.errors import TargetError
 
 from .console import echo_json, need_extra, progress, size, stdout, table
+from .options import lowering_options
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -25,19 +26,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
     required=True,
     help="Target name or a TOML file of your own (repeatable); see `vlm-edge targets`.",
 )
-@click.option("--precision", help="One word for all graphs, or vision=int8,projector=fp32,decoder=int4.")
-@click.option(
-    "--block-size",
-    type=click.Choice(["16", "32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Weights per quantisation scale in 4/8-bit weight-only graphs.",
-)
-@click.option(
-    "--calibrate",
-    type=click.Path(exists=True, path_type=Path),
-    help="Folder of pictures: int8 activations get static ranges from them.",
-)
+@lowering_options
 @click.option("--name", help="Name of the build (default: the target's name).")
 @click.option("--overwrite", is_flag=True, help="Replace a build of the same name.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, no progress.")

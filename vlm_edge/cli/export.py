@@ -7,25 +7,14 @@ from pathlib import Path
 import click
 
 from .console import echo_json, need_extra, progress, size, stdout, table
+from .options import lowering_options
 
 
 @click.command(name="export", short_help="Checkpoint → portable bundle.")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target", "targets", multiple=True, help="Also build for this target (repeatable); see `vlm-edge targets`.")
-@click.option("--precision", help="Precision of the builds, e.g. int4 or vision=int8,projector=fp32,decoder=int4.")
-@click.option(
-    "--block-size",
-    type=click.Choice(["16", "32", "64", "128"]),
-    default="32",
-    show_default=True,
-    help="Weights per quantisation scale in 4/8-bit weight-only graphs.",
-)
-@click.option(
-    "--calibrate",
-    type=click.Path(exists=True, path_type=Path),
-    help="Folder of pictures: int8 activations get static ranges from them.",
-)
+@lowering_options
 @click.option("--revision", help="Branch, tag or commit of a hub checkpoint.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint. Off unless you ask.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch on several shapes.")
