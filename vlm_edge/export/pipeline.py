@@ -21,6 +21,7 @@ from vlm_edge_runtime.errors import BundleError, ExportError
 
 from .check import check as check_graph
 from .checkpoint import Checkpoint, evaluating, identify, load
+from .interrupt import interruptible
 from .trace import quiet, trace
 from .weights import WeightFile
 
@@ -177,11 +178,12 @@ class _Said:
 
 @contextmanager
 def _step(steps: Progress, name: str) -> Iterator[_Said]:
-    """Reports a step's start and its end, good or bad."""
+    """Reports a step's start and its end, good or bad; Ctrl-C ends it for certain."""
     said = _Said()
     try:
-        steps.start(name)
-        yield said
+        with interruptible():
+            steps.start(name)
+            yield said
     except BaseException as error:
         steps.failed(name, str(error) or type(error).__name__)
         raise
