@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "tests"
 TRAINED = ROOT / "tests" / "checkpoints"
 _KEPT_SECONDS = 7 * 24 * 3600
-_SOURCES = ("vlm_edge/export", "vlm_edge/families", "runtimes/vlm_edge_runtime/bundle", "tests/tiny.py")
+_SOURCES = ("vlm_edge/export", "vlm_edge/zoo", "runtimes/vlm_edge_runtime/bundle", "vlm_edge/families/base.py")
+_FAMILIES = ROOT / "vlm_edge" / "families"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
 
@@ -48,15 +51,16 @@ def bundle_cache() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(bundle_cache: Path) -> Callable[[str], Path]:
-    """`tiny_checkpoint(name)` → the folder of a checkpoint: a name of tests/tiny.py, or one of tests/checkpoints."""
+    """`tiny_checkpoint(name)` → the folder of a checkpoint: a name of tests/tiny, or one of tests/checkpoints."""
 
     def make(name: str) -> Path:
         if (TRAINED / name).is_dir():
             return TRAINED / name
-        folder = bundle_cache / "checkpoints" / name
-        if not folder.exists():
-            import tiny
+        import tiny
 
+        made_by = [ROOT / "tests" / "tiny" / f"{module}.py" for module in ("common", tiny.MODULES[name])]
+        folder = bundle_cache / "checkpoints" / f"{name}-{_hash(*made_by)[:12]}"
+        if not folder.exists():
             scratch = folder.with_name(f".{name}.{os.getpid()}")
             tiny.checkpoint(name, scratch)
             _place(scratch, folder)
@@ -71,8 +75,9 @@ def portable_bundle(bundle_cache: Path, tiny_checkpoint: Callable[[str], Path]) 
 
     def make(name: str) -> Path:
         source = tiny_checkpoint(name)
-        suffix = "" if source.parent != TRAINED else "-" + _hash(source / "model.safetensors", source / "config.json")[:12]
-        folder = bundle_cache / f"{name}{suffix}.vlm"
+        weights = [source / "model.safetensors", source / "config.json"] if source.parent == TRAINED else []
+        made_from = _hash(*weights, *_family_files(source)) + source.name
+        folder = bundle_cache / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.vlm"
         if not folder.exists():
             from vlm_edge.export import export
 
@@ -82,6 +87,20 @@ def portable_bundle(bundle_cache: Path, tiny_checkpoint: Callable[[str], Path]) 
         return folder
 
     return make
+
+
+def _family_files(source: Path) -> list[Path]:
+    """The modules that export a checkpoint: its family's, and what that imports from the same package."""
+    from vlm_edge.families import registry
+
+    config = json.loads((source / "config.json").read_text())
+    waiting, found = [registry.lookup(config["model_type"], config.get("architectures") or ()).family], set()
+    while waiting:
+        file = _FAMILIES / f"{waiting.pop()}.py"
+        if file not in found and file.is_file():
+            found.add(file)
+            waiting += re.findall(r"^from \.(\w+) import", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return sorted(found)
 
 
 def _place(scratch: Path, folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from vlm_edge_runtime.bundle.manifest import ProjectorContract
+from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import open_bundle
 
 
@@ -17,7 +17,7 @@ class Portable:
     def __init__(self, path: Path) -> None:
         self.bundle = open_bundle(path)
         self.contract = self.bundle.manifest.contract
-        assert isinstance(self.contract, ProjectorContract)
+        assert isinstance(self.contract, GenerativeContract)
         self._sessions: dict[str, ort.InferenceSession] = {}
         self.cache: list[np.ndarray] = []
 
@@ -41,7 +41,7 @@ class Portable:
         """Token embeddings; the features take the place of image tokens, in order over the batch."""
         (embeddings,) = self.run("embed_tokens", input_ids=input_ids)
         if features is not None:
-            embeddings[input_ids == self.contract.image_token_id] = features
+            embeddings[input_ids == self.contract.modalities[0].token_id] = features
         return embeddings
 
     def step(self, embeddings: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:

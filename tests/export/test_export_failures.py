@@ -137,7 +137,7 @@ def test_ctrl_c_while_tracing_leaves_nothing(tmp_path, tiny_checkpoint, delay):
 def test_the_next_export_works_after_an_interrupted_one(tmp_path, tiny_checkpoint):
     folder = tiny_checkpoint("llava-llama")
     config, entry, family = checkpoint.identify(folder, None, False)
-    loaded = checkpoint.load(folder, family, config)
+    loaded = checkpoint.load(folder, family.auto_class, config)
     plan = next(plan for plan in family.split(loaded, entry).graphs if plan.role == "projector")
     with WeightFile(tmp_path) as weights:
         weights.save(trace(plan, loaded.model), "projector.onnx")

@@ -50,9 +50,9 @@ def test_without_a_line_it_is_refused(made_up):
 def test_with_one_line_it_splits(made_up, tmp_path, monkeypatch):
     _add(monkeypatch, tmp_path, '[projector]\nmade_up_vlm = { layout = "image", projector = "model.multi_modal_projector" }\n')
     config, entry, family = checkpoint.identify(made_up, None, False)
-    split = family.split(checkpoint.load(made_up, family, config), entry)
+    split = family.split(checkpoint.load(made_up, family.auto_class, config), entry)
     assert [plan.role for plan in split.graphs] == ["vision_encoder", "projector", "embed_tokens", "decoder"]
-    assert isinstance(split.contract.placeholder, FixedPlaceholder)
+    assert isinstance(split.contract.modalities[0].placeholder, FixedPlaceholder)
 
 
 @pytest.mark.parametrize(
@@ -67,4 +67,4 @@ def test_a_wrong_line_is_named(made_up, tmp_path, monkeypatch, line, said):
     _add(monkeypatch, tmp_path, f"[projector]\n{line}\n")
     config, entry, family = checkpoint.identify(made_up, None, False)
     with pytest.raises(UnsupportedModelError, match=said):
-        family.split(checkpoint.load(made_up, family, config), entry)
+        family.split(checkpoint.load(made_up, family.auto_class, config), entry)

@@ -25,10 +25,10 @@ def test_llava(portable_bundle):
     contract = manifest.contract
     assert manifest.family == "projector"
     assert manifest.model_type == "llava"
-    assert contract.placeholder.image_token == "<image>"
-    assert contract.placeholder.tokens_per_image == (tiny.IMAGE // tiny.PATCH) ** 2
+    assert contract.modalities[0].placeholder.image_token == "<image>"
+    assert contract.modalities[0].placeholder.tokens_per_image == (tiny.IMAGE // tiny.PATCH) ** 2
     assert isinstance(contract.positions, SequentialPositions)
-    assert contract.vision_batch == "image"
+    assert contract.modalities[0].batch == "image"
     assert (contract.kv.layers, contract.kv.kv_heads, contract.kv.head_dim) == (2, 2, 16)
     assert (contract.hidden_size, contract.vocab_size, contract.context_length) == (64, tiny.VOCABULARY, tiny.CONTEXT)
     assert (contract.eos_token_ids, contract.pad_token_id, contract.bos_token_id) == ([3], 1, 2)
@@ -40,21 +40,21 @@ def test_llava(portable_bundle):
 
 def test_smolvlm(portable_bundle):
     contract = read_manifest(portable_bundle("smolvlm")).contract
-    assert isinstance(contract.placeholder, TilePlaceholder)
-    assert contract.placeholder.tokens_per_tile == 4
-    assert contract.placeholder.fake_token == "<fake_token_around_image>"
-    assert contract.placeholder.global_token == "<global-img>"
-    assert contract.vision_batch == "tile"
+    assert isinstance(contract.modalities[0].placeholder, TilePlaceholder)
+    assert contract.modalities[0].placeholder.tokens_per_tile == 4
+    assert contract.modalities[0].placeholder.fake_token == "<fake_token_around_image>"
+    assert contract.modalities[0].placeholder.global_token == "<global-img>"
+    assert contract.modalities[0].batch == "tile"
     assert len(contract.eos_token_ids) == 2  # generation_config.json lists two
 
 
 def test_qwen2_vl(portable_bundle):
     manifest = read_manifest(portable_bundle("qwen2_vl"))
     contract = manifest.contract
-    assert isinstance(contract.placeholder, GridPlaceholder)
+    assert isinstance(contract.modalities[0].placeholder, GridPlaceholder)
     assert isinstance(contract.positions, MRopePositions)
-    assert contract.positions.merge_size == contract.placeholder.merge_size == 2
-    assert contract.vision_batch == "patches"
+    assert contract.positions.merge_size == contract.modalities[0].placeholder.merge_size == 2
+    assert contract.modalities[0].batch == "patches"
     shapes = {spec.name: spec.shape for spec in manifest.graphs["vision_encoder"].inputs}
     assert shapes == {"pixel_values": ("patches", 3 * 2 * 8 * 8), "position_ids": ("patches", 2)}
     positions = next(spec for spec in manifest.graphs["decoder"].inputs if spec.name == "position_ids")

@@ -12,10 +12,11 @@ from small_graphs import Sketch
 from vlm_edge_runtime.bundle.manifest import (
     DualEncoderContract,
     FixedPlaceholder,
+    GenerativeContract,
     GraphEntry,
     KVLayout,
     Manifest,
-    ProjectorContract,
+    Modality,
     SequentialPositions,
     SoftmaxSimilarity,
     Source,
@@ -131,12 +132,17 @@ def write_bundle(path: Path, graphs: dict[str, ir.Model], contract) -> Path:
     return path
 
 
-def projector_contract(shape: Shape = SHAPE) -> ProjectorContract:
-    return ProjectorContract(
-        image_token_id=1,
+def projector_contract(shape: Shape = SHAPE) -> GenerativeContract:
+    image = Modality(
+        graphs=["vision_encoder", "projector"],
+        batch="image",
+        token_id=1,
         placeholder=FixedPlaceholder(image_token="<image>", tokens_per_image=4),
+    )
+    return GenerativeContract(
+        family="projector",
+        modalities=[image],
         positions=SequentialPositions(),
-        vision_batch="image",
         kv=KVLayout(layers=shape.layers, kv_heads=shape.kv_heads, head_dim=shape.size),
         hidden_size=shape.width,
         vocab_size=shape.vocab,

@@ -25,7 +25,7 @@ def command(as_json: bool) -> None:
         return
     types = defaultdict(list)
     for entry in entries():
-        types[entry.family].append(entry.model_type)
+        types[entry.family].append(f"{entry.model_type} ({entry.architecture})" if entry.architecture else entry.model_type)
     drawn = table("Families", "family", "model types")
     for family in families():
         drawn.add_row(family, ", ".join(sorted(types[family])))

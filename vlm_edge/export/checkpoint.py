@@ -91,13 +91,13 @@ def identify(
     """
     if isinstance(source, PreTrainedModel):
         config = source.config
-        entry = registry.lookup(str(config.model_type))
+        entry = registry.lookup(str(config.model_type), [type(source).__name__])
     else:
         with _reading(source):
             raw, _ = PreTrainedConfig.get_config_dict(str(source), revision=revision)
         if not raw:
             raise ExportError(f"{source} has no config.json: it is not a checkpoint. Name a folder that save_pretrained() wrote.")
-        entry = registry.lookup(str(raw.get("model_type")))
+        entry = registry.lookup(str(raw.get("model_type")), raw.get("architectures") or ())
         with _reading(source):
             config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=trust_remote_code)
     family = registry.load(entry.family)
@@ -107,14 +107,14 @@ def identify(
 
 def load(
     source: str | Path | PreTrainedModel,
-    family: Family,
+    auto_class: str,
     config: PreTrainedConfig,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
     processor: Any = None,
 ) -> Checkpoint:
-    """Loads the checkpoint in float32 on the CPU, for evaluation.
+    """Loads the checkpoint in float32 on the CPU, for evaluation, through the transformers class named `auto_class`.
 
     A model object is used as it is when it is already so, and copied otherwise: it is never changed. `processor` is needed
     beside a model object: its processor, or a folder that holds one. Raises ExportError.
@@ -139,9 +139,7 @@ def load(
         name, commit = str(source.config._name_or_path or type(source).__name__), _hash_tensors(source)
     else:
         with _reading(source):
-            model = getattr(transformers, family.auto_class).from_pretrained(
-                str(source), config=config, dtype=torch.float32, **known
-            )
+            model = getattr(transformers, auto_class).from_pretrained(str(source), config=config, dtype=torch.float32, **known)
         local = Path(source).is_dir()
         name = Path(source).resolve().name if local else str(source)
         commit = _hash_files(Path(source)) if local else str(config._commit_hash)

@@ -56,7 +56,14 @@ def export(
         raise BundleError(f"{out} exists already; choose another name or pass overwrite=True (--overwrite) to replace it.")
     with _step(steps, "load") as said:
         config, entry, family = identify(source, revision, trust_remote_code)
-        checkpoint = load(source, family, config, revision=revision, trust_remote_code=trust_remote_code, processor=processor)
+        checkpoint = load(
+            source,
+            entry.auto_class or family.auto_class,
+            config,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            processor=processor,
+        )
         said.text = f"{checkpoint.source.architecture}, family {entry.family}"
     model = checkpoint.model
     try:

@@ -5,6 +5,9 @@ Not a family: a part that families build from.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,28 +37,63 @@ class EmbedTokens(torch.nn.Module):
         return (self.embedding(input_ids),)
 
 
+Arguments = dict[str, Any]
+"""Keyword arguments of the model's call."""
+Enter = Callable[[Part, torch.Tensor, Arguments], AbstractContextManager[Any]]
+"""Puts a tensor where the model reads it: into the arguments of its call, or around the call."""
+
+
+def as_argument(name: str) -> Enter:
+    """The tensor is the model's keyword argument of that name."""
+
+    def enter(model: Part, value: torch.Tensor, arguments: Arguments) -> AbstractContextManager[Any]:
+        arguments[name] = value
+        return nullcontext()
+
+    return enter
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraInput:
+    """A decoder input besides embeddings, mask, positions and cache: per token (`[batch, sequence, …]`) or static.
+
+    `sample(case)` makes it. `traced` and `original` say how it reaches the model while it is traced and in the reference.
+    """
+
+    spec: TensorSpec
+    sample: Callable[[Case], torch.Tensor]
+    traced: Enter
+    original: Enter
+
+
 class Decoder(torch.nn.Module):
-    """One step: embeddings, masks, positions and the whole past → logits and the whole present.
+    """One step: embeddings, masks, positions, extra inputs and the whole past → logits and the whole present.
 
     The full vision-language model is called without an image, so that whatever it does around its text model stays in.
     """
 
-    def __init__(self, model: Part) -> None:
+    def __init__(self, model: Part, extras: Sequence[ExtraInput] = ()) -> None:
         super().__init__()
         self.model: Part = model
+        self._extras = tuple(extras)
 
     def forward(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *past: torch.Tensor
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, *rest: torch.Tensor
     ) -> Tensors:
+        given, past = rest[: len(self._extras)], rest[len(self._extras) :]
         cache = PastCache(past)
-        output = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-        )
+        arguments: Arguments = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        with ExitStack() as stack:
+            for extra, value in zip(self._extras, given, strict=True):
+                stack.enter_context(extra.traced(self.model, value, arguments))
+            output = self.model(**arguments)
         return (output.logits, *cache.presents())
 
 
@@ -90,9 +128,20 @@ def embed_plan(model: Part, hidden: int, vocabulary: int) -> GraphPlan:
 
 
 def decoder_plan(
-    model: Part, kv: KVLayout, hidden: int, vocabulary: int, context_length: int, *, rotary_axes: int = 1
+    model: Part,
+    kv: KVLayout,
+    hidden: int,
+    vocabulary: int,
+    context_length: int,
+    *,
+    rotary_axes: int = 1,
+    extras: Sequence[ExtraInput] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> GraphPlan:
-    """The graph `decoder`. `rotary_axes` is 3 for M-RoPE, whose position_ids are `[3, batch, sequence]`."""
+    """The graph `decoder`. `rotary_axes` is 3 for M-RoPE, whose position_ids are `[3, batch, sequence]`.
+
+    `extras` come after position_ids, in order; `sizes` gives their own dynamic dimensions, unlike those of the traced case.
+    """
     cache = ("batch", kv.kv_heads)
     names = [f"{layer}.{part}" for layer in range(kv.layers) for part in ("key", "value")]
     axes = () if rotary_axes == 1 else (rotary_axes,)
@@ -100,6 +149,7 @@ def decoder_plan(
         float32("inputs_embeds", "batch", "sequence", hidden),
         int64("attention_mask", "batch", "total"),
         int64("position_ids", *axes, "batch", "sequence"),
+        *(extra.spec for extra in extras),
         *(float32(f"past_key_values.{name}", *cache, "past", kv.head_dim) for name in names),
     )
     outputs = (
@@ -116,23 +166,28 @@ def decoder_plan(
         if rotary_axes > 1:  # unlike along every axis, as inside an image
             positions = torch.stack([positions + axis for axis in range(rotary_axes)])
         generator = case.generator()
-        past = [torch.randn(case.shape(spec), generator=generator) for spec in inputs[3:]]
-        return (embeddings, mask, positions, *past)
+        past = [torch.randn(case.shape(spec), generator=generator) for spec in inputs[3 + len(extras) :]]
+        return (embeddings, mask, positions, *(extra.sample(case) for extra in extras), *past)
 
     def reference(case: Case, tensors: Tensors) -> Tensors:
-        embeddings, mask, positions, *past = tensors
+        embeddings, mask, positions, *rest = tensors
+        given, past = rest[: len(extras)], rest[len(extras) :]
         before = DynamicCache()
         if case.sizes["past"]:
             for layer in range(kv.layers):
                 before.update(past[2 * layer].clone(), past[2 * layer + 1].clone(), layer)
-        output = model(
-            inputs_embeds=embeddings.clone(),  # some models add to it in place
-            attention_mask=mask.clone(),
-            position_ids=positions.clone(),
-            past_key_values=before,
-            use_cache=True,
-            return_dict=True,
-        )
+        arguments: Arguments = {
+            "inputs_embeds": embeddings.clone(),  # some models add to it in place
+            "attention_mask": mask.clone(),
+            "position_ids": positions.clone(),
+            "past_key_values": before,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        with ExitStack() as stack:
+            for extra, value in zip(extras, given, strict=True):
+                stack.enter_context(extra.original(model, value.clone(), arguments))
+            output = model(**arguments)
         return (output.logits, *_tensors(before))
 
     def compared(case: Case, tensors: Tensors) -> Tensors | None:
@@ -141,17 +196,17 @@ def decoder_plan(
         real = tensors[1].bool()
         return (real[:, case.sizes["past"] :, None], *([real[:, None, :, None]] * (2 * kv.layers)))
 
-    cases = _decoder_cases(context_length, _window(model.config.get_text_config()))
-    return GraphPlan("decoder", Decoder(model), inputs, outputs, cases, sample, reference, compared)
+    cases = _decoder_cases(context_length, _window(model.config.get_text_config()), sizes or {})
+    return GraphPlan("decoder", Decoder(model, extras), inputs, outputs, cases, sample, reference, compared)
 
 
-def _decoder_cases(context_length: int, window: int | None) -> tuple[Case, ...]:
+def _decoder_cases(context_length: int, window: int | None, more: Mapping[str, int]) -> tuple[Case, ...]:
     """Prefill and decode, batch 1 and 3, left padding, and a past that is empty, short, and longer than the sliding window."""
     long = 27 if window is None or window > LONGEST_CHECKED_WINDOW else max(27, window + 3)
     long = max(2, min(long, context_length - 6))
 
     def case(label: str, batch: int, sequence: int, past: int, padding: int = 0) -> Case:
-        sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
+        sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence, **more}
         return Case(
             f"{label} (batch {batch}, {sequence} tokens, past {past}{f', {padding} padded' if padding else ''})", sizes, padding
         )

@@ -21,11 +21,12 @@ from vlm_edge.export.attention import attention_implementation
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge_runtime.bundle.manifest import (
     FixedPlaceholder,
+    GenerativeContract,
     GridPlaceholder,
+    Modality,
     MRopePositions,
     Placeholder,
     Positions,
-    ProjectorContract,
     SequentialPositions,
     TilePlaceholder,
 )
@@ -77,11 +78,16 @@ class Projector:
         context_length = int(text.max_position_embeddings)
         positions = _positions(model.config)
         vision_plan, projector_plan, tokens = _vision_plans(model, projector, layout)
-        contract = ProjectorContract(
-            image_token_id=_image_token_id(model.config),
+        image = Modality(
+            graphs=[vision_plan.role, projector_plan.role],
+            batch=_VISION_BATCH[wanted.layout],
+            token_id=_image_token_id(model.config),
             placeholder=_placeholder(checkpoint, wanted.layout, tokens),
+        )
+        contract = GenerativeContract(
+            family=self.name,
+            modalities=[image],
             positions=positions,
-            vision_batch=_VISION_BATCH[wanted.layout],
             kv=kv,
             hidden_size=hidden,
             vocab_size=vocabulary,

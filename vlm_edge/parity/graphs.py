@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from vlm_edge.targets.samples import decoder_feeds, encoder_feeds
-from vlm_edge_runtime.bundle.manifest import GraphEntry, GridPlaceholder, ProjectorContract
+from vlm_edge_runtime.bundle.manifest import GenerativeContract, GraphEntry, GridPlaceholder
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import ParityError
 
@@ -136,8 +136,9 @@ def _inputs(bundle: Bundle, role: str) -> Iterator[tuple[str, dict[str, Array]]]
         return
     contract = bundle.manifest.contract
     merge = 1
-    if isinstance(contract, ProjectorContract) and isinstance(contract.placeholder, GridPlaceholder):
-        merge = contract.placeholder.merge_size
+    if isinstance(contract, GenerativeContract):
+        placeholders = [one.placeholder for one in contract.modalities]
+        merge = next((one.merge_size for one in placeholders if isinstance(one, GridPlaceholder)), 1)
     for seed in range(2):
         if role == "projector" and "vision_encoder" in bundle.graphs:
             vision = encoder_feeds(bundle.graphs["vision_encoder"], merge_size=merge, seed=seed)

@@ -27,7 +27,9 @@ class TorchReference:
 
     def __init__(self, source: str, *, trust_remote_code: bool = False) -> None:
         config, entry, family = checkpoints.identify(source, None, trust_remote_code)
-        self.checkpoint: Checkpoint = checkpoints.load(source, family, config, trust_remote_code=trust_remote_code)
+        self.checkpoint: Checkpoint = checkpoints.load(
+            source, entry.auto_class or family.auto_class, config, trust_remote_code=trust_remote_code
+        )
         self.name = f"PyTorch, {self.checkpoint.source.name}"
         self.model_type = entry.model_type
         self.model: Any = self.checkpoint.model

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from vlm_edge.progress import Progress, Silent
 from vlm_edge.quantize.blockwise import BLOCK_SIZES
-from vlm_edge_runtime.bundle.manifest import Build, FileRef, GraphEntry, KVLayout, ProjectorContract, TensorSpec
+from vlm_edge_runtime.bundle.manifest import Build, FileRef, GenerativeContract, GraphEntry, KVLayout, TensorSpec
 from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle
 from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
@@ -123,7 +123,7 @@ def _lower(
     model = ir.load(bundle.graph_path(role))
     contract = bundle.manifest.contract
     if role == "decoder":
-        if not isinstance(contract, ProjectorContract):
+        if not isinstance(contract, GenerativeContract):
             raise TargetError(f"{bundle.path}: a decoder in family {bundle.manifest.family} is not known to {target.name}.")
         return lower_decoder(
             model,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from vlm_edge_runtime.bundle.manifest import GraphEntry, ProjectorContract, TensorSpec
+from vlm_edge_runtime.bundle.manifest import GenerativeContract, GraphEntry, TensorSpec
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import TargetError
 
@@ -67,7 +67,7 @@ def decoder_feeds(bundle: Bundle, *, sequence: int, past: int, capacity: int, se
     Embeddings come from the bundle's own table, so that their scale is the model's.
     """
     contract = bundle.manifest.contract
-    if not isinstance(contract, ProjectorContract):
+    if not isinstance(contract, GenerativeContract):
         raise TargetError(f"{bundle.path}: family {bundle.manifest.family} has no decoder to sample.")
     random = np.random.default_rng(seed)
     ids = random.integers(0, contract.vocab_size, (1, sequence)).astype(np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlm_edge_runtime.bundle.manifest import GraphEntry, GridPlaceholder, ProjectorContract
+from vlm_edge_runtime.bundle.manifest import GenerativeContract, GraphEntry, GridPlaceholder
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import TargetError
 
@@ -78,8 +78,9 @@ def _encoder_inputs(bundle: Bundle, role: str, entry: GraphEntry, seed: int) -> 
     """Random inputs; a projector gets what the portable vision encoder makes of them."""
     contract = bundle.manifest.contract
     merge = 1
-    if isinstance(contract, ProjectorContract) and isinstance(contract.placeholder, GridPlaceholder):
-        merge = contract.placeholder.merge_size
+    if isinstance(contract, GenerativeContract):
+        placeholders = [one.placeholder for one in contract.modalities]
+        merge = next((one.merge_size for one in placeholders if isinstance(one, GridPlaceholder)), 1)
     if role != "projector" or "vision_encoder" not in bundle.graphs:
         return encoder_feeds(entry, merge_size=merge, seed=seed)
     vision = encoder_feeds(bundle.graphs["vision_encoder"], merge_size=merge, seed=seed)

@@ -1,7 +1,8 @@
 """The bundle's manifest as types: what `manifest.json` may say, and nothing else (unknown keys are refused).
 
-A family adds its own `*Contract` here: the rule by which the runtime joins that family's graphs. Everything geometric that
-depends on an image (grids, tile counts, rotary positions) is named by a tagged struct and computed on the host.
+A contract is the rule by which the runtime joins a bundle's graphs. Families that write share one, put together from parts (what
+enters, where it joins, what the decoder reads besides tokens). Everything geometric that depends on an image (grids, tile
+counts, rotary positions) is named by a tagged struct and computed on the host.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Dim = int | str
 """A fixed size, or the name of a dynamic dimension (`batch`, `sequence`, `past`, `images`, `patches` …)."""
@@ -117,17 +118,91 @@ class MRopePositions(_Struct, kw_only=True, tag="mrope", tag_field="kind"):
 Positions = SequentialPositions | MRopePositions
 
 
-class ProjectorContract(_Struct, kw_only=True, tag="projector", tag_field="family"):
-    """vision_encoder → projector → features replace the embeddings of the image tokens, in order → decoder.
+class Instruction(_Struct, kw_only=True):
+    """InstructBLIP: the prompt's text also enters a modality's graphs, in the tokens of a tokenizer of its own.
 
-    `vision_outputs_rows`: one image yields how many leading rows of the vision encoder's batch: `image` (one row per
-    image), `tile` (rows = tiles of one image), `patches` (no batch; the whole image is one row of patches).
+    `tokenizer`: that tokenizer's file in the bundle. The graphs read `{prefix}input_ids` and `{prefix}attention_mask`, int64
+    `[batch, instruction]`. Features then depend on the text as well as on the image.
     """
 
-    image_token_id: int
-    placeholder: Placeholder
+    tokenizer: str
+    prefix: str = "qformer_"
+    max_length: int
+
+
+class Modality(_Struct, kw_only=True):
+    """How one kind of input becomes something the decoder can read.
+
+    `graphs`: roles that run one after another; each takes what it names among the processor's arrays and earlier outputs.
+    `batch`: one input yields how many leading rows of the first graph's batch: `image` (one row), `tile` (rows are the tiles of
+    one image, or the frames of one video), `patches` (no batch; the whole input is one row of patches).
+    `joins`: `tokens` (the last graph's features take the places of the modality's tokens, in order), `memory` (they are what
+    cross-attention reads; see Memory) or `codes` (the last graph gives token ids, which take the places of the tokens).
+    `token_id`, `placeholder`: what stands for it in the prompt; None where nothing does.
+    """
+
+    kind: Literal["image", "video", "audio", "state"] = "image"
+    graphs: list[str]
+    batch: Literal["image", "tile", "patches"]
+    joins: Literal["tokens", "memory", "codes"] = "tokens"
+    token_id: int | None = None
+    placeholder: Placeholder | None = None
+    instruction: Instruction | None = None
+
+
+class Memory(_Struct, kw_only=True):
+    """What the decoder's cross-attention reads. Computed once per row, before the first token.
+
+    `source`: `features` (those of the modalities that join as memory, one after another) or `encoder` (graph `encoder` runs over
+    the prompt's embeddings, features merged in; the decoder then begins with `PromptFormat.start_tokens`).
+    Graph `cross_kv`, where the bundle has one, maps them to the decoder's static inputs; an output `state.{i}` is the initial
+    value of a recurrent state. Without it the decoder reads `encoder_hidden_states` itself.
+    `mask`: `none` (every row's source has one length), `source` (`encoder_attention_mask` int64 `[batch, source]`) or
+    `tokens` (each token sees images of its own: a TokenInput of kind `media`).
+    """
+
+    source: Literal["features", "encoder"]
+    mask: Literal["none", "source", "tokens"]
+    hidden_size: int
+
+
+class TokenInput(_Struct, kw_only=True):
+    """A decoder input with a value for every token: `name` `[batch, sequence, …]`.
+
+    `kind`: `blocks` (int64: tokens of one block, numbered from 1, see each other in both directions; 0 is causal), `features`
+    (float32: further outputs of a modality's last graph at its tokens, zero elsewhere: Qwen3-VL's deepstack) or `media` (which
+    images of the memory a token sees). `decode`: what a generated token gets: zeros, or what the prompt's last token had.
+    """
+
+    name: str
+    kind: Literal["blocks", "features", "media"]
+    decode: Literal["zero", "last"] = "zero"
+
+
+class PromptFormat(_Struct, kw_only=True):
+    """How a plain text and its images become a prompt where there is no chat template, as the model's processor does in code.
+
+    `template`: `{images}` stands for one placeholder per image, `{text}` for the text. `add_special_tokens`: whether the
+    tokenizer adds its own around the result. `start_tokens`: token ids that the decoder begins with, before (or instead of)
+    the prompt.
+    """
+
+    template: str = "{images}{text}"
+    add_special_tokens: bool = True
+    start_tokens: list[int] = []
+
+
+class GenerativeContract(_Struct, kw_only=True, tag="generative", tag_field="contract"):
+    """A model whose decoder writes: images (and other modalities) → features → decoder → tokens.
+
+    `family` names the fusion family for people; nothing is decided by it. The decoder graph's inputs besides `inputs_embeds`,
+    `attention_mask`, `position_ids` and the cache are told apart by their dimensions: one with a `sequence` has a value per
+    token (see TokenInput), `state.{i}` is recurrent (`present_state.{i}` follows it), any other is static for a row.
+    """
+
+    family: str
+    modalities: list[Modality]
     positions: Positions
-    vision_batch: Literal["image", "tile", "patches"]
     kv: KVLayout
     hidden_size: int
     vocab_size: int
@@ -135,6 +210,13 @@ class ProjectorContract(_Struct, kw_only=True, tag="projector", tag_field="famil
     eos_token_ids: list[int]
     pad_token_id: int
     bos_token_id: int | None = None
+    prompt: PromptFormat = PromptFormat()
+    memory: Memory | None = None
+    token_inputs: list[TokenInput] = []
+
+    def modality(self, kind: str) -> Modality | None:
+        """The modality of that kind, if the model has it."""
+        return next((one for one in self.modalities if one.kind == kind), None)
 
 
 class SoftmaxSimilarity(_Struct, kw_only=True, tag="softmax", tag_field="kind"):
@@ -153,12 +235,13 @@ class SigmoidSimilarity(_Struct, kw_only=True, tag="sigmoid", tag_field="kind"):
 Similarity = SoftmaxSimilarity | SigmoidSimilarity
 
 
-class DualEncoderContract(_Struct, kw_only=True, tag="dual_encoder", tag_field="family"):
+class DualEncoderContract(_Struct, kw_only=True, tag="dual_encoder", tag_field="contract"):
     """vision_encoder → `image_embeds`, text_encoder → `text_embeds` (both *not* yet normalised to unit length).
 
     `text_padding`: CLIP pads to the longest text and masks; SigLIP always pads to `text_length` and has no mask.
     """
 
+    family: str = "dual_encoder"
     embedding_dim: int
     similarity: Similarity
     text_length: int
@@ -166,7 +249,7 @@ class DualEncoderContract(_Struct, kw_only=True, tag="dual_encoder", tag_field="
     pad_token_id: int
 
 
-Contract = ProjectorContract | DualEncoderContract
+Contract = GenerativeContract | DualEncoderContract
 
 
 class Source(_Struct, kw_only=True):
@@ -233,5 +316,10 @@ class Manifest(_Struct, kw_only=True):
 
     @property
     def family(self) -> str:
-        """The fusion family's name, from the contract's tag."""
+        """The fusion family's name."""
+        return self.contract.family
+
+    @property
+    def session(self) -> str:
+        """The contract's tag: which session runs it."""
         return str(self.contract.__struct_config__.tag)

@@ -75,9 +75,21 @@ class DecoderState(Protocol):
     def lengths(self) -> list[int]:
         """Valid KV entries per row."""
 
-    def prefill(self, row: int, inputs_embeds: Array, positions: Array) -> None:
+    def bind(self, row: int, inputs: Mapping[str, Array]) -> None:
+        """Sets what one row's decoder reads besides its tokens, each array without the batch dimension, all of them at once.
+
+        Static inputs (cross-attention keys and values, source masks) hold until the next `bind`; `state.{i}` is the initial value
+        of a recurrent state. Only an empty row can be bound (`truncate` it first): its entries came from other inputs. Rows
+        may differ in the length of a dynamic dimension; shorter ones are filled with zeros, which their masks hide. A decoder
+        whose graph has such inputs refuses to run a row that was not bound. Raises ValueError for missing, unknown or
+        misshapen inputs, and for rows of unlike length without a mask input.
+        """
+
+    def prefill(self, row: int, inputs_embeds: Array, positions: Array, token_inputs: Mapping[str, Array] | None = None) -> None:
         """Appends `inputs_embeds` float32 [S, hidden] at `positions` int64 [S] (or [3, S] for M-RoPE) to one row.
 
+        `token_inputs`: the graph's further inputs with a value per token (`block_ids`, `cross_attention_mask`, `deepstack.{i}`),
+        each [S, …]; those not given are zeros. A block of tokens that see each other must be given in one call.
         Leaves the last token's logits as that row's next-token logits, drops its pending token and disarms it. On an error
         the row's length is what it was.
         """
@@ -88,10 +100,18 @@ class DecoderState(Protocol):
         those that the newest token was chosen from, after `push` those that follow the pushed token (which runs it).
         """
 
-    def start(self, row: int, params: SamplingParams, history: npt.NDArray[np.int64], next_position: int) -> None:
+    def start(
+        self,
+        row: int,
+        params: SamplingParams,
+        history: npt.NDArray[np.int64],
+        next_position: int,
+        token_inputs: Mapping[str, Array] | None = None,
+    ) -> None:
         """Arms a prefilled row for `decode`. `history`: token ids that the repetition penalty looks at (the prompt's);
 
         `next_position`: the position of the first generated token (all three axes of M-RoPE advance together from it).
+        `token_inputs`: what every generated token has for the graph's further inputs, each […]; those not given are zeros.
         Clears an earlier `cancel`. Raises ValueError for parameters out of range.
         """
 
@@ -110,8 +130,28 @@ class DecoderState(Protocol):
         A finished row goes on.
         """
 
+    def step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Runs one token of every row as one batch and returns the logits that follow, float32 [batch, vocab].
+
+        For whoever chooses tokens outside the engine (beam search, guidance). Every row must have been started; its pending
+        token, if any, is replaced by `tokens[row]`, which is then part of the cache. Raises ContextLengthError before anything
+        runs when a row is full.
+        """
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row `i` becomes what row `sources[i]` was, all at once: entries, recurrent state, logits, position (beam search).
+
+        Rows must be bound to equal static inputs where they trade places.
+        """
+
+    def outputs(self, row: int) -> dict[str, Array]:
+        """The graph's further outputs for the row's newest token, each without batch and sequence (attention maps)."""
+
     def truncate(self, row: int, length: int) -> None:
-        """Forgets a row's entries from `length` on, and its pending token and logits. Takes it out of `decode`."""
+        """Forgets a row's entries from `length` on, and its pending token and logits. Takes it out of `decode`.
+
+        A decoder with recurrent state can only be truncated to 0.
+        """
 
     def copy_prefix(self, row: int, source: DecoderState, source_row: int, length: int) -> None:
         """Makes `row` a copy of the first `length` entries of another row: of this state, or of another of its decoder."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from vlm_edge_runtime.bundle.manifest import Build, Manifest
 from vlm_edge_runtime.bundle.reader import Bundle
@@ -22,8 +22,6 @@ class Session:
 
     Methods that the bundle's family does not have raise CapabilityError, which names those it has.
     """
-
-    family: ClassVar[str]
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self._bundle = bundle
@@ -96,5 +94,5 @@ def missing_method(session: Session, name: str) -> AttributeError:
     manifest = session.manifest
     return CapabilityError(
         f"{session.path} ({manifest.model_type}, family {manifest.family}) has no {name}(); it has: "
-        f"{', '.join(f'{method}()' for method in METHODS[manifest.family])}."
+        f"{', '.join(f'{method}()' for method in METHODS[manifest.session])}."
     )

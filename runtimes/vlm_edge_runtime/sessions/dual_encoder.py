@@ -72,8 +72,6 @@ class DualEncoder(Session):
     Vectors of images are cached by content, those of texts by text.
     """
 
-    family = "dual_encoder"
-
     def __init__(
         self,
         bundle: Bundle,

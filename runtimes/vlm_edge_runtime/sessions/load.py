@@ -58,14 +58,14 @@ def load(
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"{name}={value!r} must be an integer, 0 or more.")
     manifest = read_manifest(path)
-    if manifest.family not in SESSIONS:
+    if manifest.session not in SESSIONS:
         raise BundleError(f"{path} is of family '{manifest.family}'; this version runs: {', '.join(SESSIONS)}.")
     bundle = open_bundle(path, build=build or choose_build(path, manifest, device), verify=verify)
 
     # Here and not above: they load ONNX Runtime, which a caller that only wants the errors' names need not have.
     from vlm_edge_runtime.engines import open_engine
 
-    module, name = SESSIONS[manifest.family]
+    module, name = SESSIONS[manifest.session]
     session_class = getattr(importlib.import_module(module), name)
     engine = open_engine(bundle, device, EngineOptions(threads=threads, spin=spin))
     given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes, "image_options": image_options}

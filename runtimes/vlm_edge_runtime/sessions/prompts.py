@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_edge_runtime import _native
-from vlm_edge_runtime.bundle.manifest import ProjectorContract
+from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines.base import Decoder
 from vlm_edge_runtime.errors import BundleError, PromptError
@@ -79,15 +79,19 @@ class PromptRow:
 
 
 class PromptBuilder:
-    """Renders, expands, tokenises and places prompts for family `projector`, from the bundle's files alone."""
+    """Renders, expands, tokenises and places prompts, from the bundle's files alone."""
 
-    def __init__(self, bundle: Bundle, contract: ProjectorContract, images: ImageStore) -> None:
+    def __init__(self, bundle: Bundle, contract: GenerativeContract, images: ImageStore) -> None:
         self._bundle = bundle
         self._contract = contract
         self._images = images
         self.tokenizer = load_tokenizer(bundle)
         self._template = load_chat_template(bundle, self.tokenizer.special_tokens)
-        self._token = contract.placeholder.image_token
+        image = contract.modality("image")
+        if image is None or image.placeholder is None or image.token_id is None:
+            raise BundleError(f"{bundle.path} has no placeholder for images: export it again.")
+        self._placeholder, self._token_id = image.placeholder, image.token_id
+        self._token = image.placeholder.image_token
 
     def require_template(self) -> ChatTemplate:
         """The chat template. Raises PromptError when the bundle has none."""
@@ -105,7 +109,7 @@ class PromptBuilder:
     def row(self, prompt: str | Sequence[Message], images: Sequence[Any], *, raw: bool = False) -> PromptRow:
         """One prompt with its images in order. Raises PromptError, ImageError."""
         text, pictures = self._render(prompt, images, raw)
-        expanded = expand_text(text, self._contract.placeholder, [picture.layout for picture in pictures])
+        expanded = expand_text(text, self._placeholder, [picture.layout for picture in pictures])
         ids = np.asarray(self.tokenizer.encode(expanded, self._adds_special_tokens(text)), dtype=np.int64)
         return self._place(ids, pictures)
 
@@ -140,12 +144,12 @@ class PromptBuilder:
 
     def _place(self, ids: Ids, pictures: list[Picture]) -> PromptRow:
         contract = self._contract
-        image_at = np.flatnonzero(ids == contract.image_token_id).astype(np.int64)
+        image_at = np.flatnonzero(ids == self._token_id).astype(np.int64)
         layouts = [picture.layout for picture in pictures]
-        counts = [image_tokens(contract.placeholder, layout) for layout in layouts]
+        counts = [image_tokens(self._placeholder, layout) for layout in layouts]
         if sum(counts) != len(image_at):
             raise PromptError(
-                f"the prompt has {len(image_at)} image tokens (id {contract.image_token_id}), its {len(pictures)} images make "
+                f"the prompt has {len(image_at)} image tokens (id {self._token_id}), its {len(pictures)} images make "
                 f"{sum(counts)}: does the text itself spell {self._token!r}?"
             )
         content = ids.copy()
@@ -156,7 +160,7 @@ class PromptBuilder:
             content_ids=content,
             positions=positions,
             next_position=next_position,
-            image_token_id=contract.image_token_id,
+            image_token_id=self._token_id,
             pictures=pictures,
             counts=counts,
             image_at=image_at,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlm_edge_runtime.bundle.manifest import ProjectorContract
+from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.decode.cancel import CancelLike, CancelToken
 from vlm_edge_runtime.decode.options import GenerationOptions
 from vlm_edge_runtime.decode.result import FinishReason, Generation
@@ -33,7 +33,7 @@ _MAX_CHUNK = 64
 class Parts:
     """What the runs of one session share."""
 
-    contract: ProjectorContract
+    contract: GenerativeContract
     decoder: Decoder
     prompts: PromptBuilder
     images: ImageStore

@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from vlm_edge_runtime.bundle.manifest import GraphEntry, ProjectorContract
+from vlm_edge_runtime.bundle.manifest import GraphEntry, Modality
 from vlm_edge_runtime.engines.base import Array, Engine, Graph
 from vlm_edge_runtime.errors import BundleError
 
@@ -81,17 +81,17 @@ class VisionGraphs:
         return np.asarray(output, dtype=np.float32)
 
 
-def projector_encoder(
-    graphs: VisionGraphs, contract: ProjectorContract
+def feature_encoder(
+    graphs: VisionGraphs, modality: Modality, hidden_size: int
 ) -> Callable[[list[Picture], Callable[[], None]], list[Floats]]:
-    """How family `projector` encodes pictures: float32 `[image tokens, hidden]` for each."""
-    run = {"image": graphs.per_image, "tile": graphs.per_tile, "patches": graphs.per_patches}[contract.vision_batch]
+    """How a modality encodes pictures: float32 `[image tokens, hidden]` for each."""
+    run = {"image": graphs.per_image, "tile": graphs.per_tile, "patches": graphs.per_patches}[modality.batch]
 
     def encode(pictures: list[Picture], between: Callable[[], None]) -> list[Floats]:
         features = [np.ascontiguousarray(each.reshape(-1, each.shape[-1])) for each in run(pictures, between)]
         for each in features:
-            if each.shape[-1] != contract.hidden_size:
-                raise BundleError(f"image features are {each.shape[-1]} wide, the decoder takes {contract.hidden_size}.")
+            if each.shape[-1] != hidden_size:
+                raise BundleError(f"image features are {each.shape[-1]} wide, the decoder takes {hidden_size}.")
         return features
 
     return encode

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from vlm_edge_runtime.bundle.manifest import ProjectorContract
+from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.decode.cancel import CancelLike
 from vlm_edge_runtime.decode.options import GenerationDefaults, SamplingKeywords
@@ -29,7 +29,7 @@ from .prefix_cache import PrefixCache
 from .prompts import PromptBuilder, PromptRow, as_images, as_rows
 from .run import Parts, Run
 from .stream import TextStream
-from .vision import VisionGraphs, projector_encoder
+from .vision import VisionGraphs, feature_encoder
 
 Prompt: TypeAlias = "str | Sequence[Message]"
 Images: TypeAlias = "ImageLike | Picture | Sequence[ImageLike | Picture]"
@@ -48,8 +48,6 @@ class VisionLanguageModel(Session):
     fly (precision "int8") takes their range over all tokens of a call, so there batches and kept prefixes shift it slightly.
     """
 
-    family = "projector"
-
     def __init__(
         self,
         bundle: Bundle,
@@ -63,7 +61,7 @@ class VisionLanguageModel(Session):
     ) -> None:
         super().__init__(bundle, engine)
         contract = bundle.manifest.contract
-        if not isinstance(contract, ProjectorContract) or bundle.kv is None:
+        if not isinstance(contract, GenerativeContract) or bundle.kv is None:
             raise BundleError(f"{bundle.path} is of family {bundle.manifest.family}: it does not generate text.")
         self._contract = contract
         limit = context_length if context_length is not None else contract.context_length
@@ -71,10 +69,13 @@ class VisionLanguageModel(Session):
             raise OptionError(f"context_length={limit} is out of range: this model's is 2 … {contract.context_length}.")
         config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
         self._defaults = GenerationDefaults(config, contract.eos_token_ids, contract.vocab_size)
-        graphs = VisionGraphs(engine, bundle.graphs, ("vision_encoder", "projector"))
+        modality = contract.modality("image")
+        if modality is None:
+            raise BundleError(f"{bundle.path} takes no images: it is not a vision-language model.")
+        graphs = VisionGraphs(engine, bundle.graphs, tuple(modality.graphs))
         self._images = ImageStore(
             self._image_processor(image_options),
-            projector_encoder(graphs, contract),
+            feature_encoder(graphs, modality, contract.hidden_size),
             variant=bundle.build_name,
             budget=image_cache_bytes,
         )

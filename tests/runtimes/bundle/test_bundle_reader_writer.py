@@ -134,8 +134,8 @@ def _edit(bundle: Path, **changes: object) -> None:
 
 
 def test_a_newer_schema_is_refused(bundle):
-    _edit(bundle, schema_version=2, something_new=True)
-    with pytest.raises(BundleError, match="schema version 2, this vlm-edge reads up to 1"):
+    _edit(bundle, schema_version=99, something_new=True)
+    with pytest.raises(BundleError, match="schema version 99, this vlm-edge reads up to"):
         open_bundle(bundle)
 
 

@@ -11,13 +11,12 @@ from toy_decoder import Toy
 from vlm_edge_runtime.bundle.manifest import (
     Build,
     FileRef,
+    GenerativeContract,
     GraphEntry,
     KVLayout,
     Manifest,
-    ProjectorContract,
     SequentialPositions,
     Source,
-    TilePlaceholder,
 )
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines import EngineOptions, SamplingParams, open_engine, threads
@@ -41,11 +40,10 @@ def toy_bundle(folder: Path, toy: Toy, build: str | None, backend: str = "ort-cp
     for name, model in models.items():
         (folder / f"{name}.onnx").write_bytes(model)
     kv = KVLayout(layers=toy.layers, kv_heads=toy.kv_heads, head_dim=toy.size)
-    contract = ProjectorContract(
-        image_token_id=1,
-        placeholder=TilePlaceholder(image_token="", fake_token="", global_token="", tokens_per_tile=1),
+    contract = GenerativeContract(
+        family="projector",
+        modalities=[],
         positions=SequentialPositions(),
-        vision_batch="image",
         kv=kv,
         hidden_size=toy.hidden,
         vocab_size=toy.vocab,
