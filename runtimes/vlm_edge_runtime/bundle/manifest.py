@@ -210,7 +210,7 @@ class GenerativeContract(_Struct, kw_only=True, tag="generative", tag_field="con
     eos_token_ids: list[int]
     pad_token_id: int
     bos_token_id: int | None = None
-    prompt: PromptFormat = PromptFormat()
+    prompt: PromptFormat = msgspec.field(default_factory=PromptFormat)
     memory: Memory | None = None
     token_inputs: list[TokenInput] = []
 
