@@ -126,6 +126,8 @@ def _digest() -> str:
 
 
 def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        return []
     return sorted(file for file in path.rglob("*") if file.suffix in (".py", ".toml")) if path.is_dir() else [path]
 
 
