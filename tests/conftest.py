@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "tests"
 TRAINED = ROOT / "tests" / "checkpoints"
 _KEPT_SECONDS = 7 * 24 * 3600
-_SOURCES = ("vlm_edge/export", "vlm_edge/zoo", "runtimes/vlm_edge_runtime/bundle", "vlm_edge/families/base.py")
+_SOURCES = ("vlm_edge/export", "vlm_edge/families/base.py", "runtimes/vlm_edge_runtime/bundle/writer.py")
+_PATCHES = ROOT / "vlm_edge" / "export" / "patches"
 _FAMILIES = ROOT / "vlm_edge" / "families"
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
@@ -90,16 +91,22 @@ def portable_bundle(bundle_cache: Path, tiny_checkpoint: Callable[[str], Path]) 
 
 
 def _family_files(source: Path) -> list[Path]:
-    """The modules that export a checkpoint: its family's, and what that imports from the same package."""
+    """The modules that export a checkpoint: its family's, and what that imports: shared parts, patches, the zoo's model."""
     from vlm_edge.families import registry
 
     config = json.loads((source / "config.json").read_text())
-    waiting, found = [registry.lookup(config["model_type"], config.get("architectures") or ()).family], set()
+    entry = registry.lookup(config["model_type"], config.get("architectures") or ())
+    waiting = [_FAMILIES / f"{entry.family}.py"]
+    if entry.zoo:
+        waiting.append(ROOT / "vlm_edge" / "zoo" / f"{entry.zoo}.py")
+    found: set[Path] = set()
     while waiting:
-        file = _FAMILIES / f"{waiting.pop()}.py"
+        file = waiting.pop()
         if file not in found and file.is_file():
             found.add(file)
-            waiting += re.findall(r"^from \.(\w+) import", file.read_text(encoding="utf-8"), re.MULTILINE)
+            text = file.read_text(encoding="utf-8")
+            waiting += [file.with_name(f"{name}.py") for name in re.findall(r"^from \.(\w+) import", text, re.MULTILINE)]
+            waiting += [_PATCHES / f"{name}.py" for name in re.findall(r"vlm_edge\.export\.patches\.(\w+)", text)]
     return sorted(found)
 
 
@@ -126,9 +133,7 @@ def _digest() -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        return []
-    return sorted(file for file in path.rglob("*") if file.suffix in (".py", ".toml")) if path.is_dir() else [path]
+    return sorted(file for file in path.glob("*.py")) if path.is_dir() else [path]
 
 
 def _hash(*files: Path) -> str:
