@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import ImageProcessor
+from .blip import BlipImageProcessor
 from .clip import ClipImageProcessor, LlavaImageProcessor
 from .idefics3 import Idefics3ImageProcessor
 from .options import Config
@@ -14,6 +15,7 @@ from .qwen2_vl import Qwen2VLImageProcessor
 from .siglip import SiglipImageProcessor
 
 PROCESSORS: dict[str, type[ImageProcessor]] = {
+    "BlipImageProcessor": BlipImageProcessor,
     "CLIPImageProcessor": ClipImageProcessor,
     "LlavaImageProcessor": LlavaImageProcessor,
     "SiglipImageProcessor": SiglipImageProcessor,
