@@ -29,13 +29,16 @@ IMPLEMENTATION = "vlm_edge"
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which positions a mask lets see each other: `causal`, `bidirectional` or `explicit` (anything else).
+    """Which positions a mask lets see each other: `causal`, `bidirectional`, `blocks` or `explicit` (anything else).
 
-    `sliding_window`: a query sees only this many newest positions, itself included; None is no limit.
+    `blocks`: causal, and new tokens of one block (`block_ids`, see `blocks`) see each other in both directions.
+    `sliding_window`: a query sees only this many newest positions, itself included; None is no limit. `windowed_blocks`: it limits
+    how far back a token sees in its own block too (Gemma 3), not only what it sees causally (PaliGemma 2).
     """
 
     kind: str
     sliding_window: int | None = None
+    windowed_blocks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Recorder:
     calls: list[AttentionCall] = field(default_factory=list)
     _masks: list[tuple[torch.Tensor, Mask]] = field(default_factory=list)
     _keys: list[tuple[torch.Tensor, PastLayer]] = field(default_factory=list)
+    _static: list[tuple[torch.Tensor, StaticLayer]] = field(default_factory=list)
 
     def add_mask(self, tensor: torch.Tensor, mask: Mask) -> None:
         self._masks.append((tensor, mask))
@@ -71,8 +75,15 @@ class Recorder:
     def layer_of(self, key: torch.Tensor) -> PastLayer | None:
         return next((layer for known, layer in self._keys if known is key), None)
 
+    def add_static(self, tensor: torch.Tensor, layer: StaticLayer) -> None:
+        self._static.append((tensor, layer))
+
+    def static_of(self, key: torch.Tensor) -> StaticLayer | None:
+        return next((layer for known, layer in self._static if known is key), None)
+
 
 _recorder: Recorder | None = None
+_block_ids: tuple[torch.Tensor, bool] | None = None
 
 
 @contextmanager
@@ -88,8 +99,26 @@ def recording() -> Iterator[Recorder]:
         _recorder = None
 
 
+@contextmanager
+def blocks(block_ids: torch.Tensor, *, windowed: bool = False) -> Iterator[None]:
+    """Every causal mask drawn inside also lets the new tokens of one block see each other in both directions.
+
+    `block_ids` int64 `[batch, sequence]` numbers the blocks among the new tokens from 1; 0 is a token of none. What is in the cache
+    has no block any more: it is seen causally. `windowed`: whether a sliding window limits a block too (see `Mask`).
+    """
+    global _block_ids
+    before, _block_ids = _block_ids, (block_ids, windowed)
+    try:
+        yield
+    finally:
+        _block_ids = before
+
+
 class PastLayer(DynamicLayer):
-    """A cache layer that does not concatenate: the past is kept aside for the `Attention` op, which does it itself."""
+    """A cache layer whose past is kept aside for the `Attention` op, which concatenates by itself.
+
+    The model is handed the concatenation, whose length it may ask for; the attention function takes only what is new.
+    """
 
     def __init__(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
         super().__init__()
@@ -98,17 +127,38 @@ class PastLayer(DynamicLayer):
         self._length = key.shape[-2]
         self.dtype, self.device = key.dtype, key.device
         self.is_initialized = True
+        self.new: tuple[torch.Tensor, torch.Tensor] | None = None
         self.present: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.new = key_states, value_states
+        joined = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
         if _recorder is not None:
-            _recorder.add_key(key_states, self)
-        return key_states, value_states
+            _recorder.add_key(joined[0], self)
+        return joined
 
     def get_seq_length(self) -> int:
         return self._length
+
+
+class StaticLayer(DynamicLayer):
+    """Keys and values `[batch, heads, source, head_dim]` that cross-attention reads as they are."""
+
+    def __init__(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().__init__()
+        self.index = index
+        self.keys, self.values = key, value
+        self.dtype, self.device = key.dtype, key.device
+        self.is_initialized = True
+        if _recorder is not None:
+            _recorder.add_static(key, self)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise ExportError(f"Decoder layer {self.index} computes its cross-attention keys again instead of reading those it is given.")
 
 
 class PastCache(Cache):
@@ -141,18 +191,26 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Scaled dot-product attention as one op; query `[batch, heads, queries, head_dim]` → `[batch, queries, heads, head_dim]`.
 
-    The number of key and value heads may divide the number of query heads (grouped queries, arXiv 2305.13245).
+    The number of key and value heads may divide the number of query heads (grouped queries, arXiv 2305.13245). `position_bias`
+    `[batch or 1, heads, queries, keys]` is added to the scores (T5, arXiv 1910.10683, section 2.1).
     """
     layer = _recorder.layer_of(key) if _recorder else None
+    static = _recorder.static_of(key) if _recorder else None
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     unmasked_causal = attention_mask is None and causal
     if unmasked_causal and layer is not None:
         raise ExportError("A decoder layer asked for causal attention over a past without a mask, which has no standard op.")
     past = (layer.keys, layer.values) if layer else (None, None)
+    if layer is not None and layer.new is not None:
+        key, value = layer.new
+    # Cross-attention of the T5 kind has no bias of its own and passes zeros.
+    if position_bias is not None and (static is None or getattr(module, "has_relative_attention_bias", True)):
+        attention_mask = position_bias if attention_mask is None else attention_mask + position_bias
     output, present_key, present_value, _ = torch.onnx.ops.attention(
         query,
         key,
@@ -167,7 +225,7 @@ def attention(
         layer.present = (present_key, present_value)
     if _recorder is not None:
         mask = Mask("causal") if unmasked_causal else _recorder.mask_of(attention_mask)
-        index = layer.index if layer else len(_recorder.calls)
+        index = layer.index if layer else static.index if static else len(_recorder.calls)
         _recorder.calls.append(AttentionCall(module, index, mask, float(softcap or 0.0), layer is not None))
     return output.transpose(1, 2), None
 
@@ -196,8 +254,15 @@ def attention_mask(
         allowed = None
     elif mask.kind == "causal":
         allowed = (keys <= queries)[None, None]
-        if mask.sliding_window is not None:
-            allowed = allowed & (keys > queries - mask.sliding_window)[None, None]
+        window = None if mask.sliding_window is None else (keys > queries - mask.sliding_window)[None, None]
+        if _block_ids is not None:
+            ids, windowed = _block_ids
+            mask = Mask("blocks", mask.sliding_window, windowed and window is not None)
+            if window is not None and not windowed:
+                allowed, window = allowed & window, None
+            allowed = allowed | _same_block(ids, kv_length)
+        if window is not None:
+            allowed = allowed & window
     else:
         rows = torch.arange(batch_size, device=device)[:, None, None, None]
         heads = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]
@@ -212,6 +277,13 @@ def attention_mask(
     if _recorder is not None:
         _recorder.add_mask(additive, mask)
     return additive
+
+
+def _same_block(block_ids: torch.Tensor, kv_length: int) -> torch.Tensor:
+    """Which new token is in whose block, bool `[batch, 1, queries, keys]`; the keys of the past are in none."""
+    of_query = block_ids[:, None, :, None]
+    of_key = torch.nn.functional.pad(block_ids, (kv_length - block_ids.shape[1], 0))[:, None, None, :]
+    return (of_query == of_key) & (of_query > 0)
 
 
 def _describe(mask_function: Callable[..., Any]) -> Mask:

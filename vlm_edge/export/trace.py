@@ -24,6 +24,7 @@ OPSET = 23
 """The opset at which `Attention`, `RotaryEmbedding` and `RMSNormalization` are standard and the exporter emits all three."""
 
 LAYER, MASK, WINDOW, SOFTCAP, SCOPE = (f"vlm_edge.{key}" for key in ("layer", "mask", "sliding_window", "softcap", "scope"))
+WINDOWED_BLOCKS = "vlm_edge.windowed_blocks"
 """Keys of a node's metadata: on `Attention` what it attends to, on every node the module of the model that it comes from."""
 
 
@@ -120,6 +121,8 @@ def _describe_attention(graph: ir.Model, calls: list[AttentionCall], plan: Graph
         node.metadata_props[MASK] = call.mask.kind
         if call.mask.sliding_window is not None:
             node.metadata_props[WINDOW] = str(call.mask.sliding_window)
+        if call.mask.windowed_blocks:
+            node.metadata_props[WINDOWED_BLOCKS] = "1"
         if call.softcap:
             node.metadata_props[SOFTCAP] = repr(call.softcap)
 
