@@ -137,10 +137,12 @@ def decoder_plan(
     rotary_axes: int = 1,
     extras: Sequence[ExtraInput] = (),
     sizes: Mapping[str, int] | None = None,
+    more_cases: Sequence[Case] = (),
 ) -> GraphPlan:
     """The graph `decoder`. `rotary_axes` is 3 for M-RoPE, whose position_ids are `[3, batch, sequence]`.
 
-    `extras` come after position_ids, in order; `sizes` gives their own dynamic dimensions, unlike those of the traced case.
+    `extras` come after position_ids, in order; `sizes` gives their own dynamic dimensions, unlike those of the traced case;
+    `more_cases` are checked besides the usual ones.
     """
     cache = ("batch", kv.kv_heads)
     names = [f"{layer}.{part}" for layer in range(kv.layers) for part in ("key", "value")]
@@ -196,7 +198,7 @@ def decoder_plan(
         real = tensors[1].bool()
         return (real[:, case.sizes["past"] :, None], *([real[:, None, :, None]] * (2 * kv.layers)))
 
-    cases = _decoder_cases(context_length, _window(model.config.get_text_config()), sizes or {})
+    cases = (*_decoder_cases(context_length, _window(model.config.get_text_config()), sizes or {}), *more_cases)
     return GraphPlan("decoder", Decoder(model, extras), inputs, outputs, cases, sample, reference, compared)
 
 
