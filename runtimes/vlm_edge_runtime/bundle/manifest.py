@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from .vision_layout import AnyResolutionPlaceholder, FramedTilesPlaceholder, Geometry, PatchRowsPlaceholder
+
 SCHEMA_VERSION = 2
 
 Dim = int | str
@@ -97,7 +99,14 @@ class GridPlaceholder(_Struct, kw_only=True, tag="grid", tag_field="kind"):
     merge_size: int
 
 
-Placeholder = FixedPlaceholder | TilePlaceholder | GridPlaceholder
+Placeholder = (
+    FixedPlaceholder
+    | TilePlaceholder
+    | GridPlaceholder
+    | AnyResolutionPlaceholder
+    | FramedTilesPlaceholder
+    | PatchRowsPlaceholder
+)
 
 
 class SequentialPositions(_Struct, kw_only=True, tag="sequential", tag_field="kind"):
@@ -139,6 +148,7 @@ class Modality(_Struct, kw_only=True):
     `joins`: `tokens` (the last graph's features take the places of the modality's tokens, in order), `memory` (they are what
     cross-attention reads; see Memory) or `codes` (the last graph gives token ids, which take the places of the tokens).
     `token_id`, `placeholder`: what stands for it in the prompt; None where nothing does.
+    `geometry`: index arrays that the host computes from the grid of patches and the graphs take beside the processor's arrays.
     """
 
     kind: Literal["image", "video", "audio", "state"] = "image"
@@ -147,6 +157,7 @@ class Modality(_Struct, kw_only=True):
     joins: Literal["tokens", "memory", "codes"] = "tokens"
     token_id: int | None = None
     placeholder: Placeholder | None = None
+    geometry: list[Geometry] = []
     instruction: Instruction | None = None
 
 
