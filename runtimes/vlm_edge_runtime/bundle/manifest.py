@@ -99,8 +99,18 @@ class GridPlaceholder(_Struct, kw_only=True, tag="grid", tag_field="kind"):
     merge_size: int
 
 
+class PrefixPlaceholder(_Struct, kw_only=True, tag="prefix", tag_field="kind"):
+    """GIT, SimVLM: the features stand before the prompt's tokens, and nothing in the text stands for them.
+
+    Each image puts so many pseudo tokens (the padding id) in front of the row; the features take their places.
+    """
+
+    tokens_per_image: int
+
+
 Placeholder = (
     FixedPlaceholder
+    | PrefixPlaceholder
     | TilePlaceholder
     | GridPlaceholder
     | AnyResolutionPlaceholder
@@ -170,11 +180,13 @@ class Memory(_Struct, kw_only=True):
     value of a recurrent state. Without it the decoder reads `encoder_hidden_states` itself.
     `mask`: `none` (every row's source has one length), `source` (`encoder_attention_mask` int64 `[batch, source]`) or
     `tokens` (each token sees images of its own: a TokenInput of kind `media`).
+    `source_length`: how many entries the encoder takes at most; None where it takes any number.
     """
 
     source: Literal["features", "encoder"]
     mask: Literal["none", "source", "tokens"]
     hidden_size: int
+    source_length: int | None = None
 
 
 class TokenInput(_Struct, kw_only=True):
@@ -183,11 +195,16 @@ class TokenInput(_Struct, kw_only=True):
     `kind`: `blocks` (int64: tokens of one block, numbered from 1, see each other in both directions; 0 is causal), `features`
     (float32: further outputs of a modality's last graph at its tokens, zero elsewhere: Qwen3-VL's deepstack) or `media` (which
     images of the memory a token sees). `decode`: what a generated token gets: zeros, or what the prompt's last token had.
+    `blocks`: what one block is: each unbroken run of one image's tokens (`images`), the whole prompt (`prompt`), or the tokens of
+    a PrefixPlaceholder (`prefix`). `rule`: the name of the function that says which images a token sees
+    (sessions/media_rules.py); for kind `media` alone.
     """
 
     name: str
     kind: Literal["blocks", "features", "media"]
     decode: Literal["zero", "last"] = "zero"
+    blocks: Literal["images", "prompt", "prefix"] = "images"
+    rule: str = ""
 
 
 class PromptFormat(_Struct, kw_only=True):
