@@ -16,7 +16,7 @@ from vlm_edge_runtime.decode.cancel import CancelLike
 from vlm_edge_runtime.decode.options import GenerationDefaults, SamplingKeywords
 from vlm_edge_runtime.decode.result import Generation
 from vlm_edge_runtime.decode.stats import Counters, Stats
-from vlm_edge_runtime.engines.base import Decoder, Engine
+from vlm_edge_runtime.engines.base import Decoder, Engine, SamplingParams
 from vlm_edge_runtime.errors import BundleError, ContextLengthError, GenerationCancelled, OptionError
 from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import Message
@@ -26,6 +26,7 @@ from .conversation import Conversation
 from .images import ImageStore, Picture
 from .kv_plan import KVPlan
 from .prefix_cache import PrefixCache
+from .prepared import PreparedInput, PreparedPrompt
 from .prompts import PromptBuilder, PromptRow, as_images, as_rows
 from .run import Parts, Run
 from .stream import TextStream
@@ -219,6 +220,43 @@ class VisionLanguageModel(Session):
         features = self._images.features(pictures).features
         found = [features[picture.key].copy() for picture in pictures]
         return found if isinstance(images, (list, tuple)) else found[0]
+
+    def prepare(self, prompt: Prompt, images: Images | None = None, *, raw: bool = False) -> PreparedPrompt:
+        """Tokens and processor arrays of one prompt; no graph runs. Errors as `generate`."""
+        self._check_open()
+        row = self._prompts.row(prompt, as_images(images), raw=raw)
+        inputs = [PreparedInput("image", self._images.processor(picture.image).arrays) for picture in row.pictures]
+        ids = [int(token) for token in row.input_ids]
+        return PreparedPrompt(ids, ids, inputs)
+
+    def logits_along(
+        self, prompt: Prompt, images: Images | None, answer_tokens: Sequence[int], *, raw: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Teacher forcing: float32 `[len(answer_tokens), vocab]`, the logits before each token of an answer, which is
+
+        fed token by token after the prompt, as in generation. Errors as `generate`; ValueError for no tokens.
+        """
+        self._check_open()
+        if not answer_tokens:
+            raise ValueError("logits_along needs at least one token of an answer.")
+        row, decoder = self._prompts.row(prompt, as_images(images), raw=raw), self._decoder()
+        features = self._images.features(row.pictures).features
+        state = decoder.allocate(1, len(row) + len(answer_tokens))
+        try:
+            state.prefill(0, self._prompts.embed(decoder, row, 0, len(row), features), row.positions)
+            logits = [state.logits(0)]
+            if len(answer_tokens) > 1:
+                state.start(0, SamplingParams(), row.input_ids, row.next_position)
+            for token in answer_tokens[:-1]:
+                state.push(0, int(token))
+                logits.append(state.logits(0))
+        finally:
+            state.close()
+        return np.stack(logits)
+
+    def decode_tokens(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._prompts.tokenizer.decode([int(token) for token in tokens])
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text by itself, without those the tokenizer adds around it."""
