@@ -92,6 +92,21 @@ class TilePlaceholder(_Struct, kw_only=True, tag="tiles", tag_field="kind"):
     tokens_per_tile: int
 
 
+class CropsPlaceholder(_Struct, kw_only=True, tag="crops", tag_field="kind"):
+    """Gemma 3: `{before}{soft_token × tokens_per_image}{after}` takes the place of `image_token`.
+
+    An image that was also cut into crops (rows × columns of them, after the whole image in its batch) is `crops`, in which `{image}`
+    is the whole image's frame and `{crops}` one frame per crop, blanks between.
+    """
+
+    image_token: str
+    soft_token: str
+    before: str
+    after: str
+    tokens_per_image: int
+    crops: str
+
+
 class GridPlaceholder(_Struct, kw_only=True, tag="grid", tag_field="kind"):
     """Qwen2-VL: `<|image_pad|>` × (t · h · w / merge_size²), from the grid of patches the image was cut into."""
 
@@ -112,6 +127,7 @@ Placeholder = (
     FixedPlaceholder
     | PrefixPlaceholder
     | TilePlaceholder
+    | CropsPlaceholder
     | GridPlaceholder
     | AnyResolutionPlaceholder
     | FramedTilesPlaceholder
@@ -120,7 +136,12 @@ Placeholder = (
 
 
 class SequentialPositions(_Struct, kw_only=True, tag="sequential", tag_field="kind"):
-    """position_ids `[batch, sequence]` = 0, 1, 2 … over the tokens of a row."""
+    """position_ids `[batch, sequence]` = 0, 1, 2 … over the tokens of a row, plus `offset` and never below 0.
+
+    PaliGemma counts from 1 (`offset` 1); GIT's text counts from 0 after a prefix of N tokens (`offset` −N).
+    """
+
+    offset: int = 0
 
 
 class MRopePositions(_Struct, kw_only=True, tag="mrope", tag_field="kind"):
@@ -158,6 +179,7 @@ class Modality(_Struct, kw_only=True):
     `joins`: `tokens` (the last graph's features take the places of the modality's tokens, in order), `memory` (they are what
     cross-attention reads; see Memory) or `codes` (the last graph gives token ids, which take the places of the tokens).
     `token_id`, `placeholder`: what stands for it in the prompt; None where nothing does.
+    `least`, `most`: how many inputs of this kind one prompt must and may have (None is no limit).
     `geometry`: index arrays that the host computes from the grid of patches and the graphs take beside the processor's arrays.
     """
 
@@ -167,6 +189,8 @@ class Modality(_Struct, kw_only=True):
     joins: Literal["tokens", "memory", "codes"] = "tokens"
     token_id: int | None = None
     placeholder: Placeholder | None = None
+    least: int = 0
+    most: int | None = None
     geometry: list[Geometry] = []
     instruction: Instruction | None = None
 
