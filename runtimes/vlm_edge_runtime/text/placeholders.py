@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from vlm_edge_runtime.bundle.manifest import FixedPlaceholder, GridPlaceholder, Placeholder, TilePlaceholder
+from vlm_edge_runtime.bundle.manifest import CropsPlaceholder, FixedPlaceholder, GridPlaceholder, Placeholder, TilePlaceholder
 from vlm_edge_runtime.errors import BundleError, PromptError
 
 
@@ -37,6 +37,8 @@ def image_tokens(placeholder: Placeholder, image: ImageLayout) -> int:
         return placeholder.tokens_per_image
     if isinstance(placeholder, TilePlaceholder):
         return placeholder.tokens_per_tile * (image.rows * image.columns + 1)
+    if isinstance(placeholder, CropsPlaceholder):
+        return placeholder.tokens_per_image * (image.rows * image.columns + 1)
     if image.grid is None:
         raise PromptError("the image has no grid of patches; the bundle's image processor does not fit its placeholder rule")
     time, height, width = image.grid
@@ -47,6 +49,10 @@ def image_text(placeholder: Placeholder, image: ImageLayout) -> str:
     """What replaces the one placeholder of an image in the prompt's text."""
     if isinstance(placeholder, (FixedPlaceholder, GridPlaceholder)):
         return placeholder.image_token * image_tokens(placeholder, image)
+    if isinstance(placeholder, CropsPlaceholder):
+        frame = f"{placeholder.before}{placeholder.soft_token * placeholder.tokens_per_image}{placeholder.after}"
+        crops = " ".join([frame] * (image.rows * image.columns))
+        return placeholder.crops.format(image=frame, crops=crops) if crops else frame
     tile = placeholder.image_token * placeholder.tokens_per_tile
     # The whole image comes last, and alone when it was not split: then without the newline before it.
     whole = f"{placeholder.fake_token}{placeholder.global_token}{tile}{placeholder.fake_token}"
@@ -89,7 +95,7 @@ def expand_ids(ids: Sequence[int], placeholder: Placeholder, images: Sequence[Im
     for token in ids:
         if token != image_id:
             expanded.append(token)
-        elif isinstance(placeholder, TilePlaceholder):
+        elif isinstance(placeholder, (TilePlaceholder, CropsPlaceholder)):
             # Two newlines may be one token, so the frame is tokenised as a whole.
             expanded += tokenizer.encode(image_text(placeholder, next(remaining)), add_special_tokens=False)
         else:

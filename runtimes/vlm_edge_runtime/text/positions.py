@@ -18,8 +18,8 @@ Ids = npt.NDArray[np.int64]
 def position_ids(positions: Positions, input_ids: Sequence[int] | Ids, images: Sequence[ImageLayout] = ()) -> tuple[Ids, int]:
     """The positions of a prompt's tokens, and the position of the first token that will be generated.
 
-    `input_ids`: one row [S], image placeholders expanded, no padding. Sequential: int64 `[S]`. M-RoPE: int64 `[3, S]` (time,
-    height, width): text advances all three together; an image fills a t × h × w block (h and w in merged patches) that starts
+    `input_ids`: one row [S], image placeholders expanded, no padding. Sequential: int64 `[S]`, by an offset where the contract
+    has one. M-RoPE: int64 `[3, S]` (time, height, width): text advances all three together; an image fills a t × h × w block (h and w in merged patches) that starts
     at the next free position, and the text after it goes on at the block's longest side (Qwen2-VL, arXiv 2409.12191, section
     2.1; transformers' `get_rope_index`).
 
@@ -27,7 +27,8 @@ def position_ids(positions: Positions, input_ids: Sequence[int] | Ids, images: S
     """
     ids = np.asarray(input_ids, dtype=np.int64)
     if isinstance(positions, SequentialPositions):
-        return np.arange(len(ids), dtype=np.int64), len(ids)
+        every = np.maximum(np.arange(len(ids) + 1, dtype=np.int64) + positions.offset, 0)
+        return every[:-1], int(every[-1])
     is_image = ids == positions.image_token_id
     counts = [_block(image, positions.merge_size) for image in images]
     expected = sum(int(np.prod(block)) for block in counts)
