@@ -8,7 +8,7 @@ ENV := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-slow test-all lint format asan bench native clean
+.PHONY: help demo test test-slow test-all coverage lint format asan bench native clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,6 +43,10 @@ format: $(ENV)  ## let ruff put the code in shape
 
 native: $(ENV)  ## rebuild the C extension in place
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+coverage: $(ENV)  ## verify every system and write the coverage table (families/coverage.json, README.md)
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/coverage --write-coverage
+	$(BIN)/python -m benchmarks.coverage_table
 
 asan: $(ENV)  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m benchmarks.asan

@@ -74,7 +74,7 @@ def test_targets_and_families_as_json():
     runner = CliRunner()
     names = [target["name"] for target in json.loads(runner.invoke(group, ["targets", "--json"]).output)]
     assert {"cpu-fp32", "cpu-int8", "cpu-int4"} <= set(names)
-    types = {entry["model_type"] for entry in json.loads(runner.invoke(group, ["families", "--json"]).output)}
+    types = {entry["model_type"] for entry in json.loads(runner.invoke(group, ["families", "--json"]).output)["model_types"]}
     assert {"llava", "smolvlm", "qwen2_vl", "clip", "siglip"} <= types
 
 

@@ -70,6 +70,7 @@ def trace(plan: GraphPlan, model: PreTrainedModel) -> ir.Model:
     graph = program.model
     graph.producer_name, graph.producer_version = "vlm-edge", None
     _describe_attention(graph, calls, plan)
+    _read_sizes_once(graph, plan.inputs)
     _clean(graph, plan, model)
     _name_weights(graph, plan, model)
     _sign(graph, plan.inputs, plan.outputs, plan.role, plan.cases[0])
@@ -125,6 +126,30 @@ def _describe_attention(graph: ir.Model, calls: list[AttentionCall], plan: Graph
             node.metadata_props[WINDOWED_BLOCKS] = "1"
         if call.softcap:
             node.metadata_props[SOFTCAP] = repr(call.softcap)
+
+
+def _read_sizes_once(graph: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
+    """A named size is read off the first input that has it. The exporter takes any, such as the batch off a cache tensor, which
+
+    a lowering could then not replace.
+    """
+    values = {value.name: value for value in graph.graph.inputs}
+    first: dict[str, tuple[ir.Value, int]] = {}
+    for spec in inputs:
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, str):
+                first.setdefault(dim, (values[spec.name], axis))
+    for spec in inputs:
+        for node, _ in tuple(values[spec.name].uses()):
+            start, end = (node.attributes.get_int(key, -1) for key in ("start", "end"))
+            if node.op_type != "Shape" or node.domain or start < 0 or end != start + 1:
+                continue
+            dim = spec.shape[start]
+            if isinstance(dim, str) and first[dim] != (values[spec.name], start):
+                value, axis = first[dim]
+                node.replace_input_with(0, value)
+                node.attributes["start"] = ir.AttrInt64("start", axis)
+                node.attributes["end"] = ir.AttrInt64("end", axis + 1)
 
 
 def _clean(graph: ir.Model, plan: GraphPlan, model: PreTrainedModel) -> None:
