@@ -87,8 +87,9 @@ def sample(case: Case, kind: str) -> torch.Tensor:
     return ids
 
 
-def block_cases(window: int | None) -> tuple[Case, ...]:
+def block_cases(text_config: Any) -> tuple[Case, ...]:
     """Cases besides the decoder's own: a block longer than the sliding window, alone and after a past."""
+    window = getattr(text_config, "sliding_window", None)
     long = window + 4 if window is not None and window <= LONGEST_CHECKED else 12
     sizes = [{"batch": 2, "sequence": long, "past": past, "total": past + long} for past in (0, 5)]
     return tuple(Case(f"blocks (batch 2, {long} tokens, past {one['past']})", one, padding=2 * i) for i, one in enumerate(sizes))

@@ -169,6 +169,7 @@ def patch_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layou
 
 LAYOUTS: dict[str, Callable[[Part, Part, torch.nn.Module], Layout]] = {
     "image": image_layout,
+    "crops": image_layout,
     "tiles": tile_layout,
     "patches": patch_layout,
 }

@@ -5,13 +5,14 @@ LLaVA (arXiv 2304.08485), Idefics3 (2408.12637), SmolVLM (2504.05299), Qwen2-VL 
 projector is the seam between them. How an image enters differs, and is the *layout* of the registry's line:
 
 - `image`: every image has one size and becomes a fixed number of tokens;
+- `crops`: so is each crop of an image that was cut up in addition to being seen whole;
 - `tiles`: an image is cut into rows × columns of full tiles and a global view; pixel shuffle belongs to the projector;
 - `patches`: an image of any size is one row of patches; the height and width index of each is computed on the host.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedConfig
 from vlm_edge.export.attention import attention_implementation
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge_runtime.bundle.manifest import (
+    CropsPlaceholder,
     FixedPlaceholder,
     GenerativeContract,
     GridPlaceholder,
@@ -29,23 +31,32 @@ from vlm_edge_runtime.bundle.manifest import (
     Positions,
     SequentialPositions,
     TilePlaceholder,
+    TokenInput,
 )
 from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import Case, GraphPlan, Part, Single, Split, Tensors, float32, options, submodule
+from .blocks import NAME as BLOCK_IDS
+from .blocks import block_cases, block_input
 from .decoder import decoder_plan, embed_plan, probe
 from .layouts import LAYOUTS, Layout
 from .registry import Entry
 
-_VISION_BATCH: dict[str, Literal["image", "tile", "patches"]] = {"image": "image", "tiles": "tile", "patches": "patches"}
+_VISION_BATCH: dict[str, Literal["image", "tile", "patches"]] = {
+    "image": "image",
+    "crops": "tile",
+    "tiles": "tile",
+    "patches": "patches",
+}
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
     """What the registry says about a model type of this family; see registry.toml."""
 
-    layout: Literal["image", "tiles", "patches"]
+    layout: Literal["image", "crops", "tiles", "patches"]
     projector: str
     vision: str = ""
+    blocks: Literal["", "images"] = ""
 
 
 class Projector:
@@ -95,13 +106,16 @@ class Projector:
             eos_token_ids=checkpoint.eos_token_ids(),
             pad_token_id=checkpoint.pad_token_id(),
             bos_token_id=checkpoint.bos_token_id(),
+            token_inputs=[TokenInput(name=BLOCK_IDS, kind="blocks", blocks=wanted.blocks)] if wanted.blocks else [],
         )
+        extras = [block_input(model, wanted.blocks)] if wanted.blocks else []
+        more_cases = block_cases(text) if wanted.blocks else ()
         axes = 3 if isinstance(positions, MRopePositions) else 1
         graphs = (
             vision_plan,
             projector_plan,
             embed_plan(model, hidden, vocabulary),
-            decoder_plan(model, kv, hidden, vocabulary, context_length, rotary_axes=axes),
+            decoder_plan(model, kv, hidden, vocabulary, context_length, rotary_axes=axes, extras=extras, more_cases=more_cases),
         )
         return Split(graphs, contract)
 
@@ -186,6 +200,8 @@ def _placeholder(checkpoint: Checkpoint, layout: str, tokens: int) -> Placeholde
         )
     if layout == "image":
         return FixedPlaceholder(image_token=image_token, tokens_per_image=tokens)
+    if layout == "crops":
+        return _crops_placeholder(config, tokenizer, image_token, tokens)
     if layout == "patches":
         return GridPlaceholder(image_token=image_token, merge_size=int(config.vision_config.spatial_merge_size))
     # The processors of Idefics3 and SmolVLM fix these words in their code; a tokenizer may name others (SmolVLM's does).
@@ -194,6 +210,19 @@ def _placeholder(checkpoint: Checkpoint, layout: str, tokens: int) -> Placeholde
     if tokenizer.convert_tokens_to_ids(fake) in (None, tokenizer.unk_token_id):
         raise UnsupportedModelError(f"The tokenizer has no token '{fake}', which frames every tile of an image.")
     return TilePlaceholder(image_token=image_token, fake_token=fake, global_token=overall, tokens_per_tile=tokens)
+
+
+def _crops_placeholder(config: PreTrainedConfig, tokenizer: Any, soft_token: str, tokens: int) -> CropsPlaceholder:
+    """What Gemma3Processor writes for an image, in code."""
+    begin, end = tokenizer.convert_ids_to_tokens([config.boi_token_index, config.eoi_token_index])
+    return CropsPlaceholder(
+        image_token=begin,
+        soft_token=soft_token,
+        before=f"\n\n{begin}",
+        after=f"{end}\n\n",
+        tokens_per_image=tokens,
+        crops="Here is the original image {image} and here are some crops to help you see better {crops}",
+    )
 
 
 FAMILY = Projector()

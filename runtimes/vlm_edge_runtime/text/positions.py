@@ -19,9 +19,9 @@ def position_ids(positions: Positions, input_ids: Sequence[int] | Ids, images: S
     """The positions of a prompt's tokens, and the position of the first token that will be generated.
 
     `input_ids`: one row [S], image placeholders expanded, no padding. Sequential: int64 `[S]`, by an offset where the contract
-    has one. M-RoPE: int64 `[3, S]` (time, height, width): text advances all three together; an image fills a t × h × w block (h and w in merged patches) that starts
-    at the next free position, and the text after it goes on at the block's longest side (Qwen2-VL, arXiv 2409.12191, section
-    2.1; transformers' `get_rope_index`).
+    has one. M-RoPE: int64 `[3, S]` (time, height, width): text advances all three together; an image fills a t × h × w block (h
+    and w in merged patches) that starts at the next free position, and the text after it goes on at the block's longest side
+    (Qwen2-VL, arXiv 2409.12191, section 2.1; transformers' `get_rope_index`).
 
     Raises PromptError when image tokens and images do not match.
     """
