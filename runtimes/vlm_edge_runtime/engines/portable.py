@@ -6,8 +6,8 @@ Slow and simple on purpose: it is the reference that builds are compared with. T
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,59 +16,54 @@ from vlm_edge_runtime import _native
 from vlm_edge_runtime.errors import ContextLengthError, DeviceError
 
 from .base import Array, Decoder, DecoderState, RowTokens, SamplingParams
-from .native_ort import NativeGraph, NativeOrtEngine, embed_row, fixed_size
-
-_PAST = "past_key_values."
-Cache = dict[str, Array]
-"""Past name → array [batch, kv_heads, entries, head_dim]."""
-
-
-@dataclass(slots=True)
-class _Row:
-    """One row's cache (batch 1, no padding) and its place in the token loop."""
-
-    cache: Cache
-    length: int = 0
-    logits: npt.NDArray[np.float32] | None = None
-    pending: int | None = None
-    pushed: bool = False
-    next_position: int = 0
-    sampler: _native.Sampler | None = None
-    params: SamplingParams = field(default_factory=SamplingParams)
-    armed: bool = False
-    finished: bool = False
-
-    @property
-    def active(self) -> bool:
-        return self.armed and not self.finished
-
-    def forget(self) -> None:
-        self.logits = None
-        self.pending = None
-        self.pushed = self.armed = self.finished = False
+from .native_ort import NativeGraph, NativeOrtEngine
+from .portable_rows import Named, PortableGraphs, Row
 
 
 class PortableDecoderState:
     """`engines.base.DecoderState` over a portable decoder. Calls from two threads at once are refused."""
 
-    def __init__(self, decoder: PortableDecoder, batch: int, capacity: int) -> None:
+    def __init__(self, graphs: PortableGraphs, batch: int, capacity: int) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch {batch}, capacity {capacity}: both must be at least 1")
         self.batch = batch
         self.capacity = capacity
-        self._decoder = decoder
-        self._rows = [_Row(decoder.empty_cache()) for _ in range(batch)]
+        self._graphs = graphs
+        needs_binding = bool(graphs.inputs.bound)
+        self._rows = [Row(graphs.empty_cache(), None if needs_binding else {}) for _ in range(batch)]
+        self._stacked: tuple[list[Named | None], Named] = ([], {})
         self._cancelled = threading.Event()
         self._busy = threading.Lock()
         self._closed = False
 
     @property
     def lengths(self) -> list[int]:
-        """Valid KV entries per row."""
+        """Valid KV entries per row (tokens, where the decoder has no cache)."""
         self._check_open()
         return [row.length for row in self._rows]
 
-    def prefill(self, row: int, inputs_embeds: Array, positions: Array) -> None:
+    def bind(self, row: int, inputs: Mapping[str, Array]) -> None:
+        """Sets an empty row's static inputs and initial recurrent states."""
+        with self._use():
+            state = self._row(row)
+            bound, sizes = self._graphs.inputs.check_bound(inputs)
+            if state.length:
+                raise ValueError(f"row {row} has {state.length} entries: truncate it to 0 before it is bound to other inputs")
+            clashes = [(other, self._graphs.inputs.clash(sizes, other.bound_sizes)) for other in self._rows if other is not state]
+            for other, name in clashes:
+                if name is not None and other.bound is not None and (other.length or not other.used):
+                    raise ValueError(
+                        f"row {row} has size {sizes[name]} in '{name}', another row has {other.bound_sizes[name]}: they cannot "
+                        "run together, since the decoder has no mask input that would hide the filling of the shorter one"
+                    )
+            for other, name in clashes:
+                if name is not None:  # emptied after use: it was bound for work that is over
+                    other.bound = None
+            state.forget()
+            state.bound, state.bound_sizes, state.used = bound, sizes, False
+            self._empty(state)
+
+    def prefill(self, row: int, inputs_embeds: Array, positions: Array, token_inputs: Mapping[str, Array] | None = None) -> None:
         """Appends `inputs_embeds` float32 [S, hidden] at `positions` int64 [S] or [3, S] to one row."""
         with self._use():
             state, tokens = self._row(row), len(inputs_embeds)
@@ -76,39 +71,44 @@ class PortableDecoderState:
                 raise ValueError("there is nothing to prefill")
             if positions.shape[-1] != tokens:
                 raise ValueError(f"{positions.shape[-1]} positions for {tokens} embeddings")
+            self._check_bound(row)
+            values, sizes = self._graphs.inputs.check_tokens(token_inputs, tokens, state.sizes)
             if tokens > self.capacity - state.length:
                 raise ContextLengthError(
                     f"the prompt needs {tokens} more entries, the KV cache has {self.capacity - state.length} left "
                     f"({state.length} of {self.capacity} used): use a shorter prompt or load with a larger context_length"
                 )
             state.forget()
+            state.sizes = sizes
             mask = np.ones((1, state.length + tokens), dtype=np.int64)
-            logits, state.cache = self._decoder.step(inputs_embeds[None], mask, positions[..., None, :], state.cache)
-            state.length += tokens
-            state.logits = logits[0]
+            given = {name: self._graphs.inputs.stack(name, [array], sizes, front=1) for name, array in values.items()}
+            self._graphs.run([state], inputs_embeds[None], mask, positions[..., None, :], given, self._statics([state]))
             state.next_position = int(positions[..., -1].max()) + 1
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """A copy of the row's next-token logits, float32 [vocab]."""
         with self._use():
-            state = self._row(row)
-            if state.pushed:
-                self._check_room([row])
-                self._run_pending([row])
-            if state.logits is None:
-                raise ValueError(f"row {row} has no logits: prefill it first")
-            return state.logits.copy()
+            return self._newest(row).copy()
 
-    def start(self, row: int, params: SamplingParams, history: npt.NDArray[np.int64], next_position: int) -> None:
+    def start(
+        self,
+        row: int,
+        params: SamplingParams,
+        history: npt.NDArray[np.int64],
+        next_position: int,
+        token_inputs: Mapping[str, Array] | None = None,
+    ) -> None:
         """Arms a prefilled row for `decode`."""
         with self._use():
             state = self._row(row)
             if state.logits is None and state.pending is None:
                 raise ValueError(f"row {row} has no logits: prefill it before start")
-            state.sampler = _native.Sampler(self._decoder.vocab_size, params)
+            values, sizes = self._graphs.inputs.check_tokens(token_inputs, None, state.sizes)
+            sampler = _native.Sampler(self._graphs.vocab_size, params)
             for token in history.tolist():
-                state.sampler.accept(token)
-            state.params = params
+                sampler.accept(token)
+            state.sampler, state.params = sampler, params
+            state.token_inputs, state.sizes = values, sizes
             state.next_position = next_position
             state.armed, state.finished = True, False
             self._cancelled.clear()
@@ -138,11 +138,54 @@ class PortableDecoderState:
         """Replaces the row's pending token."""
         with self._use():
             state = self._row(row)
-            if not 0 <= token < self._decoder.vocab_size:
-                raise ValueError(f"token {token} is outside the vocabulary of {self._decoder.vocab_size}")
+            self._check_token(token)
             if state.logits is None and state.pending is None:
                 raise ValueError(f"row {row} is empty: prefill it before push")
             state.pending, state.pushed, state.finished = token, True, False
+
+    def step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Runs one token of every row as one batch: the logits that follow, float32 [batch, vocab]."""
+        with self._use():
+            if np.shape(tokens) != (self.batch,):
+                raise ValueError(f"tokens has the shape {np.shape(tokens)}, expected ({self.batch},): one for every row")
+            for index, (row, token) in enumerate(zip(self._rows, tokens.tolist(), strict=True)):
+                self._check_token(token)
+                if not row.armed:
+                    raise ValueError(f"row {index} was not started: step runs every row")
+            rows = list(range(self.batch))
+            self._check_room(rows)
+            before = [(row.pending, row.pushed, row.finished) for row in self._rows]
+            for row, token in zip(self._rows, tokens.tolist(), strict=True):
+                row.pending, row.finished = token, False
+            try:
+                self._run_pending(rows)
+            except BaseException:
+                for row, (pending, pushed, finished) in zip(self._rows, before, strict=True):
+                    row.pending, row.pushed, row.finished = pending, pushed, finished
+                raise
+            return np.stack([row.logits for row in self._rows if row.logits is not None])
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row `i` becomes what row `sources[i]` was; the samplers stay where they are."""
+        with self._use():
+            if len(sources) != self.batch:
+                raise ValueError(f"{len(sources)} sources for {self.batch} rows")
+            origins = [self._row(source) for source in sources]
+            for index, (row, origin) in enumerate(zip(self._rows, origins, strict=True)):
+                if row.bound_sizes != origin.bound_sizes or (row.bound is None) != (origin.bound is None):
+                    raise ValueError(
+                        f"rows {index} and {sources[index]} are bound to inputs of unlike shapes: they cannot trade places"
+                    )
+            self._rows = [
+                replace(origin, bound=row.bound, sampler=row.sampler, params=row.params, armed=row.armed, used=row.used)
+                for row, origin in zip(self._rows, origins, strict=True)
+            ]
+
+    def outputs(self, row: int) -> dict[str, Array]:
+        """The graph's further outputs for the row's newest token, each without batch and sequence."""
+        with self._use():
+            self._newest(row)
+            return {name: array.copy() for name, array in self._rows[row].outputs.items()}
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets a row's entries from `length` on."""
@@ -150,21 +193,39 @@ class PortableDecoderState:
             state = self._row(row)
             if not 0 <= length <= state.length:
                 raise ValueError(f"row {row} has {state.length} entries: it cannot be truncated to {length}")
+            if self._graphs.inputs.recurrent and 0 < length < state.length:
+                raise ValueError(
+                    f"a decoder with recurrent state cannot be truncated to {length} of {state.length} entries, only to 0"
+                )
             state.forget()
+            if length == 0:
+                self._empty(state)
             state.cache = {name: array[:, :, :length] for name, array in state.cache.items()}
             state.length = length
 
     def copy_prefix(self, row: int, source: DecoderState, source_row: int, length: int) -> None:
         """Makes `row` a copy of the first `length` entries of `source`'s row."""
-        if not isinstance(source, PortableDecoderState) or source._decoder is not self._decoder:
+        if not isinstance(source, PortableDecoderState) or source._graphs is not self._graphs:
             raise ValueError("the source state belongs to another decoder")
         with self._use():
             origin, state = source._row(source_row), self._row(row)
             if not 0 <= length <= origin.length:
                 raise ValueError(f"the source row has {origin.length} entries, {length} were asked for")
+            if self._graphs.inputs.recurrent and 0 < length < origin.length:
+                raise ValueError(
+                    f"a decoder with recurrent state can only be copied whole ({origin.length} entries), not {length} of them"
+                )
             if length > self.capacity:
                 raise ContextLengthError(f"{length} entries do not fit a KV cache of {self.capacity}")
+            if length:
+                self._check_bound(row)
+                if state.bound_sizes != origin.bound_sizes:
+                    raise ValueError("the rows are bound to inputs of unlike shapes: entries cannot be copied")
             state.forget()
+            if length == 0:
+                self._empty(state)
+            else:
+                state.recurrent, state.sizes, state.used = origin.recurrent, origin.sizes, True
             state.cache = {name: array[:, :, :length] for name, array in origin.cache.items()}
             state.length = length
 
@@ -186,11 +247,19 @@ class PortableDecoderState:
         self._check_open()
         return _Use(self._busy)
 
-    def _row(self, row: int) -> _Row:
+    def _row(self, row: int) -> Row:
         self._check_open()
         if not 0 <= row < self.batch:
             raise ValueError(f"row {row} is outside the batch of {self.batch}")
         return self._rows[row]
+
+    def _check_token(self, token: int) -> None:
+        if not 0 <= token < self._graphs.vocab_size:
+            raise ValueError(f"token {token} is outside the vocabulary of {self._graphs.vocab_size}")
+
+    def _check_bound(self, row: int) -> None:
+        if self._rows[row].bound is None:
+            raise ValueError(f"row {row} is not bound: the decoder reads {', '.join(sorted(self._graphs.inputs.bound))}")
 
     def _check_room(self, rows: list[int]) -> None:
         for row in rows:
@@ -200,30 +269,54 @@ class PortableDecoderState:
                     "context_length"
                 )
 
+    def _empty(self, row: Row) -> None:
+        """Back to what the row was bound to."""
+        row.sizes = dict(row.bound_sizes)
+        row.recurrent = {name: (row.bound or {})[name][None] for name in self._graphs.inputs.recurrent if row.bound}
+
+    def _newest(self, row: int) -> npt.NDArray[np.float32]:
+        """The row's next-token logits; a pushed token runs first."""
+        state = self._row(row)
+        if state.pushed:
+            self._check_room([row])
+            self._run_pending([row])
+        if state.logits is None:
+            raise ValueError(f"row {row} has no logits: prefill it first")
+        return state.logits
+
     def _run_pending(self, indices: list[int]) -> None:
         """Runs the pending tokens of these rows as one batch: shorter pasts are padded on the left and masked."""
         rows = [self._rows[index] for index in indices]
         longest = max(row.length for row in rows)
         mask = np.stack([np.arange(longest + 1) >= longest - row.length for row in rows]).astype(np.int64)
-        cache = {
-            name: np.concatenate([_pad_left(row.cache[name], longest) for row in rows]) if len(rows) > 1 else rows[0].cache[name]
-            for name in rows[0].cache
-        }
         tokens = np.array([row.pending for row in rows], dtype=np.int64)
         positions = np.array([[row.next_position] for row in rows], dtype=np.int64)
-        if self._decoder.position_axes > 1:
-            positions = np.broadcast_to(positions, (self._decoder.position_axes, *positions.shape))
-        logits, present = self._decoder.step(self._decoder.embed(tokens)[:, None], mask, positions, cache)
-        for at, row in enumerate(rows):
+        if self._graphs.position_axes > 1:
+            positions = np.broadcast_to(positions, (self._graphs.position_axes, *positions.shape))
+        inputs = self._graphs.inputs
+        sizes = inputs.longest([row.sizes for row in rows])
+        values = [
+            row.token_inputs if row.token_inputs is not None else inputs.check_tokens(None, None, row.sizes)[0] for row in rows
+        ]
+        given = {name: inputs.stack(name, [row[name] for row in values], sizes)[:, None] for name in inputs.tokens}
+        self._graphs.run(rows, self._graphs.embed(tokens)[:, None], mask, positions, given, self._statics(rows))
+        for row in rows:
             if row.sampler is not None and row.pending is not None:
                 row.sampler.accept(row.pending)
-            row.cache = {name: array[at : at + 1, :, longest - row.length :] for name, array in present.items()}
-            row.length += 1
             row.next_position += 1
             row.pending, row.pushed = None, False
-            row.logits = logits[at]
 
-    def _emit(self, row: _Row, result: RowTokens) -> None:
+    def _statics(self, rows: list[Row]) -> Named:
+        """The rows' static inputs as one batch, kept for the next step of the same rows."""
+        key = [row.bound for row in rows]
+        if len(key) != len(self._stacked[0]) or any(one is not other for one, other in zip(key, self._stacked[0], strict=True)):
+            inputs = self._graphs.inputs
+            sizes = inputs.longest([row.bound_sizes for row in rows])
+            stacked = {name: inputs.stack(name, [one[name] for one in key if one is not None], sizes) for name in inputs.static}
+            self._stacked = key, {name: np.ascontiguousarray(array) for name, array in stacked.items()}
+        return self._stacked[1]
+
+    def _emit(self, row: Row, result: RowTokens) -> None:
         assert row.sampler is not None and row.logits is not None  # an armed row without a pending token has both
         token, logprob, top = row.sampler.choose(row.logits)
         row.pending, row.pushed = token, False
@@ -253,45 +346,21 @@ class PortableDecoder:
     """The portable `embed_tokens` and `decoder` graphs with a token loop in Python."""
 
     def __init__(self, decoder: NativeGraph, embed_tokens: NativeGraph) -> None:
-        self._decoder = decoder
-        self._embed = embed_tokens
-        self._inputs = {spec.name: spec for spec in decoder.inputs}
-        if missing := {"inputs_embeds", "attention_mask"} - self._inputs.keys():
-            raise DeviceError(f"graph 'decoder' is not a portable decoder: it has no input {', '.join(sorted(missing))}")
-        self.hidden_size = fixed_size(decoder.inputs, "decoder", "inputs_embeds")
-        self.vocab_size = fixed_size(decoder.outputs, "decoder", "logits")
-        positions = self._inputs.get("position_ids")
-        rank3 = positions is not None and len(positions.shape) == 3
-        self.position_axes = int(positions.shape[0]) if positions is not None and rank3 else 1
+        self._graphs = PortableGraphs(decoder, embed_tokens)
+        self.hidden_size = self._graphs.hidden_size
+        self.vocab_size = self._graphs.vocab_size
 
     def embed(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Token embeddings: int64 [S] → float32 [S, hidden]."""
-        return embed_row(self._embed, input_ids)
+        return self._graphs.embed(input_ids)
 
     def allocate(self, batch: int, capacity: int) -> PortableDecoderState:
         """A new, empty cache, which grows up to `capacity` entries a row."""
-        return PortableDecoderState(self, batch, capacity)
+        return PortableDecoderState(self._graphs, batch, capacity)
 
     def close(self) -> None:
         """Frees both sessions."""
-        self._decoder.close()
-        self._embed.close()
-
-    def empty_cache(self) -> Cache:
-        """A past of no entries for one row."""
-        cache: Cache = {}
-        for name, spec in self._inputs.items():
-            if name.startswith(_PAST):
-                _, heads, _, width = spec.shape
-                cache[name] = np.empty((1, int(heads), 0, int(width)), dtype=spec.dtype)
-        return cache
-
-    def step(self, embeds: Array, mask: Array, positions: Array, cache: Cache) -> tuple[npt.NDArray[np.float32], Cache]:
-        """Runs the graph: (last token's logits float32 [batch, vocab], the grown cache)."""
-        feeds: Mapping[str, Array] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **cache}
-        outputs = self._decoder.run({name: array for name, array in feeds.items() if name in self._inputs})
-        present = {name: outputs[f"present.{name.removeprefix(_PAST)}"] for name in cache}
-        return np.asarray(outputs["logits"][:, -1], dtype=np.float32), present
+        self._graphs.close()
 
 
 class PortableOrtEngine(NativeOrtEngine):
@@ -301,9 +370,3 @@ class PortableOrtEngine(NativeOrtEngine):
 
     def _make_decoder(self, decoder: NativeGraph, embed_tokens: NativeGraph) -> Decoder:
         return PortableDecoder(decoder, embed_tokens)
-
-
-def _pad_left(array: Array, entries: int) -> Array:
-    """[1, heads, n, width] with zero entries in front, so that it has `entries` of them."""
-    missing = entries - array.shape[2]
-    return np.pad(array, ((0, 0), (0, 0), (missing, 0), (0, 0))) if missing else array
