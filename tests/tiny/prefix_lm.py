@@ -7,19 +7,12 @@ from collections.abc import Callable
 import transformers as t
 
 from .common import (
-    CONTEXT,
-    HEADS,
     IMAGE,
-    LAYERS,
-    MLP,
     PATCH,
-    TEXT,
     VISION,
-    VOCABULARY,
     WIDTH,
     WINDOW,
     Parts,
-    clip_images,
     generating,
     siglip_images,
     text_config,

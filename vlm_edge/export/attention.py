@@ -32,8 +32,9 @@ class Mask:
     """Which positions a mask lets see each other: `causal`, `bidirectional`, `blocks` or `explicit` (anything else).
 
     `blocks`: causal, and new tokens of one block (`block_ids`, see `blocks`) see each other in both directions.
-    `sliding_window`: a query sees only this many newest positions, itself included; None is no limit. `windowed_blocks`: it limits
-    how far back a token sees in its own block too (Gemma 3), not only what it sees causally (PaliGemma 2).
+    `sliding_window`: a query sees only this many newest positions, itself included; None is no limit.
+    `windowed_blocks`: the window limits how far back a token sees in its own block too (Gemma 3), not only what it sees causally
+    (PaliGemma 2).
     """
 
     kind: str
@@ -103,8 +104,8 @@ def recording() -> Iterator[Recorder]:
 def blocks(block_ids: torch.Tensor, *, windowed: bool = False) -> Iterator[None]:
     """Every causal mask drawn inside also lets the new tokens of one block see each other in both directions.
 
-    `block_ids` int64 `[batch, sequence]` numbers the blocks among the new tokens from 1; 0 is a token of none. What is in the cache
-    has no block any more: it is seen causally. `windowed`: whether a sliding window limits a block too (see `Mask`).
+    `block_ids` int64 `[batch, sequence]` numbers the blocks among the new tokens from 1; 0 is a token of none. What is in the
+    cache has no block any more: it is seen causally. `windowed`: whether a sliding window limits a block too (see `Mask`).
     """
     global _block_ids
     before, _block_ids = _block_ids, (block_ids, windowed)
@@ -158,7 +159,7 @@ class StaticLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        raise ExportError(f"Decoder layer {self.index} computes its cross-attention keys again instead of reading those it is given.")
+        raise ExportError(f"Decoder layer {self.index} computes its cross-attention keys instead of reading those it is given.")
 
 
 class PastCache(Cache):
@@ -263,6 +264,8 @@ def attention_mask(
             allowed = allowed | _same_block(ids, kv_length)
         if window is not None:
             allowed = allowed & window
+    elif _block_ids is not None:
+        raise ExportError("A decoder layer draws a mask of its own, into which blocks of tokens that see each other do not fit.")
     else:
         rows = torch.arange(batch_size, device=device)[:, None, None, None]
         heads = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]

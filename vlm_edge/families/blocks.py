@@ -1,8 +1,9 @@
 """The decoder input `block_ids`: tokens that see each other in both directions. A part of the families that need it.
 
-A prefix language model (PaliGemma, arXiv 2407.07726; GIT, arXiv 2205.14100) reads its prefix in both directions and writes causally
-after it; in Gemma 3 (arXiv 2503.19786) the tokens of one image see each other. `block_ids` int64 `[batch, sequence]` numbers such
-blocks among the new tokens from 1; 0 is a causal token. Entries of the cache have no block any more and are seen causally.
+A prefix language model (PaliGemma, arXiv 2407.07726; GIT, arXiv 2205.14100) reads its prefix in both directions and writes
+causally after it; in Gemma 3 (arXiv 2503.19786) the tokens of one image see each other. `block_ids` int64 `[batch, sequence]`
+numbers such blocks among the new tokens from 1; 0 is a causal token. Entries of the cache have no block any more and are seen
+causally.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .decoder import Arguments, ExtraInput
 
 NAME = "block_ids"
 LONGEST_CHECKED = 64
-"""A sliding window up to this length is checked with a block that is longer; wider ones would need prompts of thousands of tokens."""
+"""A sliding window up to this length is checked with a block that is longer; wider ones would need very long prompts."""
 
 _TYPES = {"images": lambda ids: (ids > 0).long(), "prompt": lambda ids: (ids == 0).long()}
 """Block ids as the model's own `token_type_ids`: Gemma 3 marks image tokens by 1, PaliGemma the prefix by 0."""
