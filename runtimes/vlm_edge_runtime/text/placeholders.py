@@ -1,16 +1,27 @@
-"""Image placeholders: one token in the prompt per image becomes as many as the language model will be given features for.
+"""What stands for an image in a prompt: how much text one placeholder becomes, and how many tokens of features that holds.
 
-The same text that transformers' LlavaProcessor, Idefics3Processor, SmolVLMProcessor and Qwen2VLProcessor write before they
-tokenise. What stands for an image depends on how it was cut up, so the encoded images are needed.
+The same text that the processors of transformers write before they tokenise (LlavaProcessor, Idefics3Processor, Gemma3Processor,
+Qwen2VLProcessor …). It depends on how the image was cut up, so the encoded images are needed. Each kind of placeholder is a
+struct of the manifest and one line of `RULES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from vlm_edge_runtime.bundle.manifest import CropsPlaceholder, FixedPlaceholder, GridPlaceholder, Placeholder, TilePlaceholder
+from vlm_edge_runtime.bundle.manifest import (
+    CropsPlaceholder,
+    FixedPlaceholder,
+    GridPlaceholder,
+    Placeholder,
+    PrefixPlaceholder,
+    TilePlaceholder,
+)
 from vlm_edge_runtime.errors import BundleError, PromptError
+
+from .expansion import expand
 
 
 class ImageLayout(Protocol):
@@ -24,35 +35,60 @@ class ImageLayout(Protocol):
     def grid(self) -> tuple[int, int, int] | None: ...
 
 
-class Encodes(Protocol):
-    """What is read of a `Tokenizer`."""
+@dataclass(slots=True, frozen=True)
+class Rule:
+    """`tokens(placeholder, image)`: rows of features that one image takes. `text(placeholder, image)`: what replaces its token.
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def token_id(self, token: str) -> int | None: ...
+    Both raise PromptError when the image's layout is of another kind.
+    """
+
+    tokens: Callable[[Any, ImageLayout], int]
+    text: Callable[[Any, ImageLayout], str]
 
 
 def image_tokens(placeholder: Placeholder, image: ImageLayout) -> int:
     """How many image tokens (rows of features) one image takes. Raises PromptError when its layout is of another kind."""
-    if isinstance(placeholder, FixedPlaceholder):
-        return placeholder.tokens_per_image
-    if isinstance(placeholder, TilePlaceholder):
-        return placeholder.tokens_per_tile * (image.rows * image.columns + 1)
-    if isinstance(placeholder, CropsPlaceholder):
-        return placeholder.tokens_per_image * (image.rows * image.columns + 1)
-    if image.grid is None:
-        raise PromptError("the image has no grid of patches; the bundle's image processor does not fit its placeholder rule")
-    time, height, width = image.grid
-    return time * height * width // placeholder.merge_size**2
+    return _rule(placeholder).tokens(placeholder, image)
 
 
 def image_text(placeholder: Placeholder, image: ImageLayout) -> str:
     """What replaces the one placeholder of an image in the prompt's text."""
-    if isinstance(placeholder, (FixedPlaceholder, GridPlaceholder)):
-        return placeholder.image_token * image_tokens(placeholder, image)
-    if isinstance(placeholder, CropsPlaceholder):
-        frame = f"{placeholder.before}{placeholder.soft_token * placeholder.tokens_per_image}{placeholder.after}"
-        crops = " ".join([frame] * (image.rows * image.columns))
-        return placeholder.crops.format(image=frame, crops=crops) if crops else frame
+    return _rule(placeholder).text(placeholder, image)
+
+
+def placeholder_token(placeholder: Placeholder | None) -> str | None:
+    """What stands for an image in the prompt before it is written out; None where nothing does."""
+    return getattr(placeholder, "image_token", None)
+
+
+def expand_text(text: str, placeholder: Placeholder, images: Sequence[ImageLayout]) -> str:
+    """The prompt with each image token written out for its image, in order.
+
+    Raises PromptError when the prompt has more or fewer image tokens than there are images.
+    """
+    token = placeholder_token(placeholder)
+    return expand(text, {"image": (token, [image_text(placeholder, image) for image in images])}).text
+
+
+def _rule(placeholder: Placeholder) -> Rule:
+    rule = RULES.get(type(placeholder))
+    if rule is None:
+        raise BundleError(f"this version does not know placeholders of kind {type(placeholder).__name__}: update vlm-edge.")
+    return rule
+
+
+def _repeated(placeholder: Any, image: ImageLayout) -> str:
+    token: str = placeholder.image_token
+    return token * image_tokens(placeholder, image)
+
+
+def _crops_text(placeholder: CropsPlaceholder, image: ImageLayout) -> str:
+    frame = f"{placeholder.before}{placeholder.soft_token * placeholder.tokens_per_image}{placeholder.after}"
+    crops = " ".join([frame] * (image.rows * image.columns))
+    return placeholder.crops.format(image=frame, crops=crops) if crops else frame
+
+
+def _tiles_text(placeholder: TilePlaceholder, image: ImageLayout) -> str:
     tile = placeholder.image_token * placeholder.tokens_per_tile
     # The whole image comes last, and alone when it was not split: then without the newline before it.
     whole = f"{placeholder.fake_token}{placeholder.global_token}{tile}{placeholder.fake_token}"
@@ -68,45 +104,18 @@ def image_text(placeholder: Placeholder, image: ImageLayout) -> str:
     return "\n".join(rows) + f"\n\n{whole}"
 
 
-def expand_text(text: str, placeholder: Placeholder, images: Sequence[ImageLayout]) -> str:
-    """The prompt with each image token written out for its image, in order.
-
-    Raises PromptError when the prompt has more or fewer image tokens than there are images.
-    """
-    parts = text.split(placeholder.image_token)
-    _check_count(len(parts) - 1, len(images), placeholder.image_token)
-    expanded = [parts[0]]
-    for image, part in zip(images, parts[1:], strict=True):
-        expanded += (image_text(placeholder, image), part)
-    return "".join(expanded)
+def _grid_tokens(placeholder: GridPlaceholder, image: ImageLayout) -> int:
+    if image.grid is None:
+        raise PromptError("the image has no grid of patches; the bundle's image processor does not fit its placeholder rule")
+    time, height, width = image.grid
+    return time * height * width // placeholder.merge_size**2
 
 
-def expand_ids(ids: Sequence[int], placeholder: Placeholder, images: Sequence[ImageLayout], tokenizer: Encodes) -> list[int]:
-    """As `expand_text`, on token ids with one image token per image.
-
-    Raises PromptError for a wrong number of image tokens, BundleError when the tokenizer does not know the image token.
-    """
-    image_id = tokenizer.token_id(placeholder.image_token)
-    if image_id is None:
-        raise BundleError(f"the tokenizer has no token {placeholder.image_token!r}, which the manifest names as the image token")
-    _check_count(sum(token == image_id for token in ids), len(images), placeholder.image_token)
-    remaining = iter(images)
-    expanded: list[int] = []
-    for token in ids:
-        if token != image_id:
-            expanded.append(token)
-        elif isinstance(placeholder, (TilePlaceholder, CropsPlaceholder)):
-            # Two newlines may be one token, so the frame is tokenised as a whole.
-            expanded += tokenizer.encode(image_text(placeholder, next(remaining)), add_special_tokens=False)
-        else:
-            expanded += [image_id] * image_tokens(placeholder, next(remaining))
-    return expanded
-
-
-def _check_count(placeholders: int, images: int, token: str) -> None:
-    if placeholders != images:
-        hint = "add an image part per image" if placeholders < images else "pass an image for each"
-        raise PromptError(
-            f"the prompt has {placeholders} image placeholder{'s' * (placeholders != 1)} ({token}) and "
-            f"{images} image{'s were' if images != 1 else ' was'} given; {hint}"
-        )
+RULES: dict[type, Rule] = {
+    FixedPlaceholder: Rule(lambda one, _: int(one.tokens_per_image), _repeated),
+    PrefixPlaceholder: Rule(lambda one, _: int(one.tokens_per_image), lambda *_: ""),
+    TilePlaceholder: Rule(lambda one, image: one.tokens_per_tile * (image.rows * image.columns + 1), _tiles_text),
+    CropsPlaceholder: Rule(lambda one, image: one.tokens_per_image * (image.rows * image.columns + 1), _crops_text),
+    GridPlaceholder: Rule(_grid_tokens, _repeated),
+}
+"""How each kind of placeholder is written out."""

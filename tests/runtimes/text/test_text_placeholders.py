@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from vlm_edge_runtime.bundle.manifest import FixedPlaceholder, GridPlaceholder, Placeholder, TilePlaceholder
-from vlm_edge_runtime.errors import BundleError, PromptError
+from vlm_edge_runtime.bundle.manifest import FixedPlaceholder, GridPlaceholder, Placeholder, PrefixPlaceholder, TilePlaceholder
+from vlm_edge_runtime.errors import PromptError
 from vlm_edge_runtime.preprocess import EncodedImage, load_image_processor
-from vlm_edge_runtime.text import Tokenizer, expand_ids, expand_text, image_text, image_tokens, load_tokenizer
+from vlm_edge_runtime.text import expand, expand_text, image_text, image_tokens, load_tokenizer
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 TILES = TilePlaceholder(
@@ -83,7 +83,6 @@ def test_token_ids_are_those_of_the_processor(
         encoded = [images(picture) for picture in pictures]
         expected = reference(text=[text], images=pictures or None)["input_ids"][0]
         assert tokenizer.encode(expand_text(text, placeholder, encoded)) == expected
-        assert expand_ids(tokenizer.encode(text), placeholder, encoded, tokenizer) == expected
         image_id = tokenizer.token_id(placeholder.image_token)
         assert expected.count(image_id) == sum(image_tokens(placeholder, image) for image in encoded)
 
@@ -128,18 +127,23 @@ def test_what_stands_for_an_image() -> None:
         ("<image>", 3, "1 image placeholder .* and 3 images were given"),
     ],
 )
-def test_counts_must_match(text: str, count: int, message: str, tokenizer_folders: dict[str, Path]) -> None:
-    tokenizer = load_tokenizer(tokenizer_folders["byte-level"])
-    images = [layout()] * count
+def test_counts_must_match(text: str, count: int, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        expand_text(text, FIXED, images)
-    with pytest.raises(PromptError, match=message):
-        expand_ids(tokenizer.encode(text), FIXED, images, tokenizer)
+        expand_text(text, FIXED, [layout()] * count)
 
 
-def test_mismatched_files(tokenizer_folders: dict[str, Path]) -> None:
-    tokenizer: Tokenizer = load_tokenizer(tokenizer_folders["byte-level"])
-    with pytest.raises(BundleError, match="no token '<picture>'"):
-        expand_ids([1, 2], FixedPlaceholder(image_token="<picture>", tokens_per_image=3), [], tokenizer)
+def test_several_kinds_of_inputs_in_one_prompt() -> None:
+    inputs = {"image": ("<i>", ["AA", "B"]), "video": ("<i>d", ["vvv"]), "state": (None, ["never"])}
+    found = expand("x<i>y<i>d<i>", inputs)
+    assert found.text == "xAAyvvvB"
+    assert found.order == [("image", 0), ("video", 0), ("image", 1)]
+    assert expand("<i>", {}).text == "<i>"
+    with pytest.raises(PromptError, match=r"0 audio placeholders \(<a>\) and 2 audio inputs were given; add an audio part"):
+        expand("text", {"audio": ("<a>", ["1", "2"])})
+
+
+def test_mismatched_files() -> None:
+    assert image_text(PrefixPlaceholder(tokens_per_image=4), layout()) == ""
+    assert image_tokens(PrefixPlaceholder(tokens_per_image=4), layout()) == 4
     with pytest.raises(PromptError, match="no grid of patches"):
         image_tokens(GRID, layout())
