@@ -122,19 +122,16 @@ static int read_tokens(PyObject *object, int64_t **out, size_t *count) {
 /* Builds what `start` hands over: the sampler with its history, and the EOS tokens. */
 static int read_start(const Decoder *decoder, PyObject *params_object, PyObject *history_object, Sampler *sampler, int64_t **eos,
                       size_t *eos_count) {
-    SamplingParams params;
     Py_buffer history;
     PyObject *eos_object = NULL;
     int result = -1;
-    if (sampling_params_from_object(params_object, &params) != 0 ||
-        acquire_view(history_object, &history, ELEMENT_INT64, 1, false, "history") != 0) {
+    if (acquire_view(history_object, &history, ELEMENT_INT64, 1, false, "history") != 0) {
         return -1;
     }
     eos_object = PyObject_GetAttrString(params_object, "eos_token_ids");
     if (eos_object != NULL && read_tokens(eos_object, eos, eos_count) == 0) {
-        if (sampler_init(sampler, &params, decoder->vocab) != 0) {
+        if (sampler_from_object(sampler, params_object, decoder->vocab) != 0) {
             free(*eos);
-            PyErr_NoMemory();
         } else {
             for (Py_ssize_t i = 0; i < history.shape[0]; i++) {
                 sampler_accept(sampler, ((const int64_t *)history.buf)[i]);

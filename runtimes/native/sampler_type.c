@@ -1,5 +1,6 @@
 /* `_native.Sampler`: the decode loop's sampler by itself, for engines whose token loop is Python and for tests. */
 #include "sampler_type.h"
+#include "constraints_type.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -34,7 +35,7 @@ static int read_seed(PyObject *object, uint64_t *out) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
-int sampling_params_from_object(PyObject *object, SamplingParams *p) {
+static int params_from_object(PyObject *object, SamplingParams *p) {
     if (read_double(object, "temperature", &p->temperature) != 0 || read_int64(object, "top_k", &p->top_k) != 0 ||
         read_double(object, "top_p", &p->top_p) != 0 || read_double(object, "min_p", &p->min_p) != 0 ||
         read_double(object, "repetition_penalty", &p->repetition_penalty) != 0 || read_seed(object, &p->seed) != 0 ||
@@ -44,6 +45,19 @@ int sampling_params_from_object(PyObject *object, SamplingParams *p) {
     const char *error = sampling_params_error(p);
     if (error != NULL) {
         PyErr_SetString(PyExc_ValueError, error);
+        return -1;
+    }
+    return 0;
+}
+
+int sampler_from_object(Sampler *sampler, PyObject *object, size_t vocab) {
+    SamplingParams params;
+    Constraints constraints;
+    if (params_from_object(object, &params) != 0 || constraints_from_object(object, &constraints) != 0) {
+        return -1;
+    }
+    if (sampler_init(sampler, &params, &constraints, vocab) != 0) {
+        PyErr_NoMemory();
         return -1;
     }
     return 0;
@@ -59,10 +73,8 @@ static int sampler_object_init(PyObject *self, PyObject *args, PyObject *kwargs)
     static char *names[] = {"vocab_size", "params", NULL};
     SamplerObject *object = (SamplerObject *)self;
     Py_ssize_t vocab;
-    PyObject *params_object;
-    SamplingParams params;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nO:Sampler", names, &vocab, &params_object) ||
-        sampling_params_from_object(params_object, &params) != 0) {
+    PyObject *params;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nO:Sampler", names, &vocab, &params)) {
         return -1;
     }
     if (vocab < 1 || vocab > INT32_MAX) {
@@ -73,8 +85,7 @@ static int sampler_object_init(PyObject *self, PyObject *args, PyObject *kwargs)
         sampler_free(&object->sampler);
         object->ready = false;
     }
-    if (sampler_init(&object->sampler, &params, (size_t)vocab) != 0) {
-        PyErr_NoMemory();
+    if (sampler_from_object(&object->sampler, params, (size_t)vocab) != 0) {
         return -1;
     }
     object->ready = true;
@@ -200,7 +211,7 @@ PyObject *native_philox(PyObject *module, PyObject *args) {
 }
 
 static PyMethodDef sampler_methods[] = {
-    {"accept", sampler_object_accept, METH_O, "Adds a token to what the repetition penalty looks at."},
+    {"accept", sampler_object_accept, METH_O, "Adds a token to what the repetition penalty and the constraints look at."},
     {"choose", sampler_object_choose, METH_O, "(token, log probability, most likely tokens) for logits float32 [vocab]."},
     {"distribution", sampler_object_distribution, METH_O, "float64 [vocab] as bytes: what `choose` draws from."},
     {NULL, NULL, 0, NULL},

@@ -5,8 +5,8 @@
 #include "native.h"
 #include "sampling.h"
 
-/* Reads (temperature, top_k, top_p, min_p, repetition_penalty, seed, logprobs) from attributes of a SamplingParams object.
- * Raises ValueError for values out of range; returns −1. */
-int sampling_params_from_object(PyObject *object, SamplingParams *params);
+/* A sampler for a SamplingParams object. Returns 0, or −1 with TypeError, ValueError (values out of range) or MemoryError set; the
+ * sampler then holds nothing. */
+int sampler_from_object(Sampler *sampler, PyObject *params, size_t vocab);
 
 #endif

@@ -49,15 +49,24 @@ const char *sample_status_text(SampleStatus status) {
         return "infinity";
     case SAMPLE_ALL_MASKED:
         return "only minus infinity";
+    case SAMPLE_ALL_FORBIDDEN:
+        return "no token that the generation options (forced, suppressed, bad words, n-grams, shortest length) allow";
+    case SAMPLE_NO_MEMORY:
+        return "more tokens than there is memory for";
     default:
         return "valid";
     }
 }
 
-int sampler_init(Sampler *s, const SamplingParams *params, size_t vocab) {
+int sampler_init(Sampler *s, const SamplingParams *params, Constraints *constraints, size_t vocab) {
     memset(s, 0, sizeof *s);
     s->params = *params;
     s->vocab = vocab;
+    if (constraints != NULL) {
+        s->constraints = *constraints;
+        memset(constraints, 0, sizeof *constraints);
+        s->constrained = constraints_any(&s->constraints);
+    }
     const bool penalised = params->repetition_penalty != 1.0, drawn = params->temperature > 0.0;
     bool ok = true;
     if (penalised) {
@@ -65,7 +74,7 @@ int sampler_init(Sampler *s, const SamplingParams *params, size_t vocab) {
         s->seen_list = malloc(vocab * sizeof *s->seen_list);
         ok = s->seen != NULL && s->seen_list != NULL;
     }
-    if (ok && (penalised || drawn)) {
+    if (ok && (penalised || drawn || s->constrained)) {
         s->scores = malloc(vocab * sizeof *s->scores);
         ok = s->scores != NULL;
     }
@@ -89,6 +98,7 @@ int sampler_init(Sampler *s, const SamplingParams *params, size_t vocab) {
 }
 
 void sampler_free(Sampler *s) {
+    constraints_free(&s->constraints);
     free(s->seen);
     free(s->seen_list);
     free(s->scores);
@@ -99,6 +109,9 @@ void sampler_free(Sampler *s) {
 }
 
 void sampler_accept(Sampler *s, int64_t token) {
+    if (s->constrained) {
+        constraints_accept(&s->constraints, token);
+    }
     if (s->seen != NULL && token >= 0 && (uint64_t)token < s->vocab && !s->seen[token]) {
         s->seen[token] = 1;
         s->seen_list[s->seen_count++] = (int32_t)token;
@@ -155,58 +168,6 @@ size_t first_largest(const float *values, size_t count, SampleStatus *status) {
     return found < count ? found : 0;
 }
 
-/* Whether a comes before b: higher score first, lower token among equals. */
-static inline bool before(Candidate a, Candidate b) { return a.score != b.score ? a.score > b.score : a.token < b.token; }
-
-/* Restores a binary heap whose top is the candidate that comes last. */
-static void sift_down(Candidate *heap, size_t count, size_t at) {
-    const Candidate moved = heap[at];
-    for (;;) {
-        size_t child = 2 * at + 1;
-        if (child >= count) {
-            break;
-        }
-        if (child + 1 < count && before(heap[child], heap[child + 1])) {
-            child++;
-        }
-        if (before(heap[child], moved)) {
-            break;
-        }
-        heap[at] = heap[child];
-        at = child;
-    }
-    heap[at] = moved;
-}
-
-static void make_heap(Candidate *heap, size_t count) {
-    for (size_t i = count / 2; i-- > 0;) {
-        sift_down(heap, count, i);
-    }
-}
-
-/* The `wanted` first candidates of `scores`, as a heap with the last of them on top. Returns how many there are. */
-static size_t select_largest(const float *scores, size_t count, size_t wanted, Candidate *heap) {
-    wanted = wanted < count ? wanted : count;
-    for (size_t i = 0; i < wanted; i++) {
-        heap[i] = (Candidate){scores[i], (int32_t)i};
-    }
-    make_heap(heap, wanted);
-    float threshold = wanted > 0 ? heap[0].score : INFINITY;
-    for (size_t i = wanted; i < count; i++) {
-        if (scores[i] > threshold) {
-            heap[0] = (Candidate){scores[i], (int32_t)i};
-            sift_down(heap, wanted, 0);
-            threshold = heap[0].score;
-        }
-    }
-    return wanted;
-}
-
-static int by_rank(const void *left, const void *right) {
-    const Candidate *a = left, *b = right;
-    return before(*a, *b) ? -1 : before(*b, *a) ? 1 : 0;
-}
-
 static void raw_logprobs(Sampler *s, const float *logits, TokenLogprob *chosen, TokenLogprob *top) {
     SampleStatus status;
     const double largest = logits[first_largest(logits, s->vocab, &status)];
@@ -225,62 +186,25 @@ static void raw_logprobs(Sampler *s, const float *logits, TokenLogprob *chosen, 
     }
 }
 
-/* CTRL's penalty (Keskar et al. 2019) as transformers applies it: once per distinct token, away from zero for negative logits. */
-static const float *penalised(Sampler *s, const float *logits) {
-    if (s->seen == NULL) {
+/* CTRL's penalty (Keskar et al. 2019) as transformers applies it (once per distinct token, away from zero for negative logits), between
+ * biases and masks. */
+static const float *controlled(Sampler *s, const float *logits) {
+    if (s->seen == NULL && !s->constrained) {
         return logits;
     }
     memcpy(s->scores, logits, s->vocab * sizeof *logits);
+    if (s->constrained) {
+        constraints_bias(&s->constraints, s->scores, s->vocab);
+    }
     const float penalty = (float)s->params.repetition_penalty;
     for (size_t i = 0; i < s->seen_count; i++) {
         float *score = &s->scores[s->seen_list[i]];
         *score = *score < 0.0f ? *score * penalty : *score / penalty;
     }
-    return s->scores;
-}
-
-static void swap(Ranked *items, size_t a, size_t b) {
-    const Ranked kept = items[a];
-    items[a] = items[b];
-    items[b] = kept;
-}
-
-static size_t middle_of_three(const Ranked *items, size_t a, size_t b, size_t c) {
-    const bool ab = before(items[a].candidate, items[b].candidate), bc = before(items[b].candidate, items[c].candidate);
-    const bool ac = before(items[a].candidate, items[c].candidate);
-    return ab == bc ? b : ab == ac ? c : a;
-}
-
-/* The last candidate of the shortest head of the ranking whose weights reach `wanted`; a quickselect by weight, which reorders `items`
- * but need not sort them. `count` > 0 and `wanted` > 0. */
-static Candidate nucleus_end(Ranked *items, size_t count, double wanted) {
-    size_t low = 0, high = count;
-    double above = 0.0; /* weight of everything ranked before items[low] */
-    Candidate last = items[0].candidate;
-    while (low < high) {
-        swap(items, middle_of_three(items, low, low + (high - low) / 2, high - 1), high - 1);
-        const Ranked pivot = items[high - 1];
-        size_t place = low;
-        double ahead = 0.0;
-        for (size_t i = low; i + 1 < high; i++) {
-            if (before(items[i].candidate, pivot.candidate)) {
-                ahead += items[i].weight;
-                swap(items, i, place++);
-            }
-        }
-        swap(items, place, high - 1);
-        if (place > low && above + ahead >= wanted) {
-            high = place;
-            continue;
-        }
-        last = pivot.candidate;
-        above += ahead + pivot.weight;
-        if (above >= wanted) {
-            break;
-        }
-        low = place + 1;
+    if (s->constrained) {
+        constraints_mask(&s->constraints, s->scores, s->vocab);
     }
-    return last;
+    return s->scores;
 }
 
 /* Leaves the surviving tokens in `candidates`, by increasing token, and their unnormalised probabilities in `weights`; returns how
@@ -313,7 +237,7 @@ static size_t survivors(Sampler *s, const float *scores, float largest, double *
     for (size_t i = 0; i < count; i++) {
         const double weight = s->weights[i];
         /* min-p is relative to the most likely token, whose weight is 1. */
-        if (!before(end, kept[i]) && weight >= p->min_p) {
+        if (!ranked_before(end, kept[i]) && weight >= p->min_p) {
             kept[passed] = kept[i];
             s->weights[passed++] = weight;
             *total += weight;
@@ -322,10 +246,16 @@ static size_t survivors(Sampler *s, const float *scores, float largest, double *
     return passed;
 }
 
-/* Penalty and temperature. On success *scores and *largest are set; the greedy choice is returned. */
+/* Controls and temperature. On success *scores and *largest are set; the greedy choice is returned. */
 static size_t prepare(Sampler *s, const float *logits, const float **scores, float *largest, SampleStatus *status) {
-    const float *values = penalised(s, logits);
+    const float *values = controlled(s, logits);
     const size_t best = first_largest(values, s->vocab, status);
+    if (s->constrained && *status == SAMPLE_ALL_MASKED) {
+        *status = SAMPLE_ALL_FORBIDDEN;
+    }
+    if (s->constraints.out_of_memory) {
+        *status = SAMPLE_NO_MEMORY;
+    }
     if (*status == SAMPLE_OK && s->params.temperature > 0.0) {
         const float temperature = (float)s->params.temperature;
         for (size_t i = 0; i < s->vocab; i++) {

@@ -6,6 +6,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "constraints.h"
+#include "ranking.h"
+
 typedef struct {
     double temperature; /* 0: greedy */
     int64_t top_k;      /* 0: off */
@@ -21,21 +24,13 @@ typedef struct {
     double logprob;
 } TokenLogprob;
 
-typedef struct {
-    float score;
-    int32_t token;
-} Candidate;
-
-typedef struct {
-    Candidate candidate;
-    double weight;
-} Ranked;
-
-typedef enum { SAMPLE_OK = 0, SAMPLE_NAN, SAMPLE_INFINITE, SAMPLE_ALL_MASKED } SampleStatus;
+typedef enum { SAMPLE_OK = 0, SAMPLE_NAN, SAMPLE_INFINITE, SAMPLE_ALL_MASKED, SAMPLE_ALL_FORBIDDEN, SAMPLE_NO_MEMORY } SampleStatus;
 
 /* One row's sampler: its parameters, the tokens its penalty looks at, its place in the random stream, and scratch memory. */
 typedef struct {
     SamplingParams params;
+    Constraints constraints;
+    bool constrained;
     size_t vocab;
     uint64_t step;      /* draws so far: the counter of the generator */
     uint8_t *seen;      /* [vocab] 1: the penalty applies; NULL when the penalty is off */
@@ -50,11 +45,11 @@ typedef struct {
 /* What is wrong with the parameters, or NULL. */
 const char *sampling_params_error(const SamplingParams *params);
 
-/* 0, or −1 without memory. `params` must be valid. */
-int sampler_init(Sampler *sampler, const SamplingParams *params, size_t vocab);
+/* 0, or −1 without memory. `params` must be valid. Takes over what `constraints` points to (NULL: none), on failure too. */
+int sampler_init(Sampler *sampler, const SamplingParams *params, Constraints *constraints, size_t vocab);
 void sampler_free(Sampler *sampler);
 
-/* Adds a token to what the repetition penalty looks at; tokens outside the vocabulary are ignored. */
+/* Adds a token to what the penalty and the constraints look at; the penalty ignores tokens outside the vocabulary. */
 void sampler_accept(Sampler *sampler, int64_t token);
 
 /* Chooses from `logits` [vocab]. Advances the random stream by one draw unless greedy. `chosen->logprob` is set when

@@ -38,6 +38,11 @@ class SamplingParams:
 
     `temperature` 0 means greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 switch each filter off.
     `seed` drives a counter-based generator of its own per row, so a row's text does not depend on its neighbours.
+
+    Rules on what may come next; lengths count the tokens of `history` (see `DecoderState.start`) too. `min_length`: no
+    end-of-sequence token before so many tokens are there. `no_repeat_ngram_size`: no n-gram twice (0: off).
+    `suppress_tokens`: never. `begin_suppress_tokens`, `forced_tokens`: (length, tokens) pairs: at that length none, or nothing
+    but, these. `sequence_bias`: (sequence, bias) pairs: added to the last token's score after the others; −∞ forbids it.
     """
 
     temperature: float = 0.0
@@ -49,6 +54,12 @@ class SamplingParams:
     eos_token_ids: tuple[int, ...] = ()
     logprobs: int = -1
     """−1: none; 0: the chosen token's log probability; n > 0: also the n most likely tokens (before any filter)."""
+    min_length: int = 0
+    no_repeat_ngram_size: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    forced_tokens: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
 
 
 @dataclass(slots=True)

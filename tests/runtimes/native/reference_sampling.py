@@ -35,9 +35,36 @@ def penalised(logits: Logits, history: list[int], penalty: float) -> Logits:
     return scores
 
 
+def controlled(logits: Logits, params: SamplingParams, history: list[int]) -> Logits:
+    """Biases, penalty and masks, in transformers' order."""
+    scores, length = logits.copy(), len(history)
+    for sequence, bias in params.sequence_bias:
+        before = list(sequence[:-1])
+        if history[length - len(before) :] == before:
+            scores[sequence[-1]] += np.float32(bias)
+    scores = penalised(scores, history, params.repetition_penalty)
+    size = params.no_repeat_ngram_size
+    if size:
+        last = history[length - size + 1 :]
+        for start in range(length - size + 1):
+            if history[start : start + size - 1] == last and history[start + size - 1] < len(scores):
+                scores[history[start + size - 1]] = -np.inf
+    if length < params.min_length:
+        scores[list(params.eos_token_ids)] = -np.inf
+    for at, tokens in params.forced_tokens:
+        if at == length:
+            scores[:] = -np.inf
+            scores[list(tokens)] = 0
+    scores[list(params.suppress_tokens)] = -np.inf
+    for at, tokens in params.begin_suppress_tokens:
+        if at == length:
+            scores[list(tokens)] = -np.inf
+    return scores
+
+
 def distribution(logits: Logits, params: SamplingParams, history: list[int]) -> npt.NDArray[np.float64]:
     """What the token is drawn from, float64 [vocab]."""
-    scores = penalised(logits, history, params.repetition_penalty)
+    scores = controlled(logits, params, history)
     if params.temperature == 0:
         return np.eye(len(scores))[int(np.argmax(scores))]
     scores = scores / np.float32(params.temperature)

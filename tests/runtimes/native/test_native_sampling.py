@@ -28,6 +28,30 @@ SETTINGS = [
     SamplingParams(temperature=1.0, min_p=1.0),
     SamplingParams(temperature=0.6, top_k=10_000, repetition_penalty=0.7),
 ]
+EOS = (5, 17)
+RULES = (
+    "min_length",
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_tokens",
+    "sequence_bias",
+)
+CONTROLS = [
+    SamplingParams(min_length=13, eos_token_ids=EOS),
+    SamplingParams(min_length=12, eos_token_ids=EOS),
+    SamplingParams(no_repeat_ngram_size=1),
+    SamplingParams(no_repeat_ngram_size=2, temperature=1.0, top_p=0.9),
+    SamplingParams(no_repeat_ngram_size=3),
+    SamplingParams(no_repeat_ngram_size=40),
+    SamplingParams(suppress_tokens=tuple(range(0, VOCAB, 2)), temperature=0.7),
+    SamplingParams(begin_suppress_tokens=((12, tuple(range(50))),)),
+    SamplingParams(begin_suppress_tokens=((11, tuple(range(50))),)),
+    SamplingParams(forced_tokens=((1, (3,)), (12, (7, 8))), temperature=1.0),
+    SamplingParams(forced_tokens=((12, (7, 8)),), suppress_tokens=(7,)),
+    SamplingParams(sequence_bias=(((4,), 3.0), ((9, 1, 6), 50.0), ((1, 8), -np.inf), ((2, 8), 9.0)), repetition_penalty=1.5),
+    SamplingParams(sequence_bias=((tuple(range(20)), 5.0),), no_repeat_ngram_size=2, min_length=99, eos_token_ids=EOS),
+]
 
 
 def _logits(seed: int, vocab: int = VOCAB) -> np.ndarray:
@@ -87,6 +111,68 @@ def test_same_distribution_and_token_as_the_reference(params) -> None:
         for step in range(5):
             token, _, _ = sampler.choose(logits)
             assert token == reference.choose(logits, seeded, history, step)
+
+
+def _repetitive(trial: int) -> list[int]:
+    """Twelve tokens that hold repeated pairs and triples, and now and then end as the biased sequences begin."""
+    tokens = np.random.default_rng(trial + 500).integers(0, 4, 12).tolist()
+    return [*tokens[:10], 9, 1] if trial % 2 else tokens
+
+
+@pytest.mark.parametrize("params", CONTROLS, ids=str)
+def test_length_and_repetition_rules(params) -> None:
+    for trial in range(20):
+        # Only few tokens are likely, so that the rules meet them.
+        logits = _logits(trial) + np.float32(6) * (np.arange(VOCAB) < 20)
+        history = _repetitive(trial)
+        seeded = replace(params, seed=trial)
+        sampler = _sampler(seeded, history)
+        np.testing.assert_allclose(
+            _distribution(sampler, logits), reference.distribution(logits, seeded, history), rtol=1e-12, atol=0
+        )
+        for step in range(4):  # the history grows by what was chosen
+            token = sampler.choose(logits)[0]
+            assert token == reference.choose(logits, seeded, history, step)
+            sampler.accept(token)
+            history.append(token)
+
+
+def test_rules_change_the_answer() -> None:
+    """Each of them would be seen if it were not applied."""
+    for params in CONTROLS:
+        if params in (CONTROLS[1], CONTROLS[5], CONTROLS[8]):  # rules whose moment is not now
+            continue
+        changed = 0
+        for trial in range(20):
+            logits = _logits(trial) + np.float32(6) * (np.arange(VOCAB) < 20)
+            ruled = replace(params, temperature=1.0)
+            plain = replace(ruled, **{name: getattr(SamplingParams(), name) for name in RULES})
+            found = [_distribution(_sampler(one, _repetitive(trial)), logits) for one in (ruled, plain)]
+            changed += not np.array_equal(*found)
+        assert changed, params
+
+
+def test_nothing_left_to_choose_names_the_options() -> None:
+    with pytest.raises(DeviceError, match="generation options"):
+        _sampler(SamplingParams(suppress_tokens=tuple(range(5))), [], 5).choose(np.zeros(5, np.float32))
+
+
+def test_a_long_history_is_kept_whole() -> None:
+    sampler = _sampler(SamplingParams(no_repeat_ngram_size=2), [3, 4, *range(10, 90), 3], VOCAB)
+    logits = np.zeros(VOCAB, np.float32)
+    logits[4] = 9
+    assert sampler.choose(logits)[0] == 0
+    for token in range(1000):
+        sampler.accept(token % VOCAB)
+    sampler.accept(3)
+    assert sampler.choose(logits)[0] == 0
+
+
+def test_image_tokens_beyond_the_vocabulary_count_for_lengths() -> None:
+    params = SamplingParams(min_length=4, eos_token_ids=(0,), no_repeat_ngram_size=1)
+    logits = np.array([5, 4, 3], np.float32)
+    assert _sampler(params, [900, 900, 900], 3).choose(logits)[0] == 1
+    assert _sampler(params, [900, 900, 900, 901], 3).choose(logits)[0] == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -208,6 +294,10 @@ def test_more_top_log_probabilities_than_tokens() -> None:
         SamplingParams(min_p=2),
         SamplingParams(repetition_penalty=0),
         SamplingParams(logprobs=-2),
+        SamplingParams(min_length=-1),
+        SamplingParams(no_repeat_ngram_size=-1),
+        SamplingParams(sequence_bias=(((), 1.0),)),
+        SamplingParams(forced_tokens=((1, (2,), 3),)),
     ],
     ids=str,
 )
