@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILES: list[Path] = [Path(__file__).with_name("registry.toml")]
 """Read in order, later lines win. A program may append a file of its own."""
 
-_NOT_FAMILIES = {"base", "blocks", "coverage", "decoder", "layouts", "registry"}
+_NOT_FAMILIES = {"base", "blocks", "coverage", "cross_decoder", "cross_step", "decoder", "layouts", "registry"}
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
