@@ -19,6 +19,7 @@ from vlm_edge_runtime.bundle.manifest import TensorSpec
 from vlm_edge_runtime.errors import ExportError, VlmEdgeError
 
 from .attention import IMPLEMENTATION, AttentionCall, attention_implementation, recording
+from .patches import exchanged
 
 OPSET = 23
 """The opset at which `Attention`, `RotaryEmbedding` and `RMSNormalization` are standard and the exporter emits all three."""
@@ -48,7 +49,13 @@ def trace(plan: GraphPlan, model: PreTrainedModel) -> ir.Model:
     inputs = plan.sample(plan.cases[0])
     shapes = [{axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in plan.inputs]
     try:
-        with quiet(), torch.no_grad(), attention_implementation(model, IMPLEMENTATION), recording() as recorder:
+        with (
+            quiet(),
+            torch.no_grad(),
+            attention_implementation(model, IMPLEMENTATION),
+            exchanged(model),
+            recording() as recorder,
+        ):
             program = torch.onnx.export(
                 _Listed(plan.module).eval(),
                 (list(inputs),),

@@ -107,6 +107,13 @@ class CropsPlaceholder(_Struct, kw_only=True, tag="crops", tag_field="kind"):
     crops: str
 
 
+class FencedPlaceholder(_Struct, kw_only=True, tag="fenced", tag_field="kind"):
+    """IDEFICS: an image is one token between two fences, `{fence}{image_token}{fence}`; images in a row share those between."""
+
+    image_token: str
+    fence: str
+
+
 class GridPlaceholder(_Struct, kw_only=True, tag="grid", tag_field="kind"):
     """Qwen2-VL: `<|image_pad|>` × (t · h · w / merge_size²), from the grid of patches the image was cut into."""
 
@@ -126,6 +133,7 @@ class PrefixPlaceholder(_Struct, kw_only=True, tag="prefix", tag_field="kind"):
 Placeholder = (
     FixedPlaceholder
     | PrefixPlaceholder
+    | FencedPlaceholder
     | TilePlaceholder
     | CropsPlaceholder
     | GridPlaceholder
@@ -200,16 +208,22 @@ class Memory(_Struct, kw_only=True):
 
     `source`: `features` (those of the modalities that join as memory, one after another) or `encoder` (graph `encoder` runs over
     the prompt's embeddings, features merged in; the decoder then begins with `PromptFormat.start_tokens`).
+    An encoder with an embedding of its own takes `input_ids` `[batch, source]` in place of `inputs_embeds`; one that reads
+    features by cross-attention takes those of modalities that join as memory, by the name of their last graph's output
+    `[batch, entries, width]`.
     Graph `cross_kv`, where the bundle has one, maps them to the decoder's static inputs; an output `state.{i}` is the initial
     value of a recurrent state. Without it the decoder reads `encoder_hidden_states` itself.
     `mask`: `none` (every row's source has one length), `source` (`encoder_attention_mask` int64 `[batch, source]`) or
     `tokens` (each token sees images of its own: a TokenInput of kind `media`).
-    `source_length`: how many entries the encoder takes at most; None where it takes any number.
+    `entries_per_image`: where each token sees images of its own, how many entries one image has; a prompt without an image is
+    given the entries of one that no token sees. `source_length`: how many entries the encoder takes at most; None where it
+    takes any number.
     """
 
     source: Literal["features", "encoder"]
     mask: Literal["none", "source", "tokens"]
     hidden_size: int
+    entries_per_image: int = 0
     source_length: int | None = None
 
 
@@ -235,13 +249,17 @@ class PromptFormat(_Struct, kw_only=True):
     """How a plain text and its images become a prompt where there is no chat template, as the model's processor does in code.
 
     `template`: `{images}` stands for one placeholder per image, `{text}` for the text. `add_special_tokens`: whether the
-    tokenizer adds its own around the result. `start_tokens`: token ids that the decoder begins with, before (or instead of)
-    the prompt.
+    tokenizer adds its own around the result. `start_tokens`: token ids that the decoder begins with: before the prompt
+    where the decoder reads it (`start` "before"), only where that prompt is empty (`start` "instead"), or alone where an encoder
+    reads the prompt. `replacements`: a task word → the text that takes the place of the whole prompt it stands in; `{input}`
+    there stands for the rest of the prompt without outer white space, and without `{input}` there must be no rest.
     """
 
     template: str = "{images}{text}"
     add_special_tokens: bool = True
     start_tokens: list[int] = []
+    start: Literal["before", "instead"] = "before"
+    replacements: dict[str, str] = {}
 
 
 class GenerativeContract(_Struct, kw_only=True, tag="generative", tag_field="contract"):
