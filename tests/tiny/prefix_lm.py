@@ -7,12 +7,18 @@ from collections.abc import Callable
 import transformers as t
 
 from .common import (
+    CONTEXT,
+    HEADS,
     IMAGE,
+    LAYERS,
+    MLP,
     PATCH,
     VISION,
+    VOCABULARY,
     WIDTH,
     WINDOW,
     Parts,
+    clip_images,
     generating,
     siglip_images,
     text_config,
@@ -72,10 +78,31 @@ def paligemma(text: str) -> Parts:
     return generating(t.PaliGemmaForConditionalGeneration(config)), images, words, processor, None
 
 
+def git() -> Parts:
+    """GIT: CLIP's encoder with its class token before a BERT-like decoder; `<s>` is [CLS] and `</s>` is [SEP]."""
+    words = tokenizer([], ends=True)
+    words.cls_token, words.sep_token = "<s>", "</s>"
+    config = t.GitConfig(
+        vision_config=VISION,
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        layer_norm_eps=1e-6,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    return generating(t.GitForCausalLM(config)), clip_images(), words, {"processor_class": "GitProcessor"}, None
+
+
 CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "gemma3": gemma3,
     "gemma3-crops": lambda: gemma3(crops=True),
     "gemma3-narrow": lambda: gemma3(window=3),
+    "git": git,
     "paligemma": lambda: paligemma("gemma"),
     "paligemma2": lambda: paligemma("gemma2"),
 }

@@ -88,11 +88,11 @@ class Projector:
         text = model.config.get_text_config()
         context_length = int(text.max_position_embeddings)
         positions = _positions(model.config)
-        vision_plan, projector_plan, tokens = _vision_plans(model, projector, layout)
+        vision_plan, projector_plan, tokens = vision_plans(model, projector, layout)
         image = Modality(
             graphs=[vision_plan.role, projector_plan.role],
             batch=_VISION_BATCH[wanted.layout],
-            token_id=_image_token_id(model.config),
+            token_id=image_token_id(model.config),
             placeholder=_placeholder(checkpoint, wanted.layout, tokens),
         )
         contract = GenerativeContract(
@@ -120,7 +120,7 @@ class Projector:
         return Split(graphs, contract)
 
 
-def _vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tuple[GraphPlan, GraphPlan, int]:
+def vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tuple[GraphPlan, GraphPlan, int]:
     """The graphs `vision_encoder` and `projector`, and how many tokens one image or tile becomes (0: depends on the image)."""
     seen: dict[str, Tensors] = {}
 
@@ -170,7 +170,7 @@ def _vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tu
     return vision, mapped, 0 if one_row else features.shape[1]
 
 
-def _image_token_id(config: PreTrainedConfig) -> int:
+def image_token_id(config: PreTrainedConfig) -> int:
     for name in ("image_token_id", "image_token_index"):
         if isinstance(found := getattr(config, name, None), int):
             return found
@@ -185,7 +185,7 @@ def _positions(config: PreTrainedConfig) -> Positions:
         return SequentialPositions()
     return MRopePositions(
         merge_size=int(config.vision_config.spatial_merge_size),
-        image_token_id=_image_token_id(config),
+        image_token_id=image_token_id(config),
         vision_start_token_id=int(config.vision_start_token_id),
     )
 
@@ -193,10 +193,10 @@ def _positions(config: PreTrainedConfig) -> Positions:
 def _placeholder(checkpoint: Checkpoint, layout: str, tokens: int) -> Placeholder:
     """The text that stands for an image in the prompt, in the tokens of this checkpoint's tokenizer."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    image_token = tokenizer.convert_ids_to_tokens(_image_token_id(config))
+    image_token = tokenizer.convert_ids_to_tokens(image_token_id(config))
     if image_token is None:
         raise UnsupportedModelError(
-            f"The tokenizer has no token {_image_token_id(config)}, which the configuration calls its image."
+            f"The tokenizer has no token {image_token_id(config)}, which the configuration calls its image."
         )
     if layout == "image":
         return FixedPlaceholder(image_token=image_token, tokens_per_image=tokens)
