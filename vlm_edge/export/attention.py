@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -306,7 +306,9 @@ def _describe(mask_function: Callable[..., Any]) -> Mask:
 @contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Lets `model` and all its parts run with the named attention; what was set before comes back afterwards."""
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    # Not of PreTrainedModels alone: IDEFICS' vision encoder is none and has a configuration of its own.
+    found = (getattr(part, "config", None) for part in model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
         for config in configs.values():
