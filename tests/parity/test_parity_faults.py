@@ -10,7 +10,7 @@ from planted import copy, edit_graph, edit_json, matmul, set_epsilon, set_weight
 
 from vlm_edge.parity import bisect_bundle, compare, first_divergence
 from vlm_edge.parity.examples import built_in
-from vlm_edge.parity.graphs import PortableReference, lower_row
+from vlm_edge.parity.graphs import PortableReference, lower_row, single_step
 from vlm_edge.parity.metrics import UNBOUNDED
 from vlm_edge.parity.pairs import pair_values
 from vlm_edge.parity.probe import Probe
@@ -220,8 +220,9 @@ def test_no_node_of_a_sound_build_is_suspected(lowered):
     """Every value that is paired with a portable one agrees with it: the pairing itself raises no alarm."""
     portable, built = open_bundle(lowered), open_bundle(lowered, build="cpu-fp32")
     for role in built.build.graphs:
-        case = list(PortableReference(portable).graph_cases(role))[-1]
-        feeds = lower_row(case, 0)[0] if role == "decoder" else case.feeds
+        cases = list(PortableReference(portable).graph_cases(role))
+        case = single_step(cases) if role == "decoder" else cases[-1]
+        feeds = lower_row(case, 0, built.graphs[role]) if role == "decoder" else case.feeds
         paths = portable.graph_path(role), built.graph_path(role)
         assert first_divergence(*paths, case.feeds, 1e-4, suspect_feeds=feeds) is None
         paired = pair_values(*map(Probe, paths))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle
 
 from .bisect import Culprit, first_divergence
-from .graphs import PortableReference, is_lowered, lower_row
+from .graphs import PortableReference, is_lowered, lower_row, single_step
 from .report import BuildReport, ParityReport
 from .subject import GraphCase
 from .tolerance import tolerance
@@ -75,8 +75,8 @@ def _built(bundle: Bundle, role: str) -> Culprit | None:
     portable = open_bundle(bundle.path)
     entry = bundle.graphs[role]
     cases = list(PortableReference(portable).graph_cases(role))
-    case: GraphCase = cases[-1] if is_lowered(entry) else cases[0]
-    lowered: dict[str, Any] | None = lower_row(case, 0)[0] if is_lowered(entry) else None
+    case: GraphCase = single_step(cases) if is_lowered(entry) else cases[0]
+    lowered: dict[str, Any] | None = lower_row(case, 0, entry) if is_lowered(entry) else None
     return first_divergence(
         portable.graph_path(role),
         bundle.graph_path(role),

@@ -20,13 +20,12 @@ from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
 
 from .pipeline import Inputs, Lowered, lower_decoder, lower_embedding, lower_encoder
-from .precision import ROLES, resolve_precision
-from .samples import Feeds, picture_feeds, run_graph, session
+from .precision import Kind, bundle_roles, kind_of, resolve_precision, stored_as
+from .samples import Feeds, Samples, modality_feeds
 from .selfcheck import FP32_TOLERANCE, Difference, check_decoder, check_encoder
+from .steps import is_shared
 from .target import Target, load_target
 
-_STORED = {("decoder", "int8"): "int8w"}
-"""What a precision word means where it is not its own name in the manifest."""
 _REPORT = "report.json"
 
 
@@ -53,14 +52,13 @@ def build(
     """
     progress = progress or Silent()
     chosen = target if isinstance(target, Target) else load_target(target)
-    words = resolve_precision(chosen.precision, precision)
     label = _checked_name(name or chosen.name)
     if block_size not in BLOCK_SIZES:
         raise TargetError(f"block size {block_size} is not possible; it can be: {', '.join(map(str, BLOCK_SIZES))}.")
     opened = open_bundle(bundle)
-    unknown = [role for role in opened.graphs if role not in ROLES]
-    if unknown:
-        raise TargetError(f"{opened.path}: target {chosen.name} knows no lowering for: {', '.join(unknown)}.")
+    kinds = bundle_roles(opened.graphs)
+    words = resolve_precision(chosen.precision, precision, kinds)
+    samples = Samples(opened)
     pictures = list(calibration or [])
     graphs: dict[str, GraphEntry] = {}
     options: dict[str, str | int | float | bool] = {
@@ -75,11 +73,11 @@ def build(
                 step = f"lower {role} ({words[role]})"
                 progress.start(step)
                 try:
-                    lowered = _lower(opened, role, words, chosen, block_size, pictures)
+                    lowered = _lower(opened, role, kinds[role], words, chosen, block_size, pictures)
                     detail = "unchanged"
                     if lowered.changed:
-                        graphs[role] = _save(lowered.model, writer, role, _STORED.get((role, words[role]), words[role]))
-                        difference = _check(opened, role, words, writer.path / f"{role}.onnx")
+                        graphs[role] = _save(lowered.model, writer, role, stored_as(kinds[role], words[role]))
+                        difference = _check(opened, role, words, writer.path / f"{role}.onnx", samples)
                         options |= {
                             f"{role}.max_abs": difference.max_abs,
                             f"{role}.relative": difference.relative,
@@ -96,10 +94,10 @@ def build(
                 name=label,
                 target=chosen.name,
                 backend=chosen.backend,
-                precision={role: words[role] for role in ROLES if ("decoder" if role == "lm_head" else role) in opened.graphs},
+                precision=words,
                 graphs=graphs,
                 options=options,
-                kv=_kv(opened),
+                kv=_kv(opened, graphs.get("decoder")),
                 created=now(),
                 versions=_versions(),
             )
@@ -118,11 +116,11 @@ def _checked_name(name: str) -> str:
 
 
 def _lower(
-    bundle: Bundle, role: str, words: dict[str, str], target: Target, block_size: int, pictures: Sequence[str | Path]
+    bundle: Bundle, role: str, kind: Kind, words: dict[str, str], target: Target, block_size: int, pictures: Sequence[str | Path]
 ) -> Lowered:
     model = ir.load(bundle.graph_path(role))
     contract = bundle.manifest.contract
-    if role == "decoder":
+    if kind == "decoder":
         if not isinstance(contract, GenerativeContract):
             raise TargetError(f"{bundle.path}: a decoder in family {bundle.manifest.family} is not known to {target.name}.")
         return lower_decoder(
@@ -133,11 +131,11 @@ def _lower(
             block_size=block_size,
             options=target.options,
         )
-    if role == "embed_tokens":
+    if kind == "embedding":
         return lower_embedding(model, precision=words[role], block_size=block_size)  # type: ignore[arg-type]
     return lower_encoder(
         model,
-        precision=words[role],
+        precision=stored_as(kind, words[role]),
         block_size=block_size,
         options=target.options,
         calibration=_calibration(bundle, role, pictures),
@@ -145,19 +143,15 @@ def _lower(
 
 
 def _calibration(bundle: Bundle, role: str, pictures: Sequence[str | Path]) -> Inputs | None:
-    """Inputs of a vision encoder or projector from pictures; None where pictures say nothing (or there are none)."""
-    if not pictures or role not in ("vision_encoder", "projector"):
+    """Inputs of a graph that images pass through; None where pictures say nothing (or there are none)."""
+    contract = bundle.manifest.contract
+    modalities = contract.modalities if isinstance(contract, GenerativeContract) else []
+    through = [graph for one in modalities if one.kind == "image" for graph in one.graphs] if modalities else ["vision_encoder"]
+    if not pictures or role not in through:
         return None
 
     def inputs() -> Iterator[Feeds]:
-        if role == "vision_encoder":
-            yield from picture_feeds(bundle, pictures)
-            return
-        vision = session(bundle.graph_path("vision_encoder"))
-        wanted = [spec.name for spec in bundle.graphs[role].inputs]
-        for feeds in picture_feeds(bundle, pictures):
-            features = run_graph(vision, feeds)
-            yield {name: features[name] for name in wanted}
+        yield from modality_feeds(bundle, role, pictures)
 
     return inputs
 
@@ -188,8 +182,9 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name, shape=shape)
 
 
-def _check(bundle: Bundle, role: str, words: dict[str, str], path: Path) -> Difference:
-    difference = check_decoder(bundle, path) if role == "decoder" else check_encoder(bundle, role, path)
+def _check(bundle: Bundle, role: str, words: dict[str, str], path: Path, samples: Samples) -> Difference:
+    decoder = kind_of(role) == "decoder"
+    difference = check_decoder(bundle, path, samples) if decoder else check_encoder(bundle, role, path, samples)
     exact = words[role] == "fp32" and (role != "decoder" or words["lm_head"] == "fp32")
     if exact and not difference.relative <= FP32_TOLERANCE:
         raise TargetError(
@@ -201,9 +196,13 @@ def _check(bundle: Bundle, role: str, words: dict[str, str], path: Path) -> Diff
     return difference
 
 
-def _kv(bundle: Bundle) -> KVLayout | None:
+def _kv(bundle: Bundle, decoder: GraphEntry | None) -> KVLayout | None:
+    """The cache as the built decoder keeps it: in a shared buffer where the graph was lowered to one, else growing."""
     layout = bundle.kv
-    return msgspec.structs.replace(layout, shared_buffer=True) if layout is not None else None
+    if layout is None:
+        return None
+    shared = decoder is not None and is_shared([spec.name for spec in decoder.inputs])
+    return msgspec.structs.replace(layout, shared_buffer=shared)
 
 
 def _report(lowered: Lowered) -> dict[str, object]:

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlm_edge_runtime.bundle.manifest import GenerativeContract, GraphEntry, GridPlaceholder
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import TargetError
 
-from .samples import Feeds, decoder_feeds, encoder_feeds, run_graph, session
+from .samples import Samples, run_graph, session
+from .steps import STEPS, is_shared, laid_beside, shared_feeds
 
 FP32_TOLERANCE = 1e-4
 """fp32 graphs differ by the order of additions only: 1e-4 of the largest value."""
+_SPARE = 11
+"""Slots of the buffer beyond what a step fills."""
 
 
 @dataclass(slots=True)
@@ -45,44 +47,28 @@ class Difference:
         self.cosine = min(self.cosine, float(left @ right) / norms if norms else 1.0)
 
 
-def check_encoder(bundle: Bundle, role: str, built: Path, *, seed: int = 0) -> Difference:
-    """A vision encoder, projector, text encoder or embedding table against its portable graph."""
-    reference, graph = session(bundle.graph_path(role)), session(built)
-    feeds = _encoder_inputs(bundle, role, bundle.graphs[role], seed)
-    wanted, found = run_graph(reference, feeds), run_graph(graph, feeds)
+def check_encoder(bundle: Bundle, role: str, built: Path, samples: Samples, *, seed: int = 0) -> Difference:
+    """Any graph but the decoder against its portable one."""
+    feeds = samples.inputs(role, seed=seed)
+    wanted, found = run_graph(session(bundle.graph_path(role)), feeds), run_graph(session(built), feeds)
     difference = Difference()
     for name, value in wanted.items():
         difference.add(found[name], value)
     return difference
 
 
-def check_decoder(bundle: Bundle, built: Path) -> Difference:
-    """The lowered decoder against the portable one: prefill, a chunk after a past, and one decode step.
+def check_decoder(bundle: Bundle, built: Path, samples: Samples) -> Difference:
+    """The lowered decoder against the portable one: prefill, a chunk after a past, decode of one row and of several.
 
-    Compares the last token's logits and the new cache entries.
+    Compares the last token's logits, the new cache entries and whatever else both give.
     """
     reference, graph = session(bundle.graph_path("decoder")), session(built)
+    shared = is_shared([value.name for value in graph.get_inputs()])
     difference = Difference()
-    for sequence, past in ((7, 0), (3, 9), (1, 20)):
-        portable, lowered = decoder_feeds(bundle, sequence=sequence, past=past, capacity=32, seed=sequence)
-        wanted, found = run_graph(reference, portable), run_graph(graph, lowered)
-        for name, value in wanted.items():
-            if name == "logits":
-                difference.add(found[name], value[:, -1:])
-            else:
-                difference.add(found[name][:, :, : past + sequence], value)
+    for rows, sequence, past, padding in STEPS:
+        portable = samples.decoder(sequence=sequence, past=past, rows=rows, padding=padding, seed=sequence)
+        wanted = run_graph(reference, portable)
+        found = run_graph(graph, shared_feeds(portable, capacity=past + sequence + _SPARE) if shared else portable)
+        for _, got, expected in laid_beside(found, wanted, portable):
+            difference.add(got, expected)
     return difference
-
-
-def _encoder_inputs(bundle: Bundle, role: str, entry: GraphEntry, seed: int) -> Feeds:
-    """Random inputs; a projector gets what the portable vision encoder makes of them."""
-    contract = bundle.manifest.contract
-    merge = 1
-    if isinstance(contract, GenerativeContract):
-        placeholders = [one.placeholder for one in contract.modalities]
-        merge = next((one.merge_size for one in placeholders if isinstance(one, GridPlaceholder)), 1)
-    if role != "projector" or "vision_encoder" not in bundle.graphs:
-        return encoder_feeds(entry, merge_size=merge, seed=seed)
-    vision = encoder_feeds(bundle.graphs["vision_encoder"], merge_size=merge, seed=seed)
-    features = run_graph(session(bundle.graph_path("vision_encoder")), vision)
-    return {spec.name: features[spec.name] for spec in entry.inputs}

@@ -13,7 +13,7 @@ import msgspec
 
 from vlm_edge_runtime.errors import TargetError
 
-from .precision import ROLES, check_precision
+from .precision import check_table
 
 _SUFFIX = ".toml"
 
@@ -111,9 +111,5 @@ def _decode(table: dict[str, Any], where: str) -> Target:
         target = msgspec.convert(table, type=Target)
     except msgspec.ValidationError as error:
         raise TargetError(f"{where} is not a valid target: {error}.") from None
-    for role, word in target.precision.items():
-        check_precision(role, word, where)
-    missing = [role for role in ROLES if role not in target.precision]
-    if missing:
-        raise TargetError(f"{where} names no precision for: {', '.join(missing)}.")
+    check_table(target.precision, where)
     return target
