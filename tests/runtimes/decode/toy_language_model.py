@@ -1,0 +1,64 @@
+"""A tiny random GPT-2 in PyTorch and a decoder state over it: both sides of a comparison get the same logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+VOCAB = 48
+EOS = 5
+
+
+@functools.cache
+def toy_model(seed: int = 0, vocab: int = VOCAB) -> GPT2LMHeadModel:
+    """Weights so large that what follows depends on everything before, and every token gets its turn."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=vocab, n_positions=128, n_embd=32, n_layer=2, n_head=2, eos_token_id=EOS, bos_token_id=1, pad_token_id=0
+    )
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.35)
+        model.transformer.wte.weight[EOS] *= 2  # an end comes now and then
+    model.generation_config.eos_token_id = EOS
+    return model
+
+
+class ToyState:
+    """`DecoderState` whose cache is the text itself: every step runs the whole model again."""
+
+    def __init__(self, model: GPT2LMHeadModel, batch: int, capacity: int = 128) -> None:
+        self.batch, self.capacity = batch, capacity
+        self._model = model
+        self._texts: list[list[int]] = [[] for _ in range(batch)]
+        self._armed = [False] * batch
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(text) for text in self._texts]
+
+    def fill(self, row: int, tokens: Sequence[int]) -> None:
+        self._texts[row] = list(tokens)
+
+    def start(self, row: int, params=None, history=None, next_position: int = 0, token_inputs=None) -> None:
+        assert self._texts[row]
+        self._armed[row] = True
+
+    @torch.inference_mode()
+    def logits(self, row: int) -> np.ndarray:
+        return self._model(torch.tensor([self._texts[row]])).logits[0, -1].float().numpy()
+
+    def step(self, tokens: np.ndarray) -> np.ndarray:
+        assert len(tokens) == self.batch and all(self._armed)
+        for text, token in zip(self._texts, tokens.tolist(), strict=True):
+            text.append(token)
+        return np.stack([self.logits(row) for row in range(self.batch)])
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        self._texts = [list(self._texts[source]) for source in sources]
