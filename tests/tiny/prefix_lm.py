@@ -98,11 +98,42 @@ def git() -> Parts:
     return generating(t.GitForCausalLM(config)), clip_images(), words, {"processor_class": "GitProcessor"}, None
 
 
+def simvlm() -> Parts:
+    """SimVLM (zoo): two convolution steps less than the default, so that 32 pixels are 16 patches."""
+    from vlm_edge.zoo.simvlm import SimVLMConfig, SimVLMForConditionalGeneration
+
+    words = tokenizer(["<image>"], image_token="<image>")
+    config = SimVLMConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        image_size=IMAGE,
+        stem_stride=2,
+        conv_channels=[16, 32, 32],
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 0,
+        "image_token": "<image>",
+    }
+    return generating(SimVLMForConditionalGeneration(config)), siglip_images(), words, processor, None
+
+
 CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "gemma3": gemma3,
     "gemma3-crops": lambda: gemma3(crops=True),
     "gemma3-narrow": lambda: gemma3(window=3),
     "git": git,
+    "simvlm": simvlm,
     "paligemma": lambda: paligemma("gemma"),
     "paligemma2": lambda: paligemma("gemma2"),
 }

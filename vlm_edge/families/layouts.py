@@ -49,7 +49,7 @@ class _WholeImage(torch.nn.Module):
 
 def image_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
     """LLaVA: every image has the vision encoder's size."""
-    pixels = pixels_of(model.config.vision_config, "images")
+    pixels = pixels_of(getattr(model.config, "vision_config", model.config), "images")
     return Layout(
         encoder=_WholeImage(model, projector),
         inputs=(pixels,),

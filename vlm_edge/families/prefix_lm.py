@@ -1,12 +1,13 @@
 """Family `prefix_lm`: a decoder that sees its prefix in both directions and writes causally after it.
 
 PaliGemma (arXiv 2407.07726), PaliGemma 2 (2412.03555), GIT (2205.14100), SimVLM (2108.10904, section 3.1). Four graphs:
-`vision_encoder`, `projector`, `embed_tokens`, `decoder`; the decoder also reads `block_ids` (see blocks.py). A line of the registry
-says what the models differ in:
+`vision_encoder`, `projector`, `embed_tokens`, `decoder`; the decoder also reads `block_ids` (see blocks.py). A line of the
+registry says what the models differ in:
 
 - `joins`: features take the places of image tokens in the text (`tokens`), or stand before it (`prefix`);
 - `blocks`: the prefix that is seen in both directions is the whole prompt (`prompt`) or the image alone (`prefix`);
-- `first_position`: the position of the first token that is not an image before the text.
+- `first_position`: the position of the prompt's first token; with `counts_images` off, of the first after the image, whose tokens
+  have no positions.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     blocks: Literal["prompt", "prefix"]
     projector: str
     first_position: int
-    prompt: Literal["paligemma", "git", "simvlm"]
+    counts_images: bool
+    prompt: str
     parts: Literal["", "git"] = ""
 
 
@@ -71,26 +73,12 @@ _APART: dict[str, Callable[[Part, Options], Apart]] = {"": _as_it_is, "git": _as
 _REFUSALS: dict[str, Callable[[PreTrainedConfig], None]] = {"git": prefix_git.refuse}
 
 
-def _paligemma_prompt(tokenizer: Any) -> PromptFormat:
-    """PaliGemmaProcessor: images, then the beginning of the text, the text, and a newline by which the answer is asked for."""
-    return PromptFormat(template="{images}" + str(tokenizer.bos_token) + "{text}\n", add_special_tokens=False)
-
-
-def _git_prompt(tokenizer: Any) -> PromptFormat:
-    """GIT begins at [CLS] and goes on after a prompt without [SEP]."""
-    return PromptFormat(template="{text}", add_special_tokens=False, start_tokens=[int(tokenizer.cls_token_id)])
-
-
-def _simvlm_prompt(tokenizer: Any) -> PromptFormat:
-    """The prefix's text as the tokenizer writes it, its beginning included."""
-    return PromptFormat(template="{text}")
-
-
-_PROMPTS: dict[str, Callable[[Any], PromptFormat]] = {
-    "paligemma": _paligemma_prompt,
-    "git": _git_prompt,
-    "simvlm": _simvlm_prompt,
-}
+def _prompt(template: str, tokenizer: Any) -> PromptFormat:
+    """What the model's processor writes around a text, in code; it names the tokenizer's special tokens."""
+    special = {"bos_token": tokenizer.bos_token, "cls_token": tokenizer.cls_token}
+    for name, token in special.items():
+        template = template.replace("{" + name + "}", str(token))
+    return PromptFormat(template=template, add_special_tokens=False)
 
 
 class PrefixLM:
@@ -118,7 +106,7 @@ class PrefixLM:
         kv, hidden, vocabulary = probe(model)
         text = model.config.get_text_config()
         vision_plan, projector_plan, tokens = vision_plans(apart.parts, projector, image_layout(apart.parts, model, projector))
-        before = tokens if wanted.joins == "prefix" else 0
+        before = 0 if wanted.counts_images else tokens
         context_length = int(text.max_position_embeddings) + before
         contract = GenerativeContract(
             family=self.name,
@@ -131,7 +119,7 @@ class PrefixLM:
             eos_token_ids=checkpoint.eos_token_ids(),
             pad_token_id=checkpoint.pad_token_id(),
             bos_token_id=checkpoint.bos_token_id(),
-            prompt=_PROMPTS[wanted.prompt](checkpoint.tokenizer),
+            prompt=_prompt(wanted.prompt, checkpoint.tokenizer),
             token_inputs=[TokenInput(name=NAME, kind="blocks", blocks=wanted.blocks)],
         )
         graphs = (
@@ -144,7 +132,8 @@ class PrefixLM:
 
 
 def _modality(checkpoint: Checkpoint, wanted: Options, graphs: list[str], tokens: int) -> Modality:
-    """One image before the text, or images in the places of their tokens; there is no prompt without an image."""
+    """An image before the text, or images in the places of their tokens; there is no prompt without an image."""
+    most = None if wanted.counts_images else 1
     if wanted.joins == "prefix":
         return Modality(
             graphs=graphs,
@@ -152,14 +141,14 @@ def _modality(checkpoint: Checkpoint, wanted: Options, graphs: list[str], tokens
             token_id=checkpoint.pad_token_id(),
             placeholder=PrefixPlaceholder(tokens_per_image=tokens),
             least=1,
-            most=1,
+            most=most,
         )
     token_id = image_token_id(checkpoint.config)
     token = checkpoint.tokenizer.convert_ids_to_tokens(token_id)
     if token is None:
         raise UnsupportedModelError(f"The tokenizer has no token {token_id}, which the configuration calls its image.")
     placeholder = FixedPlaceholder(image_token=token, tokens_per_image=tokens)
-    return Modality(graphs=graphs, batch="image", token_id=token_id, placeholder=placeholder, least=1)
+    return Modality(graphs=graphs, batch="image", token_id=token_id, placeholder=placeholder, least=1, most=most)
 
 
 FAMILY = PrefixLM()
