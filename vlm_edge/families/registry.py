@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 FILES: list[Path] = [Path(__file__).with_name("registry.toml")]
 """Read in order, later lines win. A program may append a file of its own."""
-
-_NOT_FAMILIES = {"base", "blocks", "coverage", "cross_decoder", "cross_step", "decoder", "layouts", "registry"}
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,9 +85,8 @@ def lookup(model_type: str, architectures: Sequence[str] = ()) -> Entry:
 
 
 def families() -> list[str]:
-    """The names of all families, one per module of this package."""
-    package = Path(__file__).parent
-    return sorted(found.name for found in pkgutil.iter_modules([str(package)]) if found.name not in _NOT_FAMILIES)
+    """The names of all families: each is a module of this package, and the head of a table of the registry."""
+    return sorted({entry.family for entry in entries()})
 
 
 def load(name: str) -> Family:

@@ -9,7 +9,9 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 from .base import ImageProcessor
 from .blip import BlipImageProcessor
 from .clip import ClipImageProcessor, LlavaImageProcessor
+from .idefics import IdeficsImageProcessor
 from .idefics3 import Idefics3ImageProcessor
+from .mllama import MllamaImageProcessor
 from .options import Config
 from .qwen2_vl import Qwen2VLImageProcessor
 from .siglip import SiglipImageProcessor
@@ -19,6 +21,8 @@ PROCESSORS: dict[str, type[ImageProcessor]] = {
     "CLIPImageProcessor": ClipImageProcessor,
     "LlavaImageProcessor": LlavaImageProcessor,
     "SiglipImageProcessor": SiglipImageProcessor,
+    "IdeficsImageProcessor": IdeficsImageProcessor,
+    "MllamaImageProcessor": MllamaImageProcessor,
     "Idefics3ImageProcessor": Idefics3ImageProcessor,
     "SmolVLMImageProcessor": Idefics3ImageProcessor,
     "Qwen2VLImageProcessor": Qwen2VLImageProcessor,
