@@ -21,6 +21,9 @@ __all__ = ["CrossDecoder", "Sizes", "cross_decoder_plan", "cross_kv_plan", "enco
 _SOURCES = (5, 6, 1, 9)
 """Lengths of the source over the cases of a plan, in turn; the first is the traced one."""
 
+_SAMPLED_TOKENS = 64
+"""Tokens that an encoder is checked on are drawn from the first so many."""
+
 
 def cross_decoder_plan(
     decoder: CrossDecoder, context_length: int, *, masked: bool, extras: Sequence[ExtraInput] = ()
@@ -91,13 +94,14 @@ def cross_kv_plan(decoder: CrossDecoder) -> GraphPlan:
 
 
 class _Encoder(torch.nn.Module):
-    def __init__(self, encoder: Part, extras: Sequence[ExtraInput]) -> None:
+    def __init__(self, encoder: Part, first: str, extras: Sequence[ExtraInput]) -> None:
         super().__init__()
         self.encoder: Part = encoder
+        self._first = first
         self._extras = tuple(extras)
 
-    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, *given: torch.Tensor) -> Tensors:
-        arguments: Arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "return_dict": True}
+    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor, *given: torch.Tensor) -> Tensors:
+        arguments: Arguments = {self._first: tokens, "attention_mask": attention_mask, "return_dict": True}
         with ExitStack() as stack:
             for extra, value in zip(self._extras, given, strict=True):
                 stack.enter_context(extra.traced(self.encoder, value, arguments))
@@ -112,29 +116,27 @@ def encoder_plan(
     *,
     extras: Sequence[ExtraInput] = (),
     more: Mapping[str, int] | None = None,
+    by_ids: bool = False,
 ) -> GraphPlan:
     """The graph `encoder`: `inputs_embeds [batch, source, hidden]` and `attention_mask` → `encoder_hidden_states`, `width` wide.
 
     `embedding` gives the embeddings of token ids (what is checked is what the model would see); `extras` are further inputs of
-    the encoder, `more` the dimensions that are theirs.
+    the encoder, `more` the dimensions that are theirs. `by_ids`: an encoder that embeds tokens in another way than the decoder
+    takes `input_ids` int64 `[batch, source]` first.
     """
-    inputs = (
-        float32("inputs_embeds", "batch", "source", hidden),
-        int64("attention_mask", "batch", "source"),
-        *(extra.spec for extra in extras),
-    )
-    graph = _Encoder(encoder, extras)
+    first = int64("input_ids", "batch", "source") if by_ids else float32("inputs_embeds", "batch", "source", hidden)
+    inputs = (first, int64("attention_mask", "batch", "source"), *(extra.spec for extra in extras))
 
     def sample(case: Case) -> Tensors:
-        ids = torch.randint(0, 64, (case.sizes["batch"], case.sizes["source"]), generator=case.generator())
+        ids = torch.randint(0, _SAMPLED_TOKENS, (case.sizes["batch"], case.sizes["source"]), generator=case.generator())
         mask = torch.ones_like(ids)
         if case.padding:
             mask[0, -case.padding :] = 0
-        return (embedding(ids).detach().clone(), mask, *(extra.sample(case) for extra in extras))
+        return (ids if by_ids else embedding(ids).detach().clone(), mask, *(extra.sample(case) for extra in extras))
 
     def reference(case: Case, tensors: Tensors) -> Tensors:
-        embeddings, mask, *given = tensors
-        arguments: Arguments = {"inputs_embeds": embeddings.clone(), "attention_mask": mask.clone(), "return_dict": True}
+        tokens, mask, *given = tensors
+        arguments: Arguments = {first.name: tokens.clone(), "attention_mask": mask.clone(), "return_dict": True}
         with ExitStack() as stack:
             for extra, value in zip(extras, given, strict=True):
                 stack.enter_context(extra.original(encoder, value.clone(), arguments))
@@ -142,7 +144,7 @@ def encoder_plan(
 
     return GraphPlan(
         role="encoder",
-        module=graph,
+        module=_Encoder(encoder, first.name, extras),
         inputs=inputs,
         outputs=(float32("encoder_hidden_states", "batch", "source", width),),
         cases=_source_cases(padded=True, **(more or {})),

@@ -1,8 +1,8 @@
 """One step of a decoder that reads an encoder: its cross-attention's keys and values are given, not computed.
 
 Not a family: a part of cross_decoder.py. For encoder-decoder text models (T5, arXiv 1910.10683; BART, 1910.13461) and for
-decoders with cross-attention layers (BERT, GPT-2, TrOCR …). Some of them count positions from the length of their cache. A runtime decodes
-rows of unlike length together, so the traced decoder is told each token's position (`position_ids`) instead; see
+decoders with cross-attention layers (BERT, GPT-2, TrOCR …). Some of them count positions from the length of their cache. A
+runtime decodes rows of unlike length together, so the traced decoder is told each token's position (`position_ids`) instead; see
 export/patches/positions.py.
 """
 
