@@ -9,6 +9,7 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 from .base import ImageProcessor
 from .blip import BlipImageProcessor
 from .clip import ClipImageProcessor, LlavaImageProcessor
+from .gemma3 import Gemma3ImageProcessor
 from .idefics import IdeficsImageProcessor
 from .idefics3 import Idefics3ImageProcessor
 from .mllama import MllamaImageProcessor
@@ -21,6 +22,7 @@ PROCESSORS: dict[str, type[ImageProcessor]] = {
     "CLIPImageProcessor": ClipImageProcessor,
     "LlavaImageProcessor": LlavaImageProcessor,
     "SiglipImageProcessor": SiglipImageProcessor,
+    "Gemma3ImageProcessor": Gemma3ImageProcessor,
     "IdeficsImageProcessor": IdeficsImageProcessor,
     "MllamaImageProcessor": MllamaImageProcessor,
     "Idefics3ImageProcessor": Idefics3ImageProcessor,
