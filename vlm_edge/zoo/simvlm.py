@@ -314,13 +314,15 @@ class SimVLMForConditionalGeneration(SimVLMPreTrainedModel, GenerationMixin):
         token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The mask of equation 3, from token types `[batch, past and new tokens]`; causal without them."""
+        """The mask of equation 3, from token types `[batch, past and new tokens]`; causal without them.
+
+        Positions are kept from transformers, which would take an image's zeros for many sequences packed into one.
+        """
         return create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
             block_sequence_ids=None if token_type_ids is None else torch.where(token_type_ids == 0, 0, -1),
         )
 
