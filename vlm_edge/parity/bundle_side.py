@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
 import numpy as np
 from PIL import Image
 
 from vlm_edge_runtime import DualEncoder, VisionLanguageModel, load
-from vlm_edge_runtime.engines.base import SamplingParams
 from vlm_edge_runtime.errors import ParityError
 
 from .examples import Example
@@ -31,29 +28,12 @@ class BundleGenerator:
     def close(self) -> None:
         self._session.close()
 
-    # The session's parts are used directly below: its public methods return text, parity needs what is underneath.
-
     def prepare(self, example: Example) -> Prepared:
-        row = self._row(example)
-        pixels = [self._session._images.processor(image).arrays["pixel_values"] for image in example.images]
-        return Prepared([int(token) for token in row.input_ids], list(pixels))
+        found = self._session.prepare(example.prompt, list(example.images))
+        return Prepared(found.token_ids, [one.arrays["pixel_values"] for one in found.inputs])
 
     def forced(self, example: Example, answer: Sequence[int]) -> Floats:
-        session, row = self._session, self._row(example)
-        decoder = session._decoder()
-        features = session._images.features(row.pictures).features
-        state = decoder.allocate(1, len(row) + len(answer))
-        try:
-            state.prefill(0, session._prompts.embed(decoder, row, 0, len(row), features), row.positions)
-            logits = [state.logits(0)]
-            if len(answer) > 1:
-                state.start(0, SamplingParams(), row.input_ids, row.next_position)
-            for token in answer[:-1]:  # one decode step each, as in generation
-                state.push(0, int(token))
-                logits.append(state.logits(0))
-        finally:
-            state.close()
-        return np.stack(logits)
+        return self._session.logits_along(example.prompt, list(example.images), answer)
 
     def greedy(self, example: Example, max_new_tokens: int) -> Answer:
         found = self._session.generate(
@@ -62,10 +42,7 @@ class BundleGenerator:
         return Answer(list(found.tokens), found.text)
 
     def words(self, tokens: Sequence[int]) -> list[str]:
-        return [self._session._prompts.tokenizer.decode([int(token)]) for token in tokens]
-
-    def _row(self, example: Example) -> Any:
-        return self._session._prompts.row(example.prompt, list(example.images), raw=False)
+        return [self._session.decode_tokens([token]) for token in tokens]
 
 
 class BundleEncoder:

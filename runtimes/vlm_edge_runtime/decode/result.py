@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "stop_string", "cancelled"]
 """`stop`: an end-of-sequence token; `length`: `max_new_tokens` or the context; `stop_string`: one of `stop`; `cancelled`."""
@@ -16,6 +19,7 @@ class Generation:
     `text`: without special tokens, and without the stop string. `tokens`: every token that was generated, the end of sequence
     and the tokens of a stop string included. `logprobs`: natural-log probability of each token before any filter, where
     asked for; `top_logprobs`: for each token, the most likely (token, log probability) pairs.
+    `attention`, where asked for: float32 [new tokens, …], what the decoder looked at to choose each token.
     `prompt_tokens` counts image tokens too. `seed`: what reproduces a sampled answer.
     """
 
@@ -26,3 +30,4 @@ class Generation:
     seed: int
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    attention: npt.NDArray[np.float32] | None = field(default=None, compare=False)

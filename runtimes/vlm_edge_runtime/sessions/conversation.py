@@ -10,7 +10,8 @@ from vlm_edge_runtime.decode.result import Generation
 from vlm_edge_runtime.errors import GenerationCancelled
 from vlm_edge_runtime.preprocess import ImageLike
 
-from .images import Picture
+from .inputs import ARGUMENTS, Given, as_given
+from .media import Medium
 from .run import Run
 from .stream import TextStream
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .vision_language_model import VisionLanguageModel
 
 Message = dict[str, Any]
+Media = dict[str, list[Medium]]
 
 
 class Conversation:
@@ -31,51 +33,68 @@ class Conversation:
         self._session = session
         self._options = dict(options)
         self._messages: list[Message] = []
-        self._pictures: list[Picture] = []
+        self._media: Media = {}
         if system is not None:
             self._messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
 
     @property
     def messages(self) -> list[Message]:
-        """The history as a chat template gets it: role, and a list of `image` and `text` parts. A copy."""
+        """The history as a chat template gets it: role, and a list of `image` (`video` …) and `text` parts. A copy."""
         return [{**message, "content": [dict(part) for part in message["content"]]} for message in self._messages]
 
     def send(
-        self, text: str, images: ImageLike | Sequence[ImageLike] | None = None, **options: Unpack[SamplingKeywords]
+        self,
+        text: str,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
+        **options: Unpack[SamplingKeywords],
     ) -> Generation:
-        """One turn, answered as a whole. Errors as `VisionLanguageModel.generate`."""
-        messages, pictures = self._with(text, images)
+        """One turn, answered as a whole. Inputs and errors as `VisionLanguageModel.generate`."""
+        messages, media = self._with(text, {"image": images, "video": videos, "audio": audio, "state": states})
+        opened: dict[str, Any] = {ARGUMENTS[kind]: own for kind, own in media.items()}
         try:
-            answer = self._session.generate(messages, images=pictures or None, **{**self._options, **options})
+            answer: Generation = self._session.generate(messages, **opened, **{**self._options, **options})
         except GenerationCancelled as cancelled:
-            self._keep(messages, pictures, cancelled.partial_text)
+            self._keep(messages, media, cancelled.partial_text)
             raise
-        self._keep(messages, pictures, answer.text)
+        self._keep(messages, media, answer.text)
         return answer
 
     def stream(
-        self, text: str, images: ImageLike | Sequence[ImageLike] | None = None, **options: Unpack[SamplingKeywords]
+        self,
+        text: str,
+        images: ImageLike | Sequence[ImageLike] | None = None,
+        *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
+        **options: Unpack[SamplingKeywords],
     ) -> TextStream:
         """One turn, piece by piece."""
-        messages, pictures = self._with(text, images)
+        messages, media = self._with(text, {"image": images, "video": videos, "audio": audio, "state": states})
 
         def ended(run: Run) -> None:
             if run.stats.steps:
-                self._keep(messages, pictures, run.results()[0].text)
+                self._keep(messages, media, run.results()[0].text)
 
-        return self._session._stream(messages, pictures or None, ended, **{**self._options, **options})
+        given: Given = {kind: list(own) for kind, own in media.items()}
+        return self._session._stream(messages, given, ended, **{**self._options, **options})
 
     def reset(self) -> None:
         """Forgets all turns but the system prompt."""
         self._messages = [message for message in self._messages if message["role"] == "system"]
-        self._pictures = []
+        self._media = {}
 
-    def _with(self, text: str, images: Any) -> tuple[list[Message], list[Picture]]:
-        new = self._session._pictures(images)
-        content: list[dict[str, Any]] = [{"type": "image"} for _ in new]
+    def _with(self, text: str, arguments: Mapping[str, Any]) -> tuple[list[Message], Media]:
+        new = self._session._open(as_given(arguments))
+        content: list[dict[str, Any]] = [{"type": kind} for kind, own in new.items() for _ in own]
         content.append({"type": "text", "text": text})
-        return [*self._messages, {"role": "user", "content": content}], [*self._pictures, *new]
+        media = {kind: [*self._media.get(kind, ()), *new.get(kind, ())] for kind in {**self._media, **new}}
+        return [*self._messages, {"role": "user", "content": content}], media
 
-    def _keep(self, messages: list[Message], pictures: list[Picture], answer: str) -> None:
+    def _keep(self, messages: list[Message], media: Media, answer: str) -> None:
         self._messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        self._pictures = pictures
+        self._media = media

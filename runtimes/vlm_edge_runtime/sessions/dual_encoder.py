@@ -18,10 +18,11 @@ from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import load_tokenizer
 
 from .base import Session, missing_method
-from .images import Floats, ImageStore, Picture
+from .inputs import as_images
 from .lru import ByteLRU
-from .prompts import as_images
-from .vision import VisionGraphs
+from .media import Floats, MediaStore, Medium
+from .modality_graphs import ModalityGraphs
+from .readers import ImageReader
 
 TEXTS_PER_CALL = 64
 TEXT_CACHE_BYTES = 16 << 20
@@ -85,11 +86,11 @@ class DualEncoder(Session):
         if not isinstance(contract, DualEncoderContract):
             raise BundleError(f"{bundle.path} is of family {bundle.manifest.family}: it is not a dual encoder.")
         self._contract = contract
-        self._images = ImageStore(
-            self._image_processor(image_options),
-            VisionGraphs(engine, bundle.graphs, ("vision_encoder",)).per_image,
+        self._images = MediaStore(
+            ImageReader(self._image_processor(image_options)),
+            ModalityGraphs(engine, bundle.graphs, ("vision_encoder",)).per_image,
             variant=bundle.build_name,
-            budget=image_cache_bytes,
+            kept=ByteLRU(image_cache_bytes),
         )
         self._tokenizer = load_tokenizer(bundle)
         self._texts: ByteLRU[str, Floats] = ByteLRU(TEXT_CACHE_BYTES)
@@ -163,13 +164,13 @@ class DualEncoder(Session):
         self._images.clear()
         self._texts.clear()
 
-    def _embed_images(self, images: Sequence[ImageLike | Picture], stats: EmbeddingStats, normalize: bool) -> Floats:
+    def _embed_images(self, images: Sequence[ImageLike | Medium], stats: EmbeddingStats, normalize: bool) -> Floats:
         began = time.perf_counter()
         if not images:
             raise ImageError("no image was given: pass one image, or a list of at least one.")
-        pictures = [self._images.picture(image) for image in images]
+        pictures = [self._images.open(image) for image in images]
         encoded = self._images.features(pictures)
-        vectors = np.stack([encoded.features[picture.key] for picture in pictures])
+        vectors = np.concatenate([encoded.features[picture.key].values for picture in pictures]).astype(np.float32, copy=False)
         stats.images, stats.image_s = len(pictures), time.perf_counter() - began
         stats.image_cache_misses, stats.image_cache_hits = encoded.encoded, len(pictures) - encoded.encoded
         return unit_length(vectors) if normalize else vectors

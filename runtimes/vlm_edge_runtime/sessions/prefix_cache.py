@@ -1,7 +1,8 @@
 """Kept KV caches: a prompt whose beginning was already run takes its entries over and runs only the rest.
 
 What an entry stands for is a *content id*: the token id, or for an image token a negative number made from the image's content
-hash. Prefixes are equal when their content ids are, so an image token matches only an image with the same pixels.
+hash. Prefixes are equal when their content ids are, so an image token matches only an image with the same pixels. Where entries
+also depend on a memory (cross-attention), all of a row's content ids are mixed with it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy.typing as npt
 from vlm_edge_runtime.engines.base import DecoderState
 from vlm_edge_runtime.errors import DeviceError
 
+from .token_inputs import Span, whole_blocks
+
 ContentIds = npt.NDArray[np.int64]
 
 MIN_REUSE = 8
@@ -30,10 +33,28 @@ def common_prefix(first: ContentIds, second: ContentIds) -> int:
     return int(different.argmax()) if different.any() else length
 
 
-def reusable(held: ContentIds, prompt: ContentIds) -> int:
-    """Entries of `held` that `prompt` can take over. At least one token is left to run: its logits are needed."""
-    length = min(common_prefix(held, prompt), len(prompt) - 1)
+def reusable(held: ContentIds, prompt: ContentIds, blocks: Sequence[Span] = ()) -> int:
+    """Entries of `held` that `prompt` can take over. At least one token is left to run: its logits are needed.
+
+    `blocks`: stretches of the prompt whose tokens see each other in both directions. An entry of such a stretch stands for all
+    of it, so it is taken over whole or not at all.
+    """
+    length = whole_blocks(min(common_prefix(held, prompt), len(prompt) - 1), blocks)
     return length if length >= MIN_REUSE else 0
+
+
+@dataclass(slots=True, frozen=True)
+class Prefix:
+    """What a row's prompt is looked up by. `bind` readies an empty row for it (static inputs); `bound_bytes`: what that takes."""
+
+    contents: ContentIds
+    blocks: Sequence[Span] = ()
+    bind: Callable[[DecoderState, int], None] | None = None
+    bound_bytes: int = 0
+
+    def reusable(self, held: ContentIds) -> int:
+        """Entries of `held` that this prompt can take over."""
+        return reusable(held, self.contents, self.blocks)
 
 
 @dataclass(slots=True, eq=False)
@@ -41,16 +62,25 @@ class Slots:
     """A KV cache in use, and what its entries stand for (`contents`, one array per row).
 
     Its user keeps `contents` no longer than what was really run; entries beyond are forgotten when it comes back.
-    `broken`: an engine error left it in doubt, so it is not to be kept.
+    `broken`: an engine error left it in doubt, so it is not to be kept. `bound_bytes`: what each row's static inputs take.
     """
 
     state: DecoderState
     contents: list[ContentIds]
     touched: list[int] = field(default_factory=list)
     broken: bool = False
+    bound_bytes: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.touched = self.touched or [0] * self.state.batch
+        self.bound_bytes = self.bound_bytes or [0] * self.state.batch
+
+    def bind(self, row: int, prompt: Prefix) -> None:
+        """Readies an empty row for a prompt."""
+        self.contents[row] = prompt.contents[:0]
+        if prompt.bind is not None:
+            prompt.bind(self.state, row)
+        self.bound_bytes[row] = prompt.bound_bytes
 
     def touch(self) -> None:
         """Notes how far each row has been written: that memory stays taken until the cache is closed."""
@@ -80,12 +110,12 @@ class PrefixCache:
         self._lock = threading.Lock()
         self._closed = False
 
-    def acquire(self, prompts: Sequence[ContentIds], capacity: int) -> Slots:
+    def acquire(self, prompts: Sequence[Prefix], capacity: int) -> Slots:
         """A cache with a row for each prompt; `contents[row]` is the prefix of the prompt that it holds already.
 
         A kept cache of the same number of rows is taken and cut back where that loses little; otherwise a new one is made
-        and the longest prefixes, from whichever kept rows hold them, are copied into it. Raises DeviceError when memory
-        cannot be had.
+        and the longest prefixes, from whichever kept rows hold them, are copied into it. Rows that begin empty are bound. Raises
+        DeviceError when memory cannot be had.
         """
         with self._lock:
             self._drain()
@@ -94,23 +124,10 @@ class PrefixCache:
             copied = sum(length for _, _, length in sources)
             if taken is not None and score >= copied and sum(map(len, taken.contents)) - score <= score:
                 self._kept.remove(taken)
-                for row, prompt in enumerate(prompts):
-                    length = reusable(taken.contents[row], prompt)
-                    taken.state.truncate(row, length)
-                    taken.contents[row] = prompt[:length]
-                return taken
-            slots = Slots(self._make(len(prompts), capacity, sources), [prompt[:0] for prompt in prompts])
-            try:
-                for row, (source, source_row, length) in enumerate(sources):
-                    if source is not None:
-                        slots.state.copy_prefix(row, source.state, source_row, length)
-                        slots.contents[row] = prompts[row][:length]
-                        self._kept.remove(source)
-                        self._kept.append(source)
-            except BaseException:
-                slots.state.close()
-                raise
-            self._evict(self.budget - sum(map(len, prompts)) * self._entry_bytes, keep=0)
+                return self._closed_on_error(taken, lambda: self._cut_back(taken, prompts))
+            slots = Slots(self._make(len(prompts), capacity, sources), [prompt.contents[:0] for prompt in prompts])
+            self._closed_on_error(slots, lambda: self._copy(slots, prompts, sources))
+            self._evict(self.budget - sum(len(prompt.contents) for prompt in prompts) * self._entry_bytes, keep=0)
             return slots
 
     def release(self, slots: Slots) -> None:
@@ -158,19 +175,47 @@ class PrefixCache:
             slots.state.close()
         return self._allocate(batch, capacity)
 
-    def _best_to_take(self, prompts: Sequence[ContentIds], capacity: int) -> tuple[Slots | None, int]:
+    @staticmethod
+    def _closed_on_error(slots: Slots, ready: Callable[[], None]) -> Slots:
+        try:
+            ready()
+        except BaseException:
+            slots.state.close()
+            raise
+        return slots
+
+    @staticmethod
+    def _cut_back(taken: Slots, prompts: Sequence[Prefix]) -> None:
+        for row, prompt in enumerate(prompts):
+            length = prompt.reusable(taken.contents[row])
+            taken.state.truncate(row, length)
+            if length:
+                taken.contents[row] = prompt.contents[:length]
+            else:
+                taken.bind(row, prompt)
+
+    def _copy(self, slots: Slots, prompts: Sequence[Prefix], sources: Sequence[Source]) -> None:
+        for row, (prompt, (source, source_row, length)) in enumerate(zip(prompts, sources, strict=True)):
+            slots.bind(row, prompt)
+            if source is not None:
+                slots.state.copy_prefix(row, source.state, source_row, length)
+                slots.contents[row] = prompt.contents[:length]
+                self._kept.remove(source)
+                self._kept.append(source)
+
+    def _best_to_take(self, prompts: Sequence[Prefix], capacity: int) -> tuple[Slots | None, int]:
         best: tuple[Slots | None, int] = (None, 0)
         for slots in self._kept:
             if slots.state.batch == len(prompts) and slots.state.capacity >= capacity:
-                score = sum(reusable(held, prompt) for held, prompt in zip(slots.contents, prompts, strict=True))
+                score = sum(prompt.reusable(held) for held, prompt in zip(slots.contents, prompts, strict=True))
                 best = (slots, score) if score > best[1] else best
         return best
 
-    def _best_source(self, prompt: ContentIds) -> Source:
+    def _best_source(self, prompt: Prefix) -> Source:
         best: Source = (None, 0, 0)
         for slots in self._kept:
             for row, held in enumerate(slots.contents):
-                length = reusable(held, prompt)
+                length = prompt.reusable(held)
                 best = (slots, row, length) if length > best[2] else best
         return best
 
@@ -189,7 +234,8 @@ class PrefixCache:
             self._evict(self.budget, keep=1)
 
     def _size(self) -> int:
-        return sum(sum(slots.touched) for slots in self._kept) * self._entry_bytes
+        entries = sum(sum(slots.touched) for slots in self._kept)
+        return entries * self._entry_bytes + sum(sum(slots.bound_bytes) for slots in self._kept)
 
     def _evict(self, budget: int, keep: int) -> None:
         while len(self._kept) > keep and self._size() > budget:

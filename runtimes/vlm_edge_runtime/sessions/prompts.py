@@ -1,104 +1,120 @@
-"""From a prompt and its images to what the decoder reads: token ids, content ids, positions, embeddings."""
+"""From a prompt and its media to what the decoder (and the encoder, where there is one) reads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from vlm_edge_runtime import _native
-from vlm_edge_runtime.bundle.manifest import GenerativeContract
+from vlm_edge_runtime.bundle.manifest import GenerativeContract, Modality, PrefixPlaceholder
 from vlm_edge_runtime.bundle.reader import Bundle
-from vlm_edge_runtime.engines.base import Decoder
-from vlm_edge_runtime.errors import BundleError, PromptError
+from vlm_edge_runtime.errors import PromptError
 from vlm_edge_runtime.text import (
     ChatTemplate,
     Message,
-    expand_text,
-    image_tokens,
+    expand,
+    image_text,
     load_chat_template,
     load_tokenizer,
+    placeholder_token,
     position_ids,
 )
 
-from .images import Floats, ImageStore, Picture
+from .inputs import ARGUMENTS, Given, said, with_inputs
+from .media import Medium
+from .memory import MemoryGraphs, salt
+from .modalities import Modalities
+from .token_inputs import Span, TokenInputs
+from .token_rows import Ids, TokenRow, place
 
-Ids = npt.NDArray[np.int64]
+_MASK = (1 << 63) - 1
+_ODD = 0x9E3779B97F4A7C15 & _MASK | 1
 
 
 @dataclass(slots=True, eq=False)
 class PromptRow:
     """One prompt, ready to run.
 
-    `input_ids` int64 [S], `content_ids` int64 [S] (see prefix_cache), `positions` int64 [S] or [3, S] (M-RoPE), and the
-    position of the first token after them. `starts` and `counts`: where each picture's image tokens begin, and how many
-    there are; a picture's own tokens may be interleaved with markers (tiles).
+    `tokens`: the decoder's row. `content_ids` int64 [S] (see prefix_cache), `positions` int64 [S] or [3, S] (M-RoPE), and the
+    position of the first token after them. `blocks`: stretches that must be run in one piece. `source`: the encoder's row, where
+    the model has one. `memory_media`: what is read as memory; `memory_key`: what that memory is kept by.
     """
 
-    input_ids: Ids
+    tokens: TokenRow
     content_ids: Ids
     positions: Ids
     next_position: int
-    image_token_id: int
-    pictures: list[Picture]
-    counts: list[int]
-    image_at: Ids
-    """Indices of all image tokens, in order."""
+    blocks: list[Span]
+    source: TokenRow | None = None
+    memory_media: list[Medium] = field(default_factory=list)
+    memory_key: str | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.tokens)
 
     @property
-    def image_tokens(self) -> int:
-        """Tokens that stand for image features."""
-        return len(self.image_at)
+    def prompt_tokens(self) -> int:
+        """All tokens of the prompt, the encoder's among them."""
+        return len(self.tokens) + (len(self.source) if self.source is not None else 0)
 
-    def pictures_from(self, start: int) -> list[Picture]:
-        """The pictures that have an image token at `start` or later."""
-        last = np.cumsum(self.counts) - 1
-        return [picture for picture, index in zip(self.pictures, last, strict=True) if self.image_at[index] >= start]
+    @property
+    def media(self) -> list[Medium]:
+        """All media, in the order of their places."""
+        return self._read.media
 
-    def features(self, start: int, end: int, by_key: Mapping[str, Floats]) -> list[Floats]:
-        """Feature rows of the image tokens in [start, end), in order. `by_key` holds those of `pictures_from(start)`."""
-        first, last = np.searchsorted(self.image_at, (start, end))
-        parts, offset = [], 0
-        for picture, count in zip(self.pictures, self.counts, strict=True):
-            low, high = max(first - offset, 0), min(last - offset, count)
-            if low < high:
-                rows = by_key[picture.key]
-                if len(rows) != count:
-                    raise BundleError(
-                        f"the vision graphs gave {len(rows)} features for an image of {count} tokens: export again."
-                    )
-                parts.append(rows[low:high])
-            offset += count
-        return parts
+    @property
+    def media_tokens(self) -> int:
+        """Tokens that stand for features."""
+        return self._read.media_tokens
+
+    @property
+    def _read(self) -> TokenRow:
+        """The row that holds the prompt's text."""
+        return self.tokens if self.source is None else self.source
+
+    @property
+    def history(self) -> Ids:
+        """The tokens that a repetition penalty looks at: those of the text."""
+        return self.tokens.ids[self.tokens.prefix :]
+
+    def continued(self, tokens: Sequence[int]) -> Ids:
+        """Content ids of the prompt and an answer's tokens."""
+        new = np.asarray(tokens, dtype=np.int64)
+        return np.concatenate([self.content_ids, new if self.memory_key is None else salted(new, self.memory_key)])
 
 
 class PromptBuilder:
     """Renders, expands, tokenises and places prompts, from the bundle's files alone."""
 
-    def __init__(self, bundle: Bundle, contract: GenerativeContract, images: ImageStore) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        contract: GenerativeContract,
+        modalities: Modalities,
+        memory: MemoryGraphs,
+        token_inputs: TokenInputs,
+    ) -> None:
         self._bundle = bundle
         self._contract = contract
-        self._images = images
+        self._modalities = modalities
+        self._memory = memory
+        self._token_inputs = token_inputs
         self.tokenizer = load_tokenizer(bundle)
         self._template = load_chat_template(bundle, self.tokenizer.special_tokens)
-        image = contract.modality("image")
-        if image is None or image.placeholder is None or image.token_id is None:
-            raise BundleError(f"{bundle.path} has no placeholder for images: export it again.")
-        self._placeholder, self._token_id = image.placeholder, image.token_id
-        self._token = image.placeholder.image_token
+        self._tokens: dict[str, str | None] = {
+            modality.kind: placeholder_token(modality.placeholder) for modality in contract.modalities
+        }
 
     def require_template(self) -> ChatTemplate:
         """The chat template. Raises PromptError when the bundle has none."""
         if self._template is None:
+            tokens = [token for token in self._tokens.values() if token is not None]
+            holding = f" that holds one {tokens[0]!r} for each image" if tokens else ""
             raise PromptError(
                 f"{self._bundle.path} has no chat template (chat_template.jinja): it cannot be asked in messages. Use generate() "
-                f"with a plain prompt that holds one {self._token!r} for each image."
+                f"with a plain prompt{holding}."
             )
         return self._template
 
@@ -106,121 +122,122 @@ class PromptBuilder:
         """Tokens of a text by itself."""
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def row(self, prompt: str | Sequence[Message], images: Sequence[Any], *, raw: bool = False) -> PromptRow:
-        """One prompt with its images in order. Raises PromptError, ImageError."""
-        text, pictures = self._render(prompt, images, raw)
-        expanded = expand_text(text, self._placeholder, [picture.layout for picture in pictures])
-        ids = np.asarray(self.tokenizer.encode(expanded, self._adds_special_tokens(text)), dtype=np.int64)
-        return self._place(ids, pictures)
+    def row(self, prompt: str | Sequence[Message], given: Given, *, raw: bool = False) -> PromptRow:
+        """One prompt with its inputs in order. Raises PromptError, ImageError."""
+        text, media, instruction = self._render(prompt, given, raw)
+        media = {kind: [self._modalities.instructed(one, instruction) for one in each] for kind, each in media.items()}
+        self._check_counts(media)
+        inputs: dict[str, tuple[str | None, list[str]]] = {}
+        for modality in self._contract.modalities:
+            token, own = self._tokens[modality.kind], media.get(modality.kind, [])
+            written = [image_text(modality.placeholder, one.layout) for one in own] if modality.placeholder and token else []
+            inputs[modality.kind] = (token, written)
+        expansion = expand(text, inputs)
+        ids = self.tokenizer.encode(expansion.text, self._adds_special_tokens(text))
+        silent = [
+            (one, self._modalities.modality(kind)) for kind, own in media.items() if self._tokens[kind] is None for one in own
+        ]
+        told = [(media[kind][index], self._modalities.modality(kind)) for kind, index in expansion.order]
+        return self._place(text, ids, [*silent, *told])
 
-    def embed(self, decoder: Decoder, prompt: PromptRow, start: int, end: int, by_key: Mapping[str, Floats]) -> Floats:
-        """Embeddings float32 [end − start, hidden] with image features in the places of image tokens."""
-        ids = np.ascontiguousarray(prompt.input_ids[start:end])
-        embeds = decoder.embed(ids)
-        parts = prompt.features(start, end, by_key)
-        if parts:
-            embeds = np.require(embeds, np.float32, ["C", "W"])
-            _native.merge_features(embeds, ids, prompt.image_token_id, np.concatenate(parts))
-        return embeds
+    def open(self, kind: str, sources: Sequence[Any]) -> list[Medium]:
+        """Opens and measures inputs of one kind. Raises PromptError, ImageError."""
+        return [self._modalities.open(kind, source) for source in sources]
 
-    def _render(self, prompt: str | Sequence[Message], images: Sequence[Any], raw: bool) -> tuple[str, list[Picture]]:
+    # --- text ---
+
+    def _render(self, prompt: str | Sequence[Message], given: Given, raw: bool) -> tuple[str, dict[str, list[Medium]], str]:
+        """The prompt's text with a placeholder for each input, the inputs, and the text of an instruction."""
+        instruction = prompt if isinstance(prompt, str) else ""
         if not isinstance(prompt, str):
-            messages, images = _with_images(prompt, images)
+            messages, given = with_inputs(prompt, given)
             text = self.require_template().render(messages, add_generation_prompt=True)
-        elif raw or self._token in prompt or self._template is None:
+            instruction = said(messages)
+        elif raw or any(token in prompt for token in self._tokens.values() if token):
             text = prompt
-        else:
-            content = [{"type": "image"} for _ in images]
+            for token in filter(None, self._tokens.values()):
+                instruction = instruction.replace(token, "")
+        elif self._template is not None:
+            content = [{"type": kind} for kind in self._told(given) for _ in given[kind]]
             content.append({"type": "text", "text": prompt})
             text = self._template.render([{"role": "user", "content": content}], add_generation_prompt=True)
-        if not text:
-            raise PromptError("the prompt is empty: there is nothing to answer.")
-        return text, [self._images.picture(image) for image in images]
+        else:
+            placeholders = "".join(str(self._tokens[kind]) * len(given[kind]) for kind in self._told(given))
+            text = self._fill(self._replaced(prompt), placeholders)
+        return text, {kind: self.open(kind, sources) for kind, sources in given.items()}, instruction
+
+    def _told(self, given: Given) -> list[str]:
+        """The kinds of inputs that the text has placeholders for. Raises PromptError for inputs the model does not take."""
+        for kind in given:
+            self._modalities.modality(kind)
+        return [kind for kind in self._modalities.kinds if kind in given and self._tokens[kind] is not None]
+
+    def _fill(self, text: str, placeholders: str) -> str:
+        # Piece by piece: a user's text may itself hold braces.
+        before, images, after = self._contract.prompt.template.partition("{images}")
+        filled = [part.replace("{text}", text) for part in (before, after)]
+        return f"{filled[0]}{placeholders if images else ''}{filled[1]}"
+
+    def _replaced(self, text: str) -> str:
+        """Florence-2's task words: the text that stands for one, around what else was said."""
+        for word, stands_for in self._contract.prompt.replacements.items():
+            if word not in text:
+                continue
+            rest = text.replace(word, "", 1).strip()
+            if "{input}" in stands_for:
+                return stands_for.replace("{input}", rest, 1)
+            if rest:
+                raise PromptError(f"{word} takes no further text; found {rest!r:.60}: leave it out.")
+            return stands_for
+        return text
 
     def _adds_special_tokens(self, text: str) -> bool:
         """As transformers' processors: a template that writes the beginning of sequence itself gets no second one."""
         beginning = self.tokenizer.special_tokens.get("bos_token")
-        return not (beginning and text.startswith(beginning))
+        return self._contract.prompt.add_special_tokens and not (beginning and text.startswith(beginning))
 
-    def _place(self, ids: Ids, pictures: list[Picture]) -> PromptRow:
-        contract = self._contract
-        image_at = np.flatnonzero(ids == self._token_id).astype(np.int64)
-        layouts = [picture.layout for picture in pictures]
-        counts = [image_tokens(self._placeholder, layout) for layout in layouts]
-        if sum(counts) != len(image_at):
-            raise PromptError(
-                f"the prompt has {len(image_at)} image tokens (id {self._token_id}), its {len(pictures)} images make "
-                f"{sum(counts)}: does the text itself spell {self._token!r}?"
-            )
-        content = ids.copy()
-        content[image_at] = np.repeat(np.asarray([picture.content_id for picture in pictures], dtype=np.int64), counts)
-        positions, next_position = position_ids(contract.positions, ids, layouts)
+    def _check_counts(self, media: dict[str, list[Medium]]) -> None:
+        for modality in self._contract.modalities:
+            count, name = len(media.get(modality.kind, ())), ARGUMENTS[modality.kind]
+            if count < modality.least:
+                raise PromptError(f"{self._bundle.path} needs at least {modality.least} {name} with each prompt; found {count}.")
+            if modality.most is not None and count > modality.most:
+                raise PromptError(f"{self._bundle.path} takes at most {modality.most} {name} with a prompt; found {count}.")
+
+    # --- tokens ---
+
+    def _place(self, text: str, ids: list[int], media: list[tuple[Medium, Modality]]) -> PromptRow:
+        contract, memory = self._contract, self._memory.memory
+        start = contract.prompt.start_tokens
+        source: TokenRow | None = None
+        if memory is not None and memory.source == "encoder":
+            source = place(contract, ids, media)
+            tokens = place(contract, start, [])
+        else:
+            in_front = any(isinstance(modality.placeholder, PrefixPlaceholder) for _, modality in media)
+            if not text and not start and not in_front:
+                raise PromptError("the prompt is empty: there is nothing to answer.")
+            before = [] if contract.prompt.start == "instead" and text else start
+            tokens = place(contract, [*before, *(ids if text or not before else [])], media)
+        memory_media = (tokens if source is None else source).memory_media()
+        self._memory.check(memory_media, source)
+        key = self._memory.key(memory_media, source) if memory is not None else None
+        layouts = [one.medium.layout for one in tokens.placed if one.fills]
+        positions, next_position = position_ids(contract.positions, tokens.ids, layouts)
+        content = tokens.content_ids()
         return PromptRow(
-            input_ids=ids,
-            content_ids=content,
+            tokens=tokens,
+            content_ids=content if key is None else salted(content, key),
             positions=positions,
             next_position=next_position,
-            image_token_id=self._token_id,
-            pictures=pictures,
-            counts=counts,
-            image_at=image_at,
+            blocks=self._token_inputs.blocks(tokens),
+            source=source,
+            memory_media=memory_media,
+            memory_key=key,
         )
 
 
-def as_images(images: Any) -> list[Any]:
-    """One image, a list of images or None, as a list."""
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
-
-
-def as_rows(prompt: Any, images: Any) -> tuple[list[tuple[str | Sequence[Message], list[Any]]], bool]:
-    """(prompt, its images) for each row, and whether a single prompt was given. Raises PromptError for what fits neither."""
-    if _is_prompt(prompt):
-        return [(prompt, as_images(images))], True
-    if not isinstance(prompt, Sequence) or not prompt or not all(_is_prompt(each) for each in prompt):
-        raise PromptError(
-            "expected a text, a list of chat messages, or a list of at least one of these; "
-            f"found {type(prompt).__name__} {prompt!r:.60}."
-        )
-    if images is None:
-        images = [None] * len(prompt)
-    if not isinstance(images, (list, tuple)) or len(images) != len(prompt):
-        found = f"{len(images)} entries" if isinstance(images, (list, tuple)) else f"one {type(images).__name__}"
-        raise PromptError(
-            f"{len(prompt)} prompts were given and images={found}: give one entry for each prompt "
-            "(an image, a list of images, or None)."
-        )
-    return [(text, as_images(own)) for text, own in zip(prompt, images, strict=True)], False
-
-
-def _is_prompt(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(each, Mapping) for each in value)
-
-
-def _with_images(messages: Sequence[Message], images: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages without image objects, and all images in the order of their parts: those in a part, else the next of `images`."""
-    left = list(images)
-    found: list[Any] = []
-    plain: list[dict[str, Any]] = []
-    for message in messages:
-        if "role" not in message or "content" not in message:
-            raise PromptError(f"a chat message needs a role and a content; found {sorted(message)}.")
-        content = message["content"]
-        if not isinstance(content, str):
-            parts = []
-            for part in content:
-                if not isinstance(part, Mapping) or "type" not in part:
-                    raise PromptError(f"a part of a message needs a type (text or image); found {part!r:.60}.")
-                if part["type"] == "image":
-                    own = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
-                    if own is None and not left:
-                        raise PromptError("the messages have more image parts than images were given: give an image for each.")
-                    found.append(left.pop(0) if own is None else own)
-                    part = {"type": "image"}
-                parts.append(dict(part))
-            content = parts
-        plain.append({**message, "content": content})
-    return plain, [*found, *left]
+def salted(content: Ids, key: str) -> Ids:
+    """Content ids of entries that also depend on a memory: negative numbers, different for different ids and memories."""
+    mixed = (content.astype(np.uint64) * np.uint64(_ODD) + np.uint64(salt(key))) & np.uint64(_MASK)
+    return -1 - mixed.astype(np.int64)

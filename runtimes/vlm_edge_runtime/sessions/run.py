@@ -8,37 +8,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.decode.cancel import CancelLike, CancelToken
 from vlm_edge_runtime.decode.options import GenerationOptions
 from vlm_edge_runtime.decode.result import FinishReason, Generation
 from vlm_edge_runtime.decode.row_text import RowText
 from vlm_edge_runtime.decode.stats import Stats
-from vlm_edge_runtime.engines.base import Decoder, RowTokens, SamplingParams
-from vlm_edge_runtime.errors import DeviceError
+from vlm_edge_runtime.engines.base import Array, RowTokens, SamplingParams
 
-from .images import Floats, ImageStore, Picture
-from .kv_plan import KVPlan
-from .prefix_cache import PrefixCache, Slots, reusable
-from .prompts import PromptBuilder, PromptRow
-
-PREFILL_CHUNK = 512
-"""Prompt tokens per decoder run: a cancelled call stops after the current one."""
+from .media import Features
+from .prefill import Parts, Prefill
+from .prefix_cache import Slots
+from .prompts import PromptRow
+from .token_loop import EngineLoop, TokenLoop, check_progress
 
 _CHUNK_SECONDS = 0.05
 _MAX_CHUNK = 64
-
-
-@dataclass(slots=True, frozen=True)
-class Parts:
-    """What the runs of one session share."""
-
-    contract: GenerativeContract
-    decoder: Decoder
-    prompts: PromptBuilder
-    images: ImageStore
-    kept: PrefixCache
-    plan: KVPlan
+ATTENTION = "attention"
+"""The decoder's further output that `return_attention` gives."""
 
 
 @dataclass(slots=True)
@@ -50,6 +36,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    attention: list[Array] = field(default_factory=list)
     finish: FinishReason | None = None
     prefilled: bool = False
 
@@ -72,14 +59,17 @@ class Run:
         *,
         began: float,
         cancel: CancelLike | None = None,
+        return_attention: bool = False,
     ) -> None:
         self._parts = parts
+        self._attention = return_attention
         self._began = began
         self._outside = cancel
         self.cancel = CancelToken()
         self._attached: int | None = None
         self._reaching: int | None = None
         self._slots: Slots | None = None
+        self._loop: TokenLoop | None = None
         self._step_s = 0.0
         self.closed = False
         context = parts.plan.context_length
@@ -94,11 +84,11 @@ class Run:
         ]
         # Tokens beyond a stop string would be computed in vain; an Event can only be looked at between steps.
         watched = cancel is not None and not isinstance(cancel, CancelToken)
-        self._single_steps = bool(options.stop) or watched
+        self._single_steps = bool(options.stop) or watched or return_attention
         self.stats = Stats(
             rows=len(prompts),
-            prompt_tokens=sum(map(len, prompts)),
-            image_tokens=sum(prompt.image_tokens for prompt in prompts),
+            prompt_tokens=sum(prompt.prompt_tokens for prompt in prompts),
+            image_tokens=sum(prompt.media_tokens for prompt in prompts),
             preprocess_s=time.perf_counter() - began,
         )
 
@@ -108,17 +98,23 @@ class Run:
         return all(row.finish is not None for row in self._rows)
 
     def begin(self) -> None:
-        """Takes a KV cache, encodes the images that are needed, and prefills every row."""
+        """Takes a KV cache, encodes what is needed, and prefills every row."""
         if isinstance(self._outside, CancelToken):
             self._attached = self._outside.attach(self.cancel.cancel)
         try:
             self._check_cancelled()
             parts, prompts = self._parts, [row.prompt for row in self._rows]
+            prefill = Prefill(parts, prompts, self.stats, self._check_cancelled)
             needed = max(len(row.prompt) + row.limit for row in self._rows)
-            capacity = parts.plan.capacity(len(prompts), needed)
-            self._slots = parts.kept.acquire([prompt.content_ids for prompt in prompts], capacity)
-            self._reaching = self.cancel.attach(self._slots.state.cancel)
-            self._prefill(self._slots, prompts)
+            self._slots = slots = prefill.acquire(parts.plan.capacity(len(prompts), needed))
+            self._reaching = self.cancel.attach(slots.state.cancel)
+
+            def ready(number: int, prompt: PromptRow, features: dict[str, Features]) -> None:
+                self._rows[number].prefilled = True
+                prefill.start_row(slots.state, number, prompt, self._rows[number].params, features)
+
+            prefill.fill(slots, ready)
+            self._loop = EngineLoop(slots.state)
         except _Cancelled:
             self._end_all("cancelled")
         except Exception:
@@ -131,17 +127,17 @@ class Run:
         Fewer when steps are slow, so that Ctrl-C and cancellation are noticed in time.
         """
         pieces = ["" for _ in self._rows]
-        if self._slots is None or self._is_cancelled():
+        if self._slots is None or self._loop is None or self._is_cancelled():
             return self._end_all("cancelled")
         open_rows = [row for row in self._rows if row.finish is None]
         steps = max(1, min([max_steps, self._quick_steps(), *(row.limit - len(row.tokens) for row in open_rows)]))
         started = time.perf_counter()
         try:
-            produced = self._slots.state.decode(steps)
+            produced = self._loop.decode(steps)
             now = time.perf_counter()
             self._clock(started, now, max(len(new.tokens) for new in produced))
-            if not any(new.tokens for new in produced) and not self._is_cancelled():
-                raise DeviceError("the decoder produced no token although rows are open: this is a fault in the engine.")
+            if not self._is_cancelled():
+                check_progress(produced)
             for number, (row, new) in enumerate(zip(self._rows, produced, strict=True)):
                 if row.finish is None:
                     pieces[number] = self._take(number, row, new)
@@ -168,7 +164,7 @@ class Run:
         for number, row in enumerate(self._rows):
             if row.prefilled:
                 kept = row.tokens[: row.text.tokens_within()] if row.text.stopped else row.tokens
-                slots.contents[number] = np.concatenate([row.prompt.content_ids, np.asarray(kept, dtype=np.int64)])
+                slots.contents[number] = row.prompt.continued(kept)
         self._parts.kept.release(slots)
 
     def results(self) -> list[Generation]:
@@ -181,54 +177,12 @@ class Run:
             text=row.text.text,
             tokens=list(row.tokens),
             finish_reason=row.finish or "cancelled",
-            prompt_tokens=len(row.prompt),
+            prompt_tokens=row.prompt.prompt_tokens,
             seed=row.params.seed,
             logprobs=list(row.logprobs) if wanted >= 0 else None,
             top_logprobs=[list(top) for top in row.top_logprobs] if wanted > 0 else None,
+            attention=np.asarray(row.attention, dtype=np.float32) if self._attention else None,
         )
-
-    # --- prefill ---
-
-    def _prefill(self, slots: Slots, prompts: Sequence[PromptRow]) -> None:
-        shared = [_shared_row(number, prompts, len(slots.contents[number])) for number in range(len(prompts))]
-        starts = [max(length, len(slots.contents[number])) for number, (_, length) in enumerate(shared)]
-        wanted = [picture for prompt, start in zip(prompts, starts, strict=True) for picture in prompt.pictures_from(start)]
-        features = self._encode(wanted, sum(len(prompt.pictures) for prompt in prompts))
-        began = time.perf_counter()
-        for number, (row, prompt, start) in enumerate(zip(self._rows, prompts, starts, strict=True)):
-            source, length = shared[number]
-            if source is not None:
-                slots.state.copy_prefix(number, slots.state, source, length)
-                slots.contents[number] = prompt.content_ids[:length]
-            self._prefill_row(slots, number, prompt, start, features)
-            row.prefilled = True
-            slots.state.start(number, row.params, prompt.input_ids, prompt.next_position)
-        slots.touch()
-        stats = self.stats
-        stats.prefill_s = time.perf_counter() - began
-        stats.reused_tokens = sum(starts)
-        stats.prefill_tokens = stats.prompt_tokens - stats.reused_tokens
-        stats.prefix_cache_hits = sum(start > 0 for start in starts)
-
-    def _encode(self, wanted: Sequence[Picture], images: int) -> dict[str, Floats]:
-        if not wanted:
-            self.stats.image_cache_hits = images
-            return {}
-        began = time.perf_counter()
-        encoded = self._parts.images.features(wanted, self._check_cancelled)
-        self.stats.vision_s = time.perf_counter() - began
-        self.stats.image_cache_misses = encoded.encoded
-        self.stats.image_cache_hits = images - encoded.encoded
-        return encoded.features
-
-    def _prefill_row(self, slots: Slots, number: int, prompt: PromptRow, start: int, features: dict[str, Floats]) -> None:
-        while start < len(prompt):
-            self._check_cancelled()
-            end = min(start + PREFILL_CHUNK, len(prompt))
-            embeds = self._parts.prompts.embed(self._parts.decoder, prompt, start, end, features)
-            slots.state.prefill(number, embeds, prompt.positions[..., start:end])
-            slots.contents[number] = prompt.content_ids[:end]
-            start = end
 
     # --- decode ---
 
@@ -237,6 +191,10 @@ class Run:
         pieces: list[str] = []
         row.logprobs += new.logprobs
         row.top_logprobs += new.top_logprobs
+        if self._attention and new.tokens:
+            # The graph ran for the token before it: what it looked at to say this one.
+            assert self._slots is not None
+            row.attention.append(self._slots.state.outputs(number)[ATTENTION])
         for token in new.tokens:
             row.tokens.append(token)
             self.stats.new_tokens += 1
@@ -259,7 +217,7 @@ class Run:
         """Ends a row's part in decode while others go on, and forgets its entries from `length` on."""
         assert self._slots is not None
         self._slots.touch()
-        held = self._slots.state.lengths[number]
+        held = 0 if self._parts.memory.graphs.recurrent else self._slots.state.lengths[number]
         self._slots.state.truncate(number, held if length is None else min(length, held))
 
     def _end(self, row: _Row, reason: FinishReason) -> str:
@@ -299,13 +257,3 @@ class Run:
     def _break(self) -> None:
         if self._slots is not None:
             self._slots.broken = True
-
-
-def _shared_row(number: int, prompts: Sequence[PromptRow], held: int) -> tuple[int | None, int]:
-    """The earlier row of the batch whose prompt begins most like this one, where that beats the `held` entries."""
-    best: tuple[int | None, int] = (None, held)
-    for earlier in range(number):
-        length = reusable(prompts[earlier].content_ids, prompts[number].content_ids)
-        if length > best[1]:
-            best = (earlier, length)
-    return best if best[0] is not None else (None, 0)

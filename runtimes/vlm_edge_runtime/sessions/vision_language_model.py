@@ -16,24 +16,30 @@ from vlm_edge_runtime.decode.cancel import CancelLike
 from vlm_edge_runtime.decode.options import GenerationDefaults, SamplingKeywords
 from vlm_edge_runtime.decode.result import Generation
 from vlm_edge_runtime.decode.stats import Counters, Stats
-from vlm_edge_runtime.engines.base import Decoder, Engine, SamplingParams
-from vlm_edge_runtime.errors import BundleError, ContextLengthError, GenerationCancelled, OptionError
+from vlm_edge_runtime.engines.base import Decoder, Engine
+from vlm_edge_runtime.engines.decoder_inputs import DecoderInputs
+from vlm_edge_runtime.errors import BundleError, CapabilityError, ContextLengthError, GenerationCancelled, OptionError
 from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import Message
 
 from .base import Session, missing_method
 from .conversation import Conversation
-from .images import ImageStore, Picture
+from .forced import logits_along
+from .inputs import Given, as_given, as_list, as_rows
 from .kv_plan import KVPlan
+from .media import Medium
+from .memory import MemoryGraphs, MemoryStore
+from .modalities import Modalities
+from .prefill import Parts
 from .prefix_cache import PrefixCache
 from .prepared import PreparedInput, PreparedPrompt
-from .prompts import PromptBuilder, PromptRow, as_images, as_rows
-from .run import Parts, Run
+from .prompts import PromptBuilder, PromptRow
+from .run import ATTENTION, Run
 from .stream import TextStream
-from .vision import VisionGraphs, feature_encoder
+from .token_inputs import TokenInputs
 
 Prompt: TypeAlias = "str | Sequence[Message]"
-Images: TypeAlias = "ImageLike | Picture | Sequence[ImageLike | Picture]"
+Images: TypeAlias = "ImageLike | Sequence[ImageLike]"
 
 
 class VisionLanguageModel(Session):
@@ -70,24 +76,27 @@ class VisionLanguageModel(Session):
             raise OptionError(f"context_length={limit} is out of range: this model's is 2 … {contract.context_length}.")
         config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
         self._defaults = GenerationDefaults(config, contract.eos_token_ids, contract.vocab_size)
-        modality = contract.modality("image")
-        if modality is None:
-            raise BundleError(f"{bundle.path} takes no images: it is not a vision-language model.")
-        graphs = VisionGraphs(engine, bundle.graphs, tuple(modality.graphs))
-        self._images = ImageStore(
-            self._image_processor(image_options),
-            feature_encoder(graphs, modality, contract.hidden_size),
-            variant=bundle.build_name,
+        inputs = DecoderInputs("decoder", bundle.manifest.graphs["decoder"].inputs)
+        memory = MemoryGraphs(bundle, engine, contract, inputs)
+        self._modalities = Modalities(
+            bundle,
+            engine,
+            contract,
+            lambda: self._image_processor(image_options),
             budget=image_cache_bytes,
+            keep=memory.reads,
         )
-        self._prompts = PromptBuilder(bundle, contract, self._images)
+        self._memory = MemoryStore(memory, self._modalities.kept)
+        self._token_inputs = TokenInputs(contract.token_inputs, inputs.tokens)
+        self._prompts = PromptBuilder(bundle, contract, self._modalities, memory, self._token_inputs)
         self._plan = KVPlan.make(bundle.kv, limit)
         self._kept = PrefixCache(
             lambda batch, capacity: self._decoder().allocate(batch, capacity),
             self._plan.entry_bytes,
             prefix_cache_bytes,
-            enabled=prefix_cache,
+            enabled=prefix_cache and not memory.recurrent,
         )
+        self._gives_attention = any(spec.name == ATTENTION for spec in bundle.graphs["decoder"].outputs)
         self._turn = threading.Lock()
         self._active: dict[int, Run] = {}
         self._cancels = 0
@@ -106,8 +115,12 @@ class VisionLanguageModel(Session):
         prompt: str,
         images: Images | None = None,
         *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
         raw: bool = False,
         cancel: CancelLike | None = None,
+        return_attention: bool = False,
         **options: Unpack[SamplingKeywords],
     ) -> Generation: ...
 
@@ -117,8 +130,12 @@ class VisionLanguageModel(Session):
         prompt: Sequence[Message],
         images: Images | None = None,
         *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
         raw: bool = False,
         cancel: CancelLike | None = None,
+        return_attention: bool = False,
         **options: Unpack[SamplingKeywords],
     ) -> Generation: ...
 
@@ -128,8 +145,12 @@ class VisionLanguageModel(Session):
         prompt: list[str] | list[list[Message]],
         images: Sequence[Images | None] | None = None,
         *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
         raw: bool = False,
         cancel: CancelLike | None = None,
+        return_attention: bool = False,
         **options: Unpack[SamplingKeywords],
     ) -> list[Generation]: ...
 
@@ -138,26 +159,34 @@ class VisionLanguageModel(Session):
         prompt: Prompt | Sequence[Prompt],
         images: Images | Sequence[Images | None] | None = None,
         *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
         raw: bool = False,
         cancel: CancelLike | None = None,
+        return_attention: bool = False,
         **options: Unpack[SamplingKeywords],
     ) -> Generation | list[Generation]:
         """The answer to a prompt, or the answers to a list of prompts, which run as one batch.
 
         `prompt`: a text, or chat messages (dicts of role and content, as for a Hugging Face chat template; an image part may
-        carry its image under "image"). A plain text becomes a user's message, its images before it, unless `raw` is set, it
-        already holds image placeholders, or the bundle has no chat template: then it is used as it is.
+        carry its image under "image"; likewise video, audio and state parts). A plain text becomes a user's message, its inputs
+        before it, unless `raw` is set or it already holds placeholders: then it is used as it is. Where the bundle has no chat
+        template, the contract's prompt format takes its place.
         `images`: one image or a list for one prompt; for a list of prompts one entry for each (an image, a list, or None).
-        `cancel`: a `CancelToken` or `threading.Event` that ends this call. Options: see `SamplingKeywords`.
+        `videos`, `audio`, `states`: likewise, for models that take them. A video is a list of frames, uint8 `[frames, height,
+        width, 3]`, or an animated image (a path, bytes or PIL image); audio is features float32 `[T, D]`; a state is a vector.
+        `cancel`: a `CancelToken` or `threading.Event` that ends this call. `return_attention`: also what the decoder looked at
+        for each token, where its graph says. Options: see `SamplingKeywords`.
 
         Raises GenerationCancelled (with the partial text), ContextLengthError, PromptError (images and placeholders do not
-        match, the template refuses), OptionError, ImageError, DeviceError.
+        match, the template refuses), OptionError, ImageError, DeviceError, CapabilityError (no attention to return).
         """
         began = time.perf_counter()
         cancels = self._cancels
         self._check_open()
-        rows, single = as_rows(prompt, images)
-        run = self._run(rows, raw, cancel, began, options)
+        rows, single = as_rows(prompt, {"image": images, "video": videos, "audio": audio, "state": states})
+        run = self._run(rows, raw, cancel, began, options, return_attention)
         self._active[id(run)] = run
         if cancels != self._cancels:  # cancelled while the images were being opened
             run.cancel.cancel()
@@ -183,15 +212,20 @@ class VisionLanguageModel(Session):
         prompt: Prompt,
         images: Images | None = None,
         *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
         raw: bool = False,
         cancel: CancelLike | None = None,
+        return_attention: bool = False,
         **options: Unpack[SamplingKeywords],
     ) -> TextStream:
         """The answer to one prompt as an iterator of text pieces; arguments and errors as `generate`.
 
         Bad input is refused at once; the work begins with the first piece. Pieces never hold (a part of) a stop string.
         """
-        return self._stream(prompt, images, None, raw=raw, cancel=cancel, **options)
+        given = as_given({"image": images, "video": videos, "audio": audio, "state": states})
+        return self._stream(prompt, given, None, raw=raw, cancel=cancel, return_attention=return_attention, **options)
 
     def chat(self, system: str | None = None, **options: Unpack[SamplingKeywords]) -> Conversation:
         """A conversation with a history. Raises PromptError when the bundle has no chat template."""
@@ -210,49 +244,57 @@ class VisionLanguageModel(Session):
 
     # --- parts ---
 
-    def embed_image(self, images: ImageLike | Sequence[ImageLike]) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
-        """What the decoder gets to see of an image: projected features float32 `[image tokens, hidden]`.
+    def embed_image(
+        self, images: ImageLike | Sequence[ImageLike], *, instruction: str = ""
+    ) -> npt.NDArray[np.generic] | list[npt.NDArray[np.generic]]:
+        """What the decoder gets to see of an image: features float32 `[image tokens, hidden]`, or token ids int64 [image tokens].
 
-        A list for a list of images. Raises ImageError, DeviceError.
+        A list for a list of images. `instruction`: the text that the features depend on, where they do. Raises ImageError,
+        DeviceError.
         """
         self._check_open()
-        pictures = self._pictures(images)
-        features = self._images.features(pictures).features
-        found = [features[picture.key].copy() for picture in pictures]
+        given = self._prompts.open("image", as_list("image", images))
+        media = [self._modalities.instructed(medium, instruction) for medium in given]
+        encoded = self._modalities.features(media)
+        found = [encoded.features[medium.key].values.copy() for medium in media]
         return found if isinstance(images, (list, tuple)) else found[0]
 
-    def prepare(self, prompt: Prompt, images: Images | None = None, *, raw: bool = False) -> PreparedPrompt:
+    def prepare(
+        self,
+        prompt: Prompt,
+        images: Images | None = None,
+        *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
+        raw: bool = False,
+    ) -> PreparedPrompt:
         """Tokens and processor arrays of one prompt; no graph runs. Errors as `generate`."""
         self._check_open()
-        row = self._prompts.row(prompt, as_images(images), raw=raw)
-        inputs = [PreparedInput("image", self._images.processor(picture.image).arrays) for picture in row.pictures]
-        ids = [int(token) for token in row.input_ids]
-        return PreparedPrompt(ids, ids, inputs)
+        given = as_given({"image": images, "video": videos, "audio": audio, "state": states})
+        row = self._prompts.row(prompt, given, raw=raw)
+        read = row.tokens if row.source is None else row.source
+        inputs = [PreparedInput(medium.kind, self._modalities.arrays(medium)) for medium in row.media]
+        return PreparedPrompt(read.ids[read.prefix :].tolist(), row.tokens.ids[row.tokens.prefix :].tolist(), inputs)
 
     def logits_along(
-        self, prompt: Prompt, images: Images | None, answer_tokens: Sequence[int], *, raw: bool = False
+        self,
+        prompt: Prompt,
+        images: Images | None,
+        answer_tokens: Sequence[int],
+        *,
+        videos: Any = None,
+        audio: Any = None,
+        states: Any = None,
+        raw: bool = False,
     ) -> npt.NDArray[np.float32]:
         """Teacher forcing: float32 `[len(answer_tokens), vocab]`, the logits before each token of an answer, which is
 
         fed token by token after the prompt, as in generation. Errors as `generate`; ValueError for no tokens.
         """
         self._check_open()
-        if not answer_tokens:
-            raise ValueError("logits_along needs at least one token of an answer.")
-        row, decoder = self._prompts.row(prompt, as_images(images), raw=raw), self._decoder()
-        features = self._images.features(row.pictures).features
-        state = decoder.allocate(1, len(row) + len(answer_tokens))
-        try:
-            state.prefill(0, self._prompts.embed(decoder, row, 0, len(row), features), row.positions)
-            logits = [state.logits(0)]
-            if len(answer_tokens) > 1:
-                state.start(0, SamplingParams(), row.input_ids, row.next_position)
-            for token in answer_tokens[:-1]:
-                state.push(0, int(token))
-                logits.append(state.logits(0))
-        finally:
-            state.close()
-        return np.stack(logits)
+        given = as_given({"image": images, "video": videos, "audio": audio, "state": states})
+        return logits_along(self._parts(), self._prompts.row(prompt, given, raw=raw), answer_tokens)
 
     def decode_tokens(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -275,21 +317,21 @@ class VisionLanguageModel(Session):
     def memory(self) -> dict[str, int]:
         """Bytes: `weights` (the build's graph files), `kv_per_token`, `kv_capacity` (one row's cache when full),
 
-        `prefix_cache` and `image_cache` (what is kept now).
+        `prefix_cache` and `image_cache` (what is kept now; cross-attention memories count as images).
         """
         return {
             **super().memory(),
             "kv_per_token": self._plan.entry_bytes,
             "kv_capacity": self._plan.bytes(1, self._plan.context_length),
             "prefix_cache": self._kept.bytes,
-            "image_cache": self._images.bytes,
+            "image_cache": self._modalities.bytes,
         }
 
     def clear_caches(self) -> None:
         """Forgets encoded images and kept prefixes: the next call does all its work."""
         with self._turn:
             self._kept.clear()
-            self._images.clear()
+            self._modalities.clear()
 
     def close(self) -> None:
         """Cancels what runs, then frees caches and graphs. Closing twice does no harm."""
@@ -306,16 +348,17 @@ class VisionLanguageModel(Session):
     def _stream(
         self,
         prompt: Prompt,
-        images: Any,
+        given: Given,
         ended: Callable[[Run], None] | None,
         *,
         raw: bool = False,
         cancel: CancelLike | None = None,
+        return_attention: bool = False,
         **options: Any,
     ) -> TextStream:
         began = time.perf_counter()
         self._check_open()
-        run = self._run([(prompt, as_images(images))], raw, cancel, began, options)
+        run = self._run([(prompt, given)], raw, cancel, began, options, return_attention)
 
         def end(finished: Run) -> None:
             self._end(finished)
@@ -324,32 +367,46 @@ class VisionLanguageModel(Session):
 
         return TextStream(run, self._turn, self._begin, end)
 
-    def _pictures(self, images: Any) -> list[Picture]:
-        return [self._images.picture(image) for image in as_images(images)]
+    def _open(self, given: Given) -> dict[str, list[Medium]]:
+        return {kind: self._prompts.open(kind, sources) for kind, sources in given.items()}
 
     def _run(
         self,
-        rows: Sequence[tuple[Prompt, list[Any]]],
+        rows: Sequence[tuple[Prompt, Given]],
         raw: bool,
         cancel: CancelLike | None,
         began: float,
         options: Mapping[str, Any],
+        return_attention: bool,
     ) -> Run:
         """Everything that can be refused is refused here, before anything runs."""
+        if return_attention and not self._gives_attention:
+            raise CapabilityError(f"{self.path}: the decoder's graph has no output 'attention' to return.")
         resolved = self._defaults.resolve(len(rows), options)
-        prompts = [self._prompts.row(prompt, images, raw=raw) for prompt, images in rows]
+        prompts = [self._prompts.row(prompt, given, raw=raw) for prompt, given in rows]
         for number, prompt in enumerate(prompts):
             self._check_length(prompt, resolved.new_tokens(len(prompt), self.context_length), number, len(prompts))
-        parts = Parts(self._contract, self._decoder(), self._prompts, self._images, self._kept, self._plan)
-        return Run(parts, prompts, resolved, began=began, cancel=cancel)
+        return Run(self._parts(), prompts, resolved, began=began, cancel=cancel, return_attention=return_attention)
+
+    def _parts(self) -> Parts:
+        return Parts(
+            contract=self._contract,
+            decoder=self._decoder(),
+            prompts=self._prompts,
+            modalities=self._modalities,
+            memory=self._memory,
+            token_inputs=self._token_inputs,
+            kept=self._kept,
+            plan=self._plan,
+        )
 
     def _check_length(self, prompt: PromptRow, new_tokens: int, number: int, rows: int) -> None:
         length, room = len(prompt), self.context_length
         if new_tokens >= 1 and length + new_tokens <= room:
             return
         which = f"prompt {number + 1} of {rows}" if rows > 1 else "the prompt"
-        images = len(prompt.pictures)
-        of_these = f", {prompt.image_tokens} of them from {images} image{'s' * (images > 1)}" if images else ""
+        images, image_tokens = len(prompt.tokens.media), prompt.tokens.media_tokens
+        of_these = f", {image_tokens} of them from {images} image{'s' * (images > 1)}" if image_tokens else ""
         model = self._contract.context_length
         larger = f", or load the bundle with a context_length of up to {model}" if room < model else ""
         raise ContextLengthError(

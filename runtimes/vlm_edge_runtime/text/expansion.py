@@ -51,5 +51,6 @@ def _check_count(kind: str, placeholders: int, given: int, token: str) -> None:
         plural = {"audio": "audio inputs"}.get(kind, f"{kind}s")
         given_ones = f"{given} {plural} were" if given != 1 else f"1 {kind} was"
         raise PromptError(
-            f"the prompt has {placeholders} {kind} placeholder{'s' * (placeholders != 1)} ({token}) and {given_ones} given; {hint}"
+            f"the prompt has {placeholders} {kind} placeholder{'s' * (placeholders != 1)} ({token}) and {given_ones} given; "
+            f"{hint}"
         )

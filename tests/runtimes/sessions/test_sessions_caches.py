@@ -13,7 +13,7 @@ from vlm_edge_runtime.bundle.manifest import KVLayout
 from vlm_edge_runtime.errors import DeviceError
 from vlm_edge_runtime.sessions.kv_plan import BUCKET, KVPlan
 from vlm_edge_runtime.sessions.lru import ByteLRU
-from vlm_edge_runtime.sessions.prefix_cache import MIN_REUSE, PrefixCache, common_prefix, reusable
+from vlm_edge_runtime.sessions.prefix_cache import MIN_REUSE, Prefix, PrefixCache, common_prefix, reusable
 
 
 def ids(*numbers: int) -> np.ndarray:
@@ -113,7 +113,7 @@ def kept():
 
 def use(kept: PrefixCache, *prompts: np.ndarray, answer=(), capacity: int = 64) -> tuple[Cache, list[int]]:
     """A call: takes a cache, checks that it holds what it claims, fills it, gives it back. Returns what was reused."""
-    slots = kept.acquire(prompts, capacity)
+    slots = kept.acquire([Prefix(prompt) for prompt in prompts], capacity)
     reused = [len(contents) for contents in slots.contents]
     for row, prompt in enumerate(prompts):
         assert slots.state.rows[row] == list(prompt[: reused[row]])
@@ -183,7 +183,7 @@ def test_a_cache_too_small_is_copied_from(kept) -> None:
 
 
 def test_entries_nobody_vouches_for_are_forgotten(kept) -> None:
-    slots = kept.acquire([np.arange(20)], 64)
+    slots = kept.acquire([Prefix(np.arange(20))], 64)
     slots.state.rows[0] = list(range(15))  # interrupted in the middle of the prompt
     slots.contents[0] = np.arange(20)[:10]
     kept.release(slots)
@@ -193,11 +193,11 @@ def test_entries_nobody_vouches_for_are_forgotten(kept) -> None:
 
 
 def test_broken_and_late_ones_are_closed(kept) -> None:
-    slots = kept.acquire([np.arange(20)], 64)
+    slots = kept.acquire([Prefix(np.arange(20))], 64)
     slots.broken = True
     kept.release(slots)
     assert slots.state.closed
-    late = kept.acquire([np.arange(20)], 64)
+    late = kept.acquire([Prefix(np.arange(20))], 64)
     kept.close()
     kept.release(late)
     assert late.state.closed
@@ -211,7 +211,7 @@ def test_keeping_can_be_off() -> None:
 
 def test_a_release_inside_a_critical_section_waits_in_line(kept) -> None:
     """The garbage collector may close a generation while this very thread holds the lock."""
-    slots = kept.acquire([np.arange(20)], 64)
+    slots = kept.acquire([Prefix(np.arange(20))], 64)
     slots.state.rows[0] = list(range(20))
     slots.contents[0] = np.arange(20)
     with kept._lock:
