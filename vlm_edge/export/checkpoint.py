@@ -7,7 +7,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from .trace import quiet
 
 _CHUNK = 4 << 20
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+_EXTRA_TOKENIZERS = ("qformer_tokenizer",)
+"""Names of tokenizers that processors have besides their own, each saved in a folder of that name."""
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -33,7 +35,10 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 class Checkpoint:
     """A loaded checkpoint. `image_processor`: the flat configuration of the image processor, defaults filled in.
 
-    `processor`: `processor_config.json` where there is one. `chat_template`: the Jinja text, or None.
+    It is empty where there is only a video processor, whose configuration is `video_processor`. `processor`:
+    `processor_config.json` where there is one. `chat_template`: the Jinja text, or None. `extra_tokenizers`: by name, those that
+    the processor has besides (`qformer_tokenizer`). `generator`: the part whose own `generate` writes, where it is not the model's
+    (BLIP-2's language model); a family sets it, and that part's generation configuration then counts.
     """
 
     model: PreTrainedModel
@@ -42,6 +47,9 @@ class Checkpoint:
     processor: dict[str, Any] | None
     chat_template: str | None
     source: Source
+    extra_tokenizers: dict[str, Any] = field(default_factory=dict)
+    video_processor: dict[str, Any] | None = None
+    generator: Any = None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -51,7 +59,7 @@ class Checkpoint:
     @property
     def generation(self) -> GenerationConfig | None:
         """How the checkpoint wants to be generated from; None for models that do not generate."""
-        return getattr(self.model, "generation_config", None)
+        return getattr(self.model if self.generator is None else self.generator, "generation_config", None)
 
     def eos_token_ids(self) -> list[int]:
         """Every token that ends an answer. Raises UnsupportedModelError when the checkpoint names none."""
@@ -124,14 +132,15 @@ def load(
         raise ExportError("A model object does not carry its tokenizer and image processor: pass processor=… as well.")
     known = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(beside, (str, Path)):
-        tokenizer, images, processor_config, template = _read_processor(str(beside), known)
+        parts = _read_processor(str(beside), known)
     else:
-        tokenizer, images, processor_config, template = _take_processor(beside)
-    if not getattr(tokenizer, "is_fast", False):
-        raise ExportError(
-            f"The tokenizer {type(tokenizer).__name__} has no fast form, so no tokenizer.json can be written for it. "
-            "Convert it (transformers.convert_slow_tokenizer) and save it beside the checkpoint."
-        )
+        parts = _take_processor(beside)
+    for tokenizer in (parts.tokenizer, *parts.extra_tokenizers.values()):
+        if not getattr(tokenizer, "is_fast", False):
+            raise ExportError(
+                f"The tokenizer {type(tokenizer).__name__} has no fast form, so no tokenizer.json can be written for it. "
+                "Convert it (transformers.convert_slow_tokenizer) and save it beside the checkpoint."
+            )
     if isinstance(source, PreTrainedModel):
         plain = source.device.type == "cpu" and all(p.dtype == torch.float32 for p in source.parameters())
         copied: Any = source if plain else copy.deepcopy(source)
@@ -145,11 +154,13 @@ def load(
         commit = _hash_files(Path(source)) if local else str(config._commit_hash)
     return Checkpoint(
         model,
-        tokenizer,
-        images,
-        processor_config,
-        template,
+        parts.tokenizer,
+        parts.images,
+        parts.config,
+        parts.template,
         Source(name=name, revision=commit, architecture=type(model).__name__),
+        extra_tokenizers=parts.extra_tokenizers,
+        video_processor=parts.videos,
     )
 
 
@@ -184,28 +195,52 @@ def _reading(source: object) -> Iterator[None]:
         raise ExportError(f"The weights of '{source}' are damaged: {error}. Copy or download the checkpoint again.") from error
 
 
-def _read_processor(source: str, known: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any] | None, str | None]:
+@dataclass(slots=True)
+class _Parts:
+    """What a processor consists of; see Checkpoint."""
+
+    tokenizer: Any
+    images: dict[str, Any]
+    videos: dict[str, Any] | None
+    config: dict[str, Any] | None
+    template: str | None
+    extra_tokenizers: dict[str, Any]
+
+
+def _read_processor(source: str, known: dict[str, Any]) -> _Parts:
     """Tokenizer and image processor by themselves: the joint class may want a video processor, and with it torchvision."""
     if not any(_find(source, name, known["revision"]) for name in _VOCABULARIES):
         # transformers would go on with an empty tokenizer of the model's usual class.
         raise ExportError(f"'{source}' has no tokenizer (tokenizer.json, vocab.json, …): save it beside the model.")
+    config, plain, videos = (
+        json.loads(_read_text(source, name, known["revision"]) or "null")
+        for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    )
+    videos = (config or {}).get("video_processor") or videos
+    if plain and "Video" in f"{plain.get('video_processor_type')} {plain.get('image_processor_type')}":
+        videos, plain = videos or plain, None  # as older checkpoints of models without images have it
+    extra = [name for name in _EXTRA_TOKENIZERS if _find(source, f"{name}/tokenizer_config.json", known["revision"])]
     with _reading(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **known)
-        images = AutoImageProcessor.from_pretrained(source, **known)
-    raw = _read_text(source, "processor_config.json", known["revision"])
+        has_images = plain or "image_processor" in (config or {}) or not videos
+        images = _plain(AutoImageProcessor.from_pretrained(source, **known).to_dict()) if has_images else {}
+        others = {name: AutoTokenizer.from_pretrained(source, subfolder=name, **known) for name in extra}
     template = _read_text(source, "chat_template.jinja", known["revision"]) or getattr(tokenizer, "chat_template", None)
     if template is None and (older := _read_text(source, "chat_template.json", known["revision"])):
         template = json.loads(older).get("chat_template")
-    return tokenizer, _plain(images.to_dict()), json.loads(raw) if raw else None, template
+    return _Parts(tokenizer, images, videos, config, template, others)
 
 
-def _take_processor(processor: Any) -> tuple[Any, dict[str, Any], dict[str, Any] | None, str | None]:
+def _take_processor(processor: Any) -> _Parts:
     """The parts of a processor object."""
-    tokenizer, images = getattr(processor, "tokenizer", None), getattr(processor, "image_processor", None)
-    if tokenizer is None or images is None:
+    tokenizer, images, videos = (getattr(processor, name, None) for name in ("tokenizer", "image_processor", "video_processor"))
+    if tokenizer is None or (images is None and videos is None):
         raise ExportError(f"{type(processor).__name__} is not a processor with a tokenizer and an image_processor.")
     template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
-    return tokenizer, _plain(images.to_dict()), _plain(processor.to_dict()), template
+    extra = {name: found for name in _EXTRA_TOKENIZERS if (found := getattr(processor, name, None)) is not None}
+    plain_images = _plain(images.to_dict()) if images is not None else {}
+    plain_videos = _plain(videos.to_dict()) if videos is not None else None
+    return _Parts(tokenizer, plain_images, plain_videos, _plain(processor.to_dict()), template, extra)
 
 
 def _find(source: str, name: str, revision: str | None) -> str | None:

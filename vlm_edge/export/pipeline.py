@@ -151,7 +151,6 @@ def _write_files(checkpoint: Checkpoint, writer: BundleWriter) -> list[str]:
     """The checkpoint's side files as JSON and Jinja text, as Hugging Face names them. Returns their names."""
     texts: dict[str, str] = {
         "config.json": checkpoint.config.to_json_string(),
-        "preprocessor_config.json": _json(checkpoint.image_processor),
         "tokenizer.json": checkpoint.tokenizer.backend_tokenizer.to_str(),
         "tokenizer_config.json": "",
         "special_tokens_map.json": _json(checkpoint.tokenizer.special_tokens_map),
@@ -161,11 +160,16 @@ def _write_files(checkpoint: Checkpoint, writer: BundleWriter) -> list[str]:
     for file in (writer.path / ".tokenizer").iterdir():
         file.unlink()
     (writer.path / ".tokenizer").rmdir()
+    if checkpoint.image_processor:
+        texts["preprocessor_config.json"] = _json(checkpoint.image_processor)
+    if checkpoint.video_processor:
+        texts["video_preprocessor_config.json"] = _json(checkpoint.video_processor)
+    texts |= {f"{name}.json": one.backend_tokenizer.to_str() for name, one in checkpoint.extra_tokenizers.items()}
     if checkpoint.generation is not None:
         texts["generation_config.json"] = checkpoint.generation.to_json_string()
     if checkpoint.processor is not None:
         # transformers 5 nests the image processor's options in here too; a bundle has them in one place only.
-        kept = {key: value for key, value in checkpoint.processor.items() if key != "image_processor"}
+        kept = {key: value for key, value in checkpoint.processor.items() if key not in ("image_processor", "video_processor")}
         texts["processor_config.json"] = _json(kept)
     if checkpoint.chat_template:
         texts["chat_template.jinja"] = checkpoint.chat_template

@@ -71,10 +71,11 @@ class KVLayout(_Struct, kw_only=True):
 
 
 class FixedPlaceholder(_Struct, kw_only=True, tag="fixed", tag_field="kind"):
-    """Every image becomes the same number of image tokens (LLaVA: `<image>` × tokens_per_image)."""
+    """Every image becomes the same number of image tokens (LLaVA: `<image>` × tokens_per_image), after the text `before`."""
 
     image_token: str
     tokens_per_image: int
+    before: str = ""
 
 
 class TilePlaceholder(_Struct, kw_only=True, tag="tiles", tag_field="kind"):
@@ -249,7 +250,8 @@ class PromptFormat(_Struct, kw_only=True):
     """How a plain text and its images become a prompt where there is no chat template, as the model's processor does in code.
 
     `template`: `{images}` stands for one placeholder per image, `{text}` for the text. `add_special_tokens`: whether the
-    tokenizer adds its own around the result. `start_tokens`: token ids that the decoder begins with: before the prompt
+    tokenizer adds its own around the result. `apart`: the placeholders that the prompt begins with are no part of the text, and
+    stand before the tokenizer's own special tokens (BLIP-2). `start_tokens`: token ids that the decoder begins with: before the prompt
     where the decoder reads it (`start` "before"), only where that prompt is empty (`start` "instead"), or alone where an encoder
     reads the prompt. `replacements`: a task word → the text that takes the place of the whole prompt it stands in; `{input}`
     there stands for the rest of the prompt without outer white space, and without `{input}` there must be no rest.
@@ -257,6 +259,7 @@ class PromptFormat(_Struct, kw_only=True):
 
     template: str = "{images}{text}"
     add_special_tokens: bool = True
+    apart: bool = False
     start_tokens: list[int] = []
     start: Literal["before", "instead"] = "before"
     replacements: dict[str, str] = {}

@@ -82,6 +82,10 @@ def _repeated(placeholder: Any, image: ImageLayout) -> str:
     return token * image_tokens(placeholder, image)
 
 
+def _fixed_text(placeholder: FixedPlaceholder, image: ImageLayout) -> str:
+    return placeholder.before + placeholder.image_token * placeholder.tokens_per_image
+
+
 def _crops_text(placeholder: CropsPlaceholder, image: ImageLayout) -> str:
     frame = f"{placeholder.before}{placeholder.soft_token * placeholder.tokens_per_image}{placeholder.after}"
     crops = " ".join([frame] * (image.rows * image.columns))
@@ -112,7 +116,7 @@ def _grid_tokens(placeholder: GridPlaceholder, image: ImageLayout) -> int:
 
 
 RULES: dict[type, Rule] = {
-    FixedPlaceholder: Rule(lambda one, _: int(one.tokens_per_image), _repeated),
+    FixedPlaceholder: Rule(lambda one, _: int(one.tokens_per_image), _fixed_text),
     PrefixPlaceholder: Rule(lambda one, _: int(one.tokens_per_image), lambda *_: ""),
     TilePlaceholder: Rule(lambda one, image: one.tokens_per_tile * (image.rows * image.columns + 1), _tiles_text),
     CropsPlaceholder: Rule(lambda one, image: one.tokens_per_image * (image.rows * image.columns + 1), _crops_text),
