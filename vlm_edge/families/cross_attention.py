@@ -69,7 +69,8 @@ class CrossAttention:
                 f"This '{entry.model_type}' reads its question as a header drawn onto the image (is_vqa), and drawing text is "
                 "not carried: use a checkpoint that captions."
             )
-        if getattr(text, "is_decoder", True) is False and getattr(text, "add_cross_attention", True) is False:
+        flags = [getattr(text, name, True) for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder")]
+        if not any(flags):
             raise UnsupportedModelError(
                 f"The decoder '{text.model_type}' of this '{entry.model_type}' has no cross-attention (is_decoder and "
                 "add_cross_attention are false), so it cannot read an image: give it a decoder that has."

@@ -178,9 +178,12 @@ class CrossDecoder(torch.nn.Module):
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with torch.no_grad(), attention_implementation(self.model, "eager"):
             embeddings = self.get_input_embeddings()(torch.zeros(1, 2, dtype=torch.long)).clone()
-            logits = self._call(
-                embeddings, torch.ones(1, 2, dtype=torch.long), None, torch.zeros(1, 3, self.width), None, cache
-            ).logits
+            mask, read = torch.ones(1, 2, dtype=torch.long), torch.zeros(1, 3, self.width)
+            try:
+                logits = self._call(embeddings, mask, None, read, None, cache).logits
+            except ValueError as error:  # how transformers says that there are no such layers
+                said = " ".join(str(error).split())[-160:]
+                raise UnsupportedModelError(f"The decoder '{self.config.model_type}' cannot read an encoder: {said}.") from error
         shapes = [
             {tuple(layer.keys.shape) for layer in part.layers if layer.is_initialized}
             for part in (cache.self_attention_cache, cache.cross_attention_cache)

@@ -51,7 +51,7 @@ class _Images(torch.nn.Module):
         self.vision: Part = vision
 
     def forward(self, pixel_values: torch.Tensor) -> Tensors:
-        return (self.vision(pixel_values=pixel_values, return_dict=True).last_hidden_state,)
+        return (self.vision(pixel_values, return_dict=True).last_hidden_state,)
 
 
 def whole(checkpoint: Checkpoint, vision: Part) -> View:

@@ -12,7 +12,11 @@ from contextlib import contextmanager
 
 import torch
 
-FORWARDS: dict[str, str] = {"BlipTextSelfAttention": "blip_text"}
+FORWARDS: dict[str, str] = {
+    "BlipAttention": "blip_vision",
+    "BlipTextSelfAttention": "blip_text",
+    "TrOCRAttention": "trocr",
+}
 """Class name → the module of this package whose `forward` takes the place of the class's own."""
 
 

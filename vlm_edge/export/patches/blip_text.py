@@ -1,13 +1,14 @@
-"""BLIP's text layers (MED, arXiv 2201.12086, section 3.1): self-attention and, in the decoder, cross-attention to the source."""
+"""BLIP's text layers (MED, arXiv 2201.12086, section 3.1): self-attention, and cross-attention to the source."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import EncoderDecoderCache
 
 from vlm_edge.export.attention import attention
+
+from .cached import keys_and_values
 
 
 def forward(
@@ -21,7 +22,8 @@ def forward(
 ) -> tuple[torch.Tensor, None]:
     """BlipTextSelfAttention: `[batch, queries, hidden]` → context of the same shape.
 
-    The layer hands the source's mask to its cross-attention as `attention_mask`; the original drops it there.
+    The layer hands the source's mask to its cross-attention as `attention_mask`; the original drops it there, so that rows of
+    one batch with sources of unlike length read each other's padding. Here it counts.
     """
 
     def heads(projection: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -29,18 +31,8 @@ def forward(
 
     crossing = encoder_hidden_states is not None
     source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-    cache, read = past_key_values, False
-    if isinstance(cache, EncoderDecoderCache):
-        read = crossing and bool(cache.is_updated.get(self.layer_idx))
-        marks = cache.is_updated
-        cache = cache.cross_attention_cache if crossing else cache.self_attention_cache
-        if crossing:
-            marks[self.layer_idx] = True
-    if read:
-        key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
-    else:
-        key, value = heads(self.key, source), heads(self.value, source)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+    key, value = keys_and_values(
+        past_key_values, self.layer_idx, crossing, lambda: (heads(self.key, source), heads(self.value, source))
+    )
     context, _ = attention(self, heads(self.query, hidden_states), key, value, attention_mask, is_causal=False)
-    return context.reshape(*hidden_states.shape[:-1], -1), None
+    return context.flatten(2), None
