@@ -35,7 +35,17 @@ static DecoderStatus bind_span(Decoder *d, size_t first, size_t count, char mess
         decoder_unbind(d);
         return decoder_run_failed(d->embed, message);
     }
-    if (decoder_bind(d, first, count, 1, d->embeds, d->positions, d->seqlens, &d->total, &d->span_decoder, message) != 0) {
+    const DecoderRun run = {.first = first, .count = count, .tokens = 1, .embeds = d->embeds, .positions = d->positions,
+                            .seqlens = d->seqlens, .total = &d->total, .sizes = d->span_sizes, .inputs = d->span_inputs, .outputs = d->span_outputs};
+    decoder_longest(d, d->span_sizes);
+    for (size_t i = 0; i < d->input_count; i++) {
+        const FurtherInput *input = &d->inputs[i];
+        d->span_inputs[i] = input->data + (input->shared ? 0 : first) * input->row_bytes;
+    }
+    for (size_t i = 0; i < d->output_count; i++) {
+        d->span_outputs[i] = d->outputs[i].data;
+    }
+    if (decoder_bind(d, &run, &d->span_decoder, message) != 0) {
         decoder_unbind(d);
         return decoder_run_failed(d->decoder, message);
     }
@@ -68,8 +78,7 @@ static void keep_all_idle(Decoder *d, size_t first, size_t count, bool restore) 
     }
 }
 
-/* Runs the pending tokens of the rows marked in `running`, all of which have room. */
-static DecoderStatus run_pending(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
+DecoderStatus decoder_run_marked(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
     size_t first = 0, last = d->batch - 1;
     while (!d->running[first]) {
         first++;
@@ -79,6 +88,9 @@ static DecoderStatus run_pending(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
     }
     const size_t count = last - first + 1;
     DecoderStatus status = bind_span(d, first, count, message);
+    for (size_t i = first; status == DECODER_OK && i <= last; i++) {
+        status = d->running[i] ? decoder_reserve_outputs(d, i, message) : DECODER_OK;
+    }
     if (status != DECODER_OK) {
         return status;
     }
@@ -120,13 +132,15 @@ static DecoderStatus run_pending(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
             row->next_position++;
             row->pending = -1;
             row->pushed = false;
-            row->logits_valid = true;
+            row->logits_valid = row->used = true;
+            decoder_keep_outputs(d, i, i - first, d->span_outputs, 1, d->span_sizes);
+            decoder_keep_states(d, i);
         }
     }
     return DECODER_OK;
 }
 
-static DecoderStatus no_room(const Decoder *d, size_t row, char message[ORT_MESSAGE_SIZE]) {
+DecoderStatus decoder_no_room(const Decoder *d, size_t row, char message[ORT_MESSAGE_SIZE]) {
     return decoder_fail(DECODER_CONTEXT, message, "row %zu fills the KV cache's %zu entries: ask for fewer new tokens or load with a larger context_length",
                 row, d->capacity);
 }
@@ -135,12 +149,12 @@ DecoderStatus decoder_logits(Decoder *d, size_t row, const float **logits, char 
     DecoderRow *r = &d->rows[row];
     if (r->pushed) {
         if (r->length == d->capacity) {
-            return no_room(d, row, message);
+            return decoder_no_room(d, row, message);
         }
         for (size_t i = 0; i < d->batch; i++) {
             d->running[i] = i == row;
         }
-        const DecoderStatus status = run_pending(d, message);
+        const DecoderStatus status = decoder_run_marked(d, message);
         if (status != DECODER_OK) {
             return status;
         }
@@ -244,10 +258,10 @@ DecoderStatus decoder_decode(Decoder *d, size_t steps, const atomic_bool *cancel
         }
         if (full < d->batch) {
             /* What was produced so far is returned; the next call, which can do nothing, says why. */
-            status = step == 0 ? no_room(d, full, message) : DECODER_OK;
+            status = step == 0 ? decoder_no_room(d, full, message) : DECODER_OK;
             break;
         }
-        if (marked > 0 && (status = run_pending(d, message)) != DECODER_OK) {
+        if (marked > 0 && (status = decoder_run_marked(d, message)) != DECODER_OK) {
             break;
         }
         for (size_t i = 0; status == DECODER_OK && i < d->batch; i++) {

@@ -4,13 +4,13 @@
 
 #include <stdlib.h>
 
-static PyObject *raise_decoder(DecoderStatus status, const char *message) {
+PyObject *state_raise(DecoderStatus status, const char *message) {
     PyObject *kind = status == DECODER_CONTEXT ? native_context_length_error : status == DECODER_USAGE ? PyExc_ValueError : native_device_error;
     PyErr_Format(kind, "%s", message);
     return NULL;
 }
 
-static int check_row(const Decoder *decoder, Py_ssize_t row) {
+int state_check_row(const Decoder *decoder, Py_ssize_t row) {
     if (row < 0 || (size_t)row >= decoder->batch) {
         PyErr_Format(PyExc_ValueError, "row %zd is outside the batch of %zu", row, decoder->batch);
         return -1;
@@ -42,27 +42,32 @@ static int acquire_prefill(const Decoder *decoder, PyObject *embeds_object, PyOb
 }
 
 PyObject *state_prefill(PyObject *self, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"row", "inputs_embeds", "positions", NULL};
+    static char *names[] = {"row", "inputs_embeds", "positions", "token_inputs", NULL};
     StateObject *state = (StateObject *)self;
-    PyObject *embeds_object, *positions_object, *result = NULL;
+    PyObject *embeds_object, *positions_object, *mapping = NULL, *result = NULL;
     Py_ssize_t row;
     Py_buffer embeds, positions;
+    Given given;
     char message[ORT_MESSAGE_SIZE];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nOO:prefill", names, &row, &embeds_object, &positions_object)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nOO|O:prefill", names, &row, &embeds_object, &positions_object, &mapping)) {
         return NULL;
     }
     Decoder *decoder = state_enter(state);
     if (decoder == NULL) {
         return NULL;
     }
-    if (check_row(decoder, row) == 0 && acquire_prefill(decoder, embeds_object, positions_object, &embeds, &positions) == 0) {
-        DecoderStatus status;
-        Py_BEGIN_ALLOW_THREADS;
-        status = decoder_prefill(decoder, (size_t)row, embeds.buf, positions.buf, (size_t)embeds.shape[0], message);
-        Py_END_ALLOW_THREADS;
+    if (state_check_row(decoder, row) == 0 && acquire_prefill(decoder, embeds_object, positions_object, &embeds, &positions) == 0) {
+        if (given_acquire(decoder, (size_t)row, mapping, GIVEN_PREFILL, embeds.shape[0], &given) == 0) {
+            const InputValues values = {given.data, given.sizes};
+            DecoderStatus status;
+            Py_BEGIN_ALLOW_THREADS;
+            status = decoder_prefill(decoder, (size_t)row, embeds.buf, positions.buf, (size_t)embeds.shape[0], &values, message);
+            Py_END_ALLOW_THREADS;
+            given_release(decoder, &given);
+            result = status == DECODER_OK ? Py_NewRef(Py_None) : state_raise(status, message);
+        }
         PyBuffer_Release(&embeds);
         PyBuffer_Release(&positions);
-        result = status == DECODER_OK ? Py_NewRef(Py_None) : raise_decoder(status, message);
     }
     state_leave(state);
     return result;
@@ -80,21 +85,20 @@ PyObject *state_logits(PyObject *self, PyObject *argument) {
     if (decoder == NULL) {
         return NULL;
     }
-    if (check_row(decoder, row) == 0) {
+    if (state_check_row(decoder, row) == 0) {
         const float *logits;
         DecoderStatus status;
         Py_BEGIN_ALLOW_THREADS;
         status = decoder_logits(decoder, (size_t)row, &logits, message);
         Py_END_ALLOW_THREADS;
         result = status == DECODER_OK ? PyBytes_FromStringAndSize((const char *)logits, (Py_ssize_t)(decoder->vocab * sizeof *logits))
-                                      : raise_decoder(status, message);
+                                      : state_raise(status, message);
     }
     state_leave(state);
     return result;
 }
 
-/* A sequence of Python integers as a malloc'd array. */
-static int read_tokens(PyObject *object, int64_t **out, size_t *count) {
+int state_read_integers(PyObject *object, int64_t **out, size_t *count) {
     PyObject *list = PySequence_List(object);
     if (list == NULL) {
         return -1;
@@ -129,7 +133,7 @@ static int read_start(const Decoder *decoder, PyObject *params_object, PyObject 
         return -1;
     }
     eos_object = PyObject_GetAttrString(params_object, "eos_token_ids");
-    if (eos_object != NULL && read_tokens(eos_object, eos, eos_count) == 0) {
+    if (eos_object != NULL && state_read_integers(eos_object, eos, eos_count) == 0) {
         if (sampler_from_object(sampler, params_object, decoder->vocab) != 0) {
             free(*eos);
         } else {
@@ -145,33 +149,40 @@ static int read_start(const Decoder *decoder, PyObject *params_object, PyObject 
 }
 
 PyObject *state_start(PyObject *self, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"row", "params", "history", "next_position", NULL};
+    static char *names[] = {"row", "params", "history", "next_position", "token_inputs", NULL};
     StateObject *state = (StateObject *)self;
-    PyObject *params, *history, *result = NULL;
+    PyObject *params, *history, *mapping = NULL, *result = NULL;
     Py_ssize_t row;
     long long next_position;
     Sampler sampler;
+    Given given = {0};
     int64_t *eos = NULL;
     size_t eos_count = 0;
     char message[ORT_MESSAGE_SIZE];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nOOL:start", names, &row, &params, &history, &next_position)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "nOOL|O:start", names, &row, &params, &history, &next_position, &mapping)) {
         return NULL;
     }
     Decoder *decoder = state_enter(state);
     if (decoder == NULL) {
         return NULL;
     }
-    if (check_row(decoder, row) == 0 && read_start(decoder, params, history, &sampler, &eos, &eos_count) == 0) {
-        const DecoderStatus status = decoder_start(decoder, (size_t)row, &sampler, eos, eos_count, next_position, message);
+    if (state_check_row(decoder, row) == 0 && given_acquire(decoder, (size_t)row, mapping, GIVEN_START, 0, &given) == 0 &&
+        read_start(decoder, params, history, &sampler, &eos, &eos_count) == 0) {
+        const InputValues values = {given.data, given.sizes};
+        DecoderStatus status;
+        Py_BEGIN_ALLOW_THREADS;
+        status = decoder_start(decoder, (size_t)row, &sampler, eos, eos_count, next_position, &values, message);
+        Py_END_ALLOW_THREADS;
         if (status == DECODER_OK) {
             atomic_store(&state->cancelled, false);
             result = Py_NewRef(Py_None);
         } else {
             sampler_free(&sampler);
             free(eos);
-            raise_decoder(status, message);
+            state_raise(status, message);
         }
     }
+    given_release(decoder, &given);
     state_leave(state);
     return result;
 }
@@ -240,7 +251,7 @@ PyObject *state_decode(PyObject *self, PyObject *argument) {
         status = decoder_decode(decoder, (size_t)steps, &state->cancelled, outputs, message);
         Py_END_ALLOW_THREADS;
         if (status != DECODER_OK) {
-            raise_decoder(status, message);
+            state_raise(status, message);
         } else {
             result = PyList_New((Py_ssize_t)batch);
         }
@@ -272,9 +283,9 @@ PyObject *state_push(PyObject *self, PyObject *args, PyObject *kwargs) {
     if (decoder == NULL) {
         return NULL;
     }
-    if (check_row(decoder, row) == 0) {
+    if (state_check_row(decoder, row) == 0) {
         const DecoderStatus status = decoder_push(decoder, (size_t)row, token, message);
-        result = status == DECODER_OK ? Py_NewRef(Py_None) : raise_decoder(status, message);
+        result = status == DECODER_OK ? Py_NewRef(Py_None) : state_raise(status, message);
     }
     state_leave((StateObject *)self);
     return result;
@@ -294,9 +305,9 @@ PyObject *state_truncate(PyObject *self, PyObject *args, PyObject *kwargs) {
     }
     if (length < 0) {
         PyErr_Format(PyExc_ValueError, "length is %zd, expected 0 or more", length);
-    } else if (check_row(decoder, row) == 0) {
+    } else if (state_check_row(decoder, row) == 0) {
         const DecoderStatus status = decoder_truncate(decoder, (size_t)row, (size_t)length, message);
-        result = status == DECODER_OK ? Py_NewRef(Py_None) : raise_decoder(status, message);
+        result = status == DECODER_OK ? Py_NewRef(Py_None) : state_raise(status, message);
     }
     state_leave((StateObject *)self);
     return result;
@@ -320,12 +331,12 @@ PyObject *state_copy_prefix(PyObject *self, PyObject *args, PyObject *kwargs) {
         return NULL;
     }
     Decoder *source = source_object == self ? decoder : state_enter((StateObject *)source_object);
-    if (source != NULL && check_row(decoder, row) == 0 && check_row(source, source_row) == 0) {
+    if (source != NULL && state_check_row(decoder, row) == 0 && state_check_row(source, source_row) == 0) {
         DecoderStatus status;
         Py_BEGIN_ALLOW_THREADS;
         status = decoder_copy_prefix(decoder, (size_t)row, source, (size_t)source_row, (size_t)length, message);
         Py_END_ALLOW_THREADS;
-        result = status == DECODER_OK ? Py_NewRef(Py_None) : raise_decoder(status, message);
+        result = status == DECODER_OK ? Py_NewRef(Py_None) : state_raise(status, message);
     }
     if (source != NULL && source_object != self) {
         state_leave((StateObject *)source_object);

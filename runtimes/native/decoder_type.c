@@ -149,6 +149,7 @@ static PyObject *state_get_kv_bytes(PyObject *self, void *closure) {
 #define KEYWORDS(function) (PyCFunction)(void (*)(void))function, METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef state_methods[] = {
+    {"bind", KEYWORDS(state_bind), "Sets an empty row's static inputs and initial states."},
     {"prefill", KEYWORDS(state_prefill), "Appends embeddings to a row."},
     {"logits", state_logits, METH_O, "float32 [vocab] as bytes: what follows the row's last token."},
     {"start", KEYWORDS(state_start), "Arms a row for decode."},
@@ -156,6 +157,9 @@ static PyMethodDef state_methods[] = {
     {"push", KEYWORDS(state_push), "Replaces the row's newest token."},
     {"truncate", KEYWORDS(state_truncate), "Forgets a row's entries from a length on."},
     {"copy_prefix", KEYWORDS(state_copy_prefix), "Copies the first entries of another row."},
+    {"step", state_step, METH_O, "Runs one token of every row; float32 [batch, vocab] as bytes: what follows."},
+    {"reorder", state_reorder, METH_O, "Row i becomes what row sources[i] was."},
+    {"outputs", state_outputs, METH_O, "Further outputs of a row's newest token: name -> (bytes, type, shape)."},
     {"take_times", state_take_times, METH_NOARGS, "Seconds of the runs since the last call: (embed_tokens, decoder)."},
     {"cancel", state_cancel, METH_NOARGS, "Makes a running decode return after its step."},
     {"close", state_close, METH_NOARGS, "Frees the cache."},

@@ -65,18 +65,31 @@ class NativeDecoderState:
         """Bytes of the cache. Pages are taken from the system when they are first written."""
         return self._native.kv_bytes
 
-    def prefill(self, row: int, inputs_embeds: Array, positions: Array) -> None:
+    def bind(self, row: int, inputs: Mapping[str, Array]) -> None:
+        """Sets an empty row's static inputs and initial recurrent states."""
+        self._native.bind(row, _contiguous(inputs))
+
+    def prefill(self, row: int, inputs_embeds: Array, positions: Array, token_inputs: Mapping[str, Array] | None = None) -> None:
         """Appends `inputs_embeds` float32 [S, hidden] at `positions` int64 [S] or [3, S] to one row."""
-        self._native.prefill(row, np.ascontiguousarray(inputs_embeds), np.ascontiguousarray(positions))
+        embeds, line = np.ascontiguousarray(inputs_embeds), np.ascontiguousarray(positions)
+        self._native.prefill(row, embeds, line, _contiguous(token_inputs))
         self._record(self._native)
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """A copy of the row's next-token logits, float32 [vocab]."""
         return np.frombuffer(bytearray(self._native.logits(row)), dtype=np.float32)
 
-    def start(self, row: int, params: SamplingParams, history: npt.NDArray[np.int64], next_position: int) -> None:
+    def start(
+        self,
+        row: int,
+        params: SamplingParams,
+        history: npt.NDArray[np.int64],
+        next_position: int,
+        token_inputs: Mapping[str, Array] | None = None,
+    ) -> None:
         """Arms a prefilled row for `decode`."""
-        self._native.start(row, params, np.ascontiguousarray(history, dtype=np.int64), next_position)
+        past = np.ascontiguousarray(history, dtype=np.int64)
+        self._native.start(row, params, past, next_position, _contiguous(token_inputs))
 
     def decode(self, max_steps: int) -> list[RowTokens]:
         """Up to `max_steps` tokens for every unfinished row."""
@@ -87,6 +100,21 @@ class NativeDecoderState:
     def push(self, row: int, token: int) -> None:
         """Replaces the row's pending token."""
         self._native.push(row, token)
+
+    def step(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Runs one token of every row as one batch: the logits that follow, float32 [batch, vocab]."""
+        logits = self._native.step(np.ascontiguousarray(tokens, dtype=np.int64))
+        self._record(self._native)
+        return np.frombuffer(bytearray(logits), dtype=np.float32).reshape(self.batch, -1)
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row `i` becomes what row `sources[i]` was; the samplers stay where they are."""
+        self._native.reorder(sources)
+
+    def outputs(self, row: int) -> dict[str, Array]:
+        """The graph's further outputs for the row's newest token, each without batch and sequence."""
+        found = self._native.outputs(row)
+        return {name: np.frombuffer(bytearray(data), dtype=dtype).reshape(shape) for name, (data, dtype, shape) in found.items()}
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets a row's entries from `length` on."""
@@ -204,6 +232,11 @@ def embed_row(graph: NativeGraph, input_ids: npt.NDArray[np.int64]) -> npt.NDArr
     (output,) = graph.outputs
     embeddings = graph.run({graph.inputs[0].name: np.asarray(input_ids, dtype=np.int64)[None]})[output.name]
     return np.asarray(embeddings[0], dtype=np.float32)
+
+
+def _contiguous(arrays: Mapping[str, Array] | None) -> dict[str, Array]:
+    # np.ascontiguousarray would make one dimension of none.
+    return {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
 
 
 def fixed_size(specs: Sequence[TensorSpec], graph: str, name: str) -> int:

@@ -1,4 +1,8 @@
-"""A two-layer decoder in both contracts, with the same random weights: portable (growing past) and lowered (shared KV buffer)."""
+"""A two-layer decoder in both contracts, with the same random weights: portable (growing past) and lowered (shared KV buffer).
+
+What else a decoder may read can be switched on: cross-attention with source and token masks, features per token, blocks, a
+recurrent state, a static input that all rows share; and a further output.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +34,34 @@ class Toy:
     capacity: int | None = None
     nan_token: int | None = None
     """A token whose embedding is NaN."""
+    cached: bool = True
+    """Self-attention, and with it a KV cache."""
+    cross: bool = False
+    """Static `cross_key_values.{i}.key/.value` [batch, heads, source, size]; output `attentions` [batch, sequence, source]."""
+    source_mask: bool = True
+    """With `cross`: static `encoder_attention_mask` int64 [batch, source]."""
+    token_mask: bool = False
+    """With `cross`: per token `cross_attention_mask` int64 [batch, sequence, source]."""
+    feature: bool = False
+    """Per token `deepstack.0` [batch, sequence, hidden], added to the embeddings."""
+    blocks: bool = False
+    """Per token `block_ids` int64 [batch, sequence]: tokens of a block get the mean of their embeddings added."""
+    recurrent: bool = False
+    """`state.0` [batch, hidden]: an RNN over the embeddings, whose output is added to them."""
+    shared: bool = False
+    """Static `shift` [1, hidden], added to the embeddings."""
     _nodes: list[onnx.NodeProto] = field(default_factory=list)
     _weights: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
 
     @property
     def past_names(self) -> list[str]:
         """Names of the cache inputs, layer by layer."""
-        return [f"past_key_values.{i}.{kind}" for i in range(self.layers) for kind in ("key", "value")]
+        return [f"past_key_values.{i}.{kind}" for i in range(self.layers if self.cached else 0) for kind in ("key", "value")]
+
+    @property
+    def cross_names(self) -> list[str]:
+        """Names of the cross-attention inputs, layer by layer."""
+        return [f"cross_key_values.{i}.{kind}" for i in range(self.layers if self.cross else 0) for kind in ("key", "value")]
 
     def embed_model(self) -> bytes:
         """embed_tokens: input_ids → inputs_embeds."""
@@ -53,12 +78,15 @@ class Toy:
     def lowered_model(self) -> bytes:
         """The decoder of a build with a shared KV buffer."""
         self._reset()
-        inputs = [
-            helper.make_tensor_value_info("seqlens_k", I32, ["batch"]),
-            helper.make_tensor_value_info("total_sequence_length", I32, [1]),
-        ]
-        hidden = self._positioned()
+        inputs = []
+        if self.cached:
+            inputs.append(helper.make_tensor_value_info("seqlens_k", I32, ["batch"]))
+            inputs.append(helper.make_tensor_value_info("total_sequence_length", I32, [1]))
+        hidden = self._enriched()
         for layer in range(self.layers):
+            if not self.cached:
+                hidden = self._feed_forward(layer, self._cross_attention(layer, hidden))
+                continue
             queries, keys, values = self._projections(layer, hidden)
             attended = f"attended{layer}"
             past = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
@@ -74,7 +102,7 @@ class Toy:
                     do_rotary=int(self.rotary),
                 )
             )
-            hidden = self._feed_forward(layer, hidden, attended)
+            hidden = self._feed_forward(layer, self._cross_attention(layer, self._attended(layer, hidden, attended)))
         last = self._node("Gather", [hidden, self._constant("last", np.array([-1]))], "last_hidden", axis=1)
         self._node("MatMul", [last, self._random("head", self.hidden, self.vocab)], "logits")
         return self._decoder(inputs, 1, self.capacity or "capacity", self.capacity or "capacity", 21)
@@ -82,10 +110,13 @@ class Toy:
     def portable_model(self) -> bytes:
         """The decoder as exported: `Attention` with a growing past and an explicit mask."""
         self._reset()
-        inputs = [helper.make_tensor_value_info("attention_mask", I64, ["batch", "total"])]
-        hidden = self._positioned()
-        mask = self._mask()
+        inputs = [helper.make_tensor_value_info("attention_mask", I64, ["batch", "total"])] if self.cached else []
+        hidden = self._enriched()
+        mask = self._mask() if self.cached else ""
         for layer in range(self.layers):
+            if not self.cached:
+                hidden = self._feed_forward(layer, self._cross_attention(layer, hidden))
+                continue
             queries, keys, values = self._projections(layer, hidden)
             if self.rotary:
                 cos, sin = self._tables()
@@ -101,7 +132,7 @@ class Toy:
                     kv_num_heads=self.kv_heads,
                 )
             )
-            hidden = self._feed_forward(layer, hidden, f"attended{layer}")
+            hidden = self._feed_forward(layer, self._cross_attention(layer, self._attended(layer, hidden, f"attended{layer}")))
         self._node("MatMul", [hidden, self._random("head", self.hidden, self.vocab)], "logits")
         return self._decoder(inputs, "sequence", "past", "total", 23)
 
@@ -126,9 +157,73 @@ class Toy:
             for name, n in widths.items()
         ]
 
-    def _feed_forward(self, layer: int, hidden: str, attended: str) -> str:
+    def _enriched(self) -> str:
+        """Positions, shared shift, features, blocks and the recurrent net, added one after another."""
+        hidden = self._positioned()
+        if self.shared:
+            hidden = self._node("Add", [hidden, "shift"], "shifted")
+        if self.feature:
+            hidden = self._node("Add", [hidden, "deepstack.0"], "featured")
+        if self.blocks:
+            ids = self._node("Cast", ["block_ids"], "block_numbers", to=F32)
+            column = self._node("Unsqueeze", [ids, self._constant("axis_two", np.array([2]))], "block_column")
+            row = self._node("Unsqueeze", [ids, self._constant("axis_one_", np.array([1]))], "block_row")
+            same = self._node("Cast", [self._node("Equal", [column, row], "same_block")], "same", to=F32)
+            inside = self._node(
+                "Cast", [self._node("Greater", [row, self._constant("nought", np.float32(0))], "in_block")], "inside", to=F32
+            )
+            members = self._node("Mul", [same, inside], "members")
+            count = self._node("ReduceSum", [members, self._constant("axis_two", np.array([2]))], "member_count")
+            mean = self._node(
+                "Div", [members, self._node("Max", [count, self._constant("unity", np.float32(1))], "divisor")], "means"
+            )
+            hidden = self._node("Add", [hidden, self._node("MatMul", [mean, "inputs_embeds"], "block_mean")], "blocked")
+        if self.recurrent:
+            scale = 0.5 * self.hidden**-0.5
+            weights = [self._random(name, 1, self.hidden, self.hidden, scale=scale) for name in ("rnn_w", "rnn_r")]
+            steps = self._node("Transpose", [hidden], "steps", perm=[1, 0, 2])
+            axis = self._constant("axis_zero", np.array([0]))
+            before = self._node("Unsqueeze", ["state.0", axis], "before")
+            self._nodes.append(
+                helper.make_node("RNN", [steps, *weights, "", "", before], ["rnn_out", "rnn_last"], hidden_size=self.hidden)
+            )
+            self._node("Squeeze", ["rnn_last", axis], "present_state.0")
+            out = self._node("Squeeze", ["rnn_out", self._constant("axis_one_", np.array([1]))], "rnn_steps")
+            hidden = self._node("Add", [hidden, self._node("Transpose", [out], "rnn_rows", perm=[1, 0, 2])], "remembered")
+        return hidden
+
+    def _cross_attention(self, layer: int, hidden: str) -> str:
+        if not self.cross:
+            return hidden
+        width = self.heads * self.size
+        queries = self._node("MatMul", [hidden, self._random(f"cq{layer}", self.hidden, width)], f"cq_out{layer}")
+        split = self._constant("split_heads", np.array([0, 0, self.heads, self.size]))
+        queries = self._node(
+            "Transpose", [self._node("Reshape", [queries, split], f"cq_heads{layer}")], f"cqt{layer}", perm=[0, 2, 1, 3]
+        )
+        keys = self._node("Transpose", [f"cross_key_values.{layer}.key"], f"ckt{layer}", perm=[0, 1, 3, 2])
+        scale = self._constant("cross_scale", np.float32(self.size**-0.5))
+        scores = self._node("Mul", [self._node("MatMul", [queries, keys], f"cdots{layer}"), scale], f"cscores{layer}")
+        for name, axes in [("encoder_attention_mask", [1, 2])] * self.source_mask + [
+            ("cross_attention_mask", [1])
+        ] * self.token_mask:
+            hidden_keys = self._node("Equal", [name, self._constant("no", np.array(0))], f"{name}_off{layer}")
+            wide = self._node("Unsqueeze", [hidden_keys, self._constant(f"{name}_axes", np.array(axes))], f"{name}_wide{layer}")
+            scores = self._node("Where", [wide, self._constant("never", np.float32(-1e9)), scores], f"{name}_scores{layer}")
+        weights = self._node("Softmax", [scores], f"cweights{layer}", axis=-1)
+        if layer == 0:
+            self._node("ReduceMean", [weights, self._constant("head_axis", np.array([1]))], "attentions", keepdims=0)
+        mixed = self._node("MatMul", [weights, f"cross_key_values.{layer}.value"], f"cmixed{layer}")
+        joined = self._node("Transpose", [mixed], f"cjoined{layer}", perm=[0, 2, 1, 3])
+        flat = self._node("Reshape", [joined, self._constant("join_heads", np.array([0, 0, width]))], f"cflat{layer}")
+        out = self._node("MatMul", [flat, self._random(f"co{layer}", width, self.hidden)], f"cout{layer}")
+        return self._node("Add", [hidden, out], f"crossed{layer}")
+
+    def _attended(self, layer: int, hidden: str, attended: str) -> str:
         mixed = self._node("MatMul", [attended, self._random(f"o{layer}", self.heads * self.size, self.hidden)], f"mixed{layer}")
-        summed = self._node("Add", [hidden, mixed], f"summed{layer}")
+        return self._node("Add", [hidden, mixed], f"summed{layer}")
+
+    def _feed_forward(self, layer: int, summed: str) -> str:
         inner = self._node("MatMul", [summed, self._random(f"up{layer}", self.hidden, 64)], f"up_out{layer}")
         bent = self._node("Tanh", [inner], f"bent{layer}")
         outer = self._node("MatMul", [bent, self._random(f"down{layer}", 64, self.hidden)], f"down_out{layer}")
@@ -160,8 +255,20 @@ class Toy:
         if self.axes:
             given.append(info("position_ids", I64, [3, "batch", "sequence"] if self.axes > 1 else ["batch", "sequence"]))
         given += inputs
+        for name, wanted, kind, shape in [
+            ("shift", self.shared, F32, [1, self.hidden]),
+            ("deepstack.0", self.feature, F32, ["batch", "sequence", self.hidden]),
+            ("block_ids", self.blocks, I64, ["batch", "sequence"]),
+            ("cross_attention_mask", self.cross and self.token_mask, I64, ["batch", "sequence", "source"]),
+            ("encoder_attention_mask", self.cross and self.source_mask, I64, ["batch", "source"]),
+            ("state.0", self.recurrent, F32, ["batch", self.hidden]),
+        ]:
+            given += [info(name, kind, shape)] * wanted
+        given += [info(name, F32, ["batch", self.heads, "source", self.size]) for name in self.cross_names]
         given += [info(name, F32, ["batch", self.kv_heads, past, self.size]) for name in self.past_names]
         outputs = [info("logits", F32, ["batch", tokens, self.vocab])]
+        outputs += [info("attentions", F32, ["batch", "sequence", "source"])] * self.cross
+        outputs += [info("present_state.0", F32, ["batch", self.hidden])] * self.recurrent
         for name in self.past_names:
             outputs.append(info(name.replace("past_key_values", "present"), F32, ["batch", self.kv_heads, present, self.size]))
         return self._model(given, outputs, opset)
