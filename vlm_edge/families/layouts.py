@@ -1,4 +1,4 @@
-"""How an image enters a vision encoder: as one picture, as tiles, or as a row of patches. A part of family `projector`.
+"""How an image enters a vision encoder: as one picture or as tiles (patches: layouts_patches). A part of family `projector`.
 
 Each layout gives the vision encoder as it is traced (up to the call of the projector) and a way to run the model's own
 `get_image_features` on the same images, which is what the trace is compared with.
@@ -7,15 +7,25 @@ Each layout gives the vision encoder as it is traced (up to the call of the proj
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers.vision_utils import get_vision_position_ids
 
 from vlm_edge_runtime.bundle.manifest import TensorSpec
+from vlm_edge_runtime.bundle.vision_layout import Geometry
 
-from .base import Case, Part, Tensors, float32, int64, randn, run_to
+from .base import Case, Part, Tensors, float32, randn, run_to
+
+
+def no_tensors(case: Case) -> Tensors:
+    """The default of `Layout.places`: the projector reads nothing else."""
+    return ()
+
+
+def as_they_are(case: Case, outputs: Tensors) -> Tensors:
+    """The default of `Layout.arranged`."""
+    return outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +34,11 @@ class Layout:
 
     `features(case, inputs)` runs the model's own `get_image_features` on the images of `inputs`. `rows` is the dimension that
     counts images, tiles or patches. `tokens_dim` names the rows of features where an image has no batch of its own.
+
+    Where the graph `projector` is more than the projector: `mapped` is its module, `further` names inputs of its own and
+    `places(case)` makes them, and `arranged(case, outputs)` does to the original's projector outputs what the graph does with
+    them. `taps`: parts that read hidden states on the way; each has one further output of the encoder and of `mapped`.
+    `geometry`: the arrays that the host makes.
     """
 
     encoder: torch.nn.Module
@@ -33,18 +48,28 @@ class Layout:
     cases: tuple[Case, ...]
     rows: str
     tokens_dim: str | None = None
+    mapped: torch.nn.Module | None = None
+    further: tuple[TensorSpec, ...] = ()
+    places: Callable[[Case], Tensors] = no_tensors
+    arranged: Callable[[Case, Tensors], Tensors] = as_they_are
+    taps: tuple[torch.nn.Module, ...] = ()
+    geometry: tuple[Geometry, ...] = ()
 
 
 class _WholeImage(torch.nn.Module):
     """`pixel_values [images, channels, height, width]` → what the model's projector is called with."""
 
-    def __init__(self, model: Part, projector: torch.nn.Module) -> None:
+    def __init__(self, model: Part, projector: torch.nn.Module, **fixed: Any) -> None:
         super().__init__()
         self.model: Part = model
         self._projector = (projector,)  # in a tuple: it is not a part of this graph
+        self._fixed = fixed
 
     def forward(self, pixel_values: torch.Tensor) -> Tensors:
-        return (run_to(self.model, self._projector[0], lambda: self.model.get_image_features(pixel_values=pixel_values)),)
+        def call() -> object:
+            return self.model.get_image_features(pixel_values=pixel_values, **self._fixed)
+
+        return (run_to(self.model, self._projector[0], call),)
 
 
 def image_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
@@ -57,6 +82,58 @@ def image_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layou
         features=lambda case, inputs: model.get_image_features(pixel_values=inputs[0].clone()),
         cases=tuple(Case(f"{n} image{'s' * (n > 1)}", {"images": n}) for n in (2, 1, 3)),
         rows="images",
+    )
+
+
+def framed_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
+    """InternVL: every tile has the vision encoder's size; the whole image is one more tile."""
+    return replace_rows(image_layout(model, vision, projector), "tiles")
+
+
+def replace_rows(layout: Layout, rows: str) -> Layout:
+    """The same layout with another name for the first dimension."""
+    inputs = tuple(TensorSpec(name=spec.name, dtype=spec.dtype, shape=(rows, *spec.shape[1:])) for spec in layout.inputs)
+    cases = tuple(
+        Case(f"{n} {rows[: None if n > 1 else -1]}", {rows: n}) for n in (case.sizes[layout.rows] for case in layout.cases)
+    )
+    return replace(layout, inputs=inputs, cases=cases, rows=rows, sample=lambda case: (randn(inputs[0], case),))
+
+
+class _TileAndNewline(torch.nn.Module):
+    """`[tiles, tokens, vision_hidden]` → `[tiles, tokens + 1, hidden]`: a learned end of a line after each tile's."""
+
+    def __init__(self, projector: torch.nn.Module, newline: torch.Tensor) -> None:
+        super().__init__()
+        self.projector = projector
+        self.newline = newline
+
+    def forward(self, hidden: torch.Tensor) -> Tensors:
+        return (with_newline(self.projector(hidden), self.newline),)
+
+
+def with_newline(features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+    """One more row for each tile."""
+    return torch.cat([features, newline.to(features.dtype).expand(features.shape[0], 1, -1)], dim=1)
+
+
+def any_resolution_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
+    """LLaVA-NeXT and LLaVA-OneVision: the whole image and its tiles; the host puts their features together.
+
+    The original also splits and packs the features by image, which comes after the projector and needs no graph.
+    """
+    whole = replace_rows(image_layout(model, vision, projector), "tiles")
+    newline = (model.model if hasattr(model, "model") else model).image_newline
+    size = [(model.config.vision_config.image_size,) * 2]
+
+    def features(case: Case, inputs: Tensors) -> object:
+        return model.get_image_features(pixel_values=inputs[0].clone(), image_sizes=size)
+
+    return replace(
+        whole,
+        encoder=_WholeImage(model, projector, image_sizes=size),
+        features=features,
+        mapped=_TileAndNewline(projector, newline),
+        arranged=lambda case, outputs: (with_newline(outputs[0], newline),),
     )
 
 
@@ -100,79 +177,6 @@ def tile_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout
         cases=tuple(Case(f"{n} tile{'s' * (n > 1)}", {"tiles": n}) for n in (2, 1, 3)),
         rows="tiles",
     )
-
-
-class _OneSegment:
-    """Stands for `cu_seqlens` while tracing: all patches are one image, which attends to itself as a whole.
-
-    The original cuts the patches at boundaries read from a tensor, which no trace can follow. With one image per call there is
-    one segment, as long as the row of patches; this object answers the three questions the original asks of the boundaries.
-    """
-
-    def __init__(self, patches: int) -> None:
-        self._patches = patches
-
-    def __getitem__(self, index: slice) -> _OneSegment:
-        return self
-
-    def __sub__(self, other: object) -> _OneSegment:
-        return self
-
-    def tolist(self) -> list[int]:
-        return [self._patches]
-
-
-class _PatchRow(torch.nn.Module):
-    """`pixel_values [patches, values]`, `position_ids [patches, 2]` → hidden states `[patches, vision_hidden]` of one image."""
-
-    def __init__(self, vision: Part, projector: torch.nn.Module) -> None:
-        super().__init__()
-        self.vision: Part = vision
-        self._projector = (projector,)
-
-    def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> Tensors:
-        def call() -> object:
-            segment = _OneSegment(pixel_values.shape[0])
-            return self.vision.forward(pixel_values, grid_thw=None, position_ids=position_ids, cu_seqlens=segment, max_seqlen=0)
-
-        return (run_to(self.vision, self._projector[0], call),)
-
-
-def patch_layout(model: Part, vision: Part, projector: torch.nn.Module) -> Layout:
-    """Qwen2-VL: one image per call, of any size; its patches come in blocks of merge × merge (the processor's order)."""
-    config = model.config.vision_config
-    merge = int(config.spatial_merge_size)
-    values = int(config.in_channels) * int(config.temporal_patch_size) * int(config.patch_size) ** 2
-    pixels, positions = float32("pixel_values", "patches", values), int64("position_ids", "patches", 2)
-
-    def grid(case: Case) -> torch.Tensor:
-        return torch.tensor([[1, case.sizes["height"], case.sizes["width"]]])
-
-    def sample(case: Case) -> Tensors:
-        return randn(pixels, case), get_vision_position_ids(grid(case), merge)
-
-    def case(rows: int, columns: int) -> Case:
-        height, width = rows * merge, columns * merge
-        sizes = {"patches": height * width, "tokens": rows * columns, "height": height, "width": width}
-        return Case(f"one image of {height} × {width} patches", sizes)
-
-    return Layout(
-        encoder=_PatchRow(vision, projector),
-        inputs=(pixels, positions),
-        sample=sample,
-        features=lambda case, inputs: model.get_image_features(inputs[0].clone(), grid(case)),
-        cases=(case(2, 3), case(1, 1), case(5, 2), case(4, 7)),
-        rows="patches",
-        tokens_dim="tokens",
-    )
-
-
-LAYOUTS: dict[str, Callable[[Part, Part, torch.nn.Module], Layout]] = {
-    "image": image_layout,
-    "crops": image_layout,
-    "tiles": tile_layout,
-    "patches": patch_layout,
-}
 
 
 def pixels_of(vision_config: Any, rows: str) -> TensorSpec:

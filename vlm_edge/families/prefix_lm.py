@@ -36,7 +36,8 @@ from .base import Part, Split, options, submodule
 from .blocks import NAME, block_cases, block_input
 from .decoder import ExtraInput, decoder_plan, embed_plan, probe
 from .layouts import image_layout
-from .projector import image_token_id, vision_plans
+from .projector_prompt import image_token_id
+from .projector_vision import vision_plans
 from .registry import Entry
 
 

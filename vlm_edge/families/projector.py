@@ -1,61 +1,64 @@
 """Family `projector`: the features of an image take the place of its image tokens in the decoder's input.
 
-LLaVA (arXiv 2304.08485), Idefics3 (2408.12637), SmolVLM (2504.05299), Qwen2-VL (2409.12191). Four graphs: `vision_encoder`,
-`projector`, `embed_tokens`, `decoder`. The model's own `get_image_features` is the description of the first two; the call of its
+LLaVA (arXiv 2304.08485), Idefics3 (2408.12637), SmolVLM (2504.05299), LLaVA-OneVision (2408.03326), InternVL3 (2504.10479),
+Qwen2-VL (2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631), Pixtral (2410.07073). Four graphs: `vision_encoder`, `projector`,
+`embed_tokens`, `decoder`. The model's own `get_image_features` is the description of the first two; the call of its
 projector is the seam between them. How an image enters differs, and is the *layout* of the registry's line:
 
 - `image`: every image has one size and becomes a fixed number of tokens;
 - `crops`: so is each crop of an image that was cut up in addition to being seen whole;
 - `tiles`: an image is cut into rows × columns of full tiles and a global view; pixel shuffle belongs to the projector;
-- `patches`: an image of any size is one row of patches; the height and width index of each is computed on the host.
+- `any_resolution`: tiles and the whole image, whose features the host puts back together, without padding;
+- `framed_tiles`: tiles and the whole image, one after another in one frame;
+- `patches`: an image of any size is one row of patches, in blocks that become one token; what depends on its size (the height and
+  width index of each patch, windows, resampled positions) is computed on the host;
+- `patch_rows`: so it is, in reading order, and the prompt shows its rows.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 import torch
 from transformers import PreTrainedConfig
 
-from vlm_edge.export.attention import attention_implementation
 from vlm_edge.export.checkpoint import Checkpoint
-from vlm_edge_runtime.bundle.manifest import (
-    CropsPlaceholder,
-    FixedPlaceholder,
-    GenerativeContract,
-    GridPlaceholder,
-    Modality,
-    MRopePositions,
-    Placeholder,
-    Positions,
-    SequentialPositions,
-    TilePlaceholder,
-    TokenInput,
-)
+from vlm_edge_runtime.bundle.manifest import GenerativeContract, Modality, MRopePositions, TokenInput
 from vlm_edge_runtime.errors import UnsupportedModelError
 
-from .base import Case, GraphPlan, Part, Single, Split, Tensors, float32, options, submodule
+from .base import Part, Split, options, submodule
 from .blocks import NAME as BLOCK_IDS
 from .blocks import block_cases, block_input
 from .decoder import decoder_plan, embed_plan, probe
-from .layouts import LAYOUTS, Layout
+from .deepstack import deepstack_inputs
+from .layouts import Layout, any_resolution_layout, framed_layout, image_layout, tile_layout
+from .layouts_patches import patch_layout, patch_rows_layout
+from .projector_prompt import image_token_id, placeholder, positions
+from .projector_vision import vision_plans
 from .registry import Entry
 
-_VISION_BATCH: dict[str, Literal["image", "tile", "patches"]] = {
-    "image": "image",
-    "crops": "tile",
-    "tiles": "tile",
-    "patches": "patches",
+LayoutName = Literal["image", "crops", "tiles", "any_resolution", "framed_tiles", "patches", "patch_rows"]
+LAYOUTS: dict[LayoutName, tuple[Callable[[Part, Part, torch.nn.Module], Layout], Literal["image", "tile", "patches"]]] = {
+    "image": (image_layout, "image"),
+    "crops": (image_layout, "tile"),
+    "tiles": (tile_layout, "tile"),
+    "any_resolution": (any_resolution_layout, "tile"),
+    "framed_tiles": (framed_layout, "tile"),
+    "patches": (patch_layout, "patches"),
+    "patch_rows": (patch_rows_layout, "patches"),
 }
+"""How each enters, and what one input is to the first graph (`Modality.batch`)."""
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
     """What the registry says about a model type of this family; see registry.toml."""
 
-    layout: Literal["image", "crops", "tiles", "patches"]
+    layout: LayoutName
     projector: str
     vision: str = ""
+    towers: dict[str, LayoutName] = {}
     blocks: Literal["", "images"] = ""
 
 
@@ -83,22 +86,29 @@ class Projector:
         model, wanted = checkpoint.model, options(entry, Options)
         projector = submodule(model, wanted.projector, entry)
         vision = submodule(model, wanted.vision, entry) if wanted.vision else model
-        layout = LAYOUTS[wanted.layout](model, vision, projector)
+        tower = getattr(getattr(model.config, "vision_config", None), "model_type", "")
+        kind = wanted.towers.get(tower, wanted.layout)
+        make, batch = LAYOUTS[kind]
+        layout = make(model, vision, projector)
         kv, hidden, vocabulary = probe(model)
         text = model.config.get_text_config()
         context_length = int(text.max_position_embeddings)
-        positions = _positions(model.config)
+        placed = positions(model.config)
         vision_plan, projector_plan, tokens = vision_plans(model, projector, layout)
         image = Modality(
             graphs=[vision_plan.role, projector_plan.role],
-            batch=_VISION_BATCH[wanted.layout],
+            batch=batch,
             token_id=image_token_id(model.config),
-            placeholder=_placeholder(checkpoint, wanted.layout, tokens),
+            placeholder=placeholder(checkpoint, kind, tokens),
+            geometry=list(layout.geometry),
         )
+        extras = [*([block_input(model, wanted.blocks)] if wanted.blocks else ()), *deepstack_inputs(model, layout.taps, hidden)]
+        token_inputs = [TokenInput(name=BLOCK_IDS, kind="blocks", blocks=wanted.blocks)] if wanted.blocks else []
+        token_inputs += [TokenInput(name=spec.name, kind="features") for spec in projector_plan.outputs[1:]]
         contract = GenerativeContract(
             family=self.name,
             modalities=[image],
-            positions=positions,
+            positions=placed,
             kv=kv,
             hidden_size=hidden,
             vocab_size=vocabulary,
@@ -106,11 +116,10 @@ class Projector:
             eos_token_ids=checkpoint.eos_token_ids(),
             pad_token_id=checkpoint.pad_token_id(),
             bos_token_id=checkpoint.bos_token_id(),
-            token_inputs=[TokenInput(name=BLOCK_IDS, kind="blocks", blocks=wanted.blocks)] if wanted.blocks else [],
+            token_inputs=token_inputs,
         )
-        extras = [block_input(model, wanted.blocks)] if wanted.blocks else []
         more_cases = block_cases(text) if wanted.blocks else ()
-        axes = 3 if isinstance(positions, MRopePositions) else 1
+        axes = 3 if isinstance(placed, MRopePositions) else 1
         graphs = (
             vision_plan,
             projector_plan,
@@ -118,111 +127,6 @@ class Projector:
             decoder_plan(model, kv, hidden, vocabulary, context_length, rotary_axes=axes, extras=extras, more_cases=more_cases),
         )
         return Split(graphs, contract)
-
-
-def vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tuple[GraphPlan, GraphPlan, int]:
-    """The graphs `vision_encoder` and `projector`, and how many tokens one image or tile becomes (0: depends on the image)."""
-    seen: dict[str, Tensors] = {}
-
-    def original(case: Case, inputs: Tensors) -> Tensors:
-        """What went into the original's projector and what came out, while it encoded these images."""
-        kept: list[torch.Tensor] = []
-        handle = projector.register_forward_hook(lambda module, given, result: kept.extend((given[0], result)))
-        try:
-            layout.features(case, inputs)
-        finally:
-            handle.remove()
-        seen[case.label] = tuple(tensor.detach().clone() for tensor in kept[:2])
-        return seen[case.label]
-
-    def hidden_states(case: Case) -> Tensors:
-        """What the vision encoder really puts out, not noise; kept from its own check, for it may cost seconds a tile."""
-        if case.label not in seen:
-            with torch.no_grad(), attention_implementation(model, "eager"):
-                original(case, layout.sample(case))
-        return seen[case.label][:1]
-
-    first = layout.cases[0]
-    hidden, features = hidden_states(first)[0], seen[first.label][1]
-    one_row = layout.tokens_dim is not None
-    rows_in = (layout.rows,) if one_row else (layout.rows, hidden.shape[1])
-    rows_out = (layout.tokens_dim,) if layout.tokens_dim else (layout.rows, features.shape[1])
-    hidden_spec = float32("image_hidden_states", *rows_in, hidden.shape[-1])
-    features_spec = float32("image_features", *rows_out, features.shape[-1])
-    vision = GraphPlan(
-        role="vision_encoder",
-        module=layout.encoder,
-        inputs=layout.inputs,
-        outputs=(hidden_spec,),
-        cases=layout.cases,
-        sample=layout.sample,
-        reference=lambda case, inputs: original(case, inputs)[:1],
-    )
-    mapped = GraphPlan(
-        role="projector",
-        module=Single(projector),
-        inputs=(hidden_spec,),
-        outputs=(features_spec,),
-        cases=layout.cases,
-        sample=hidden_states,
-        reference=lambda case, inputs: (projector(inputs[0].clone()),),
-    )
-    return vision, mapped, 0 if one_row else features.shape[1]
-
-
-def image_token_id(config: PreTrainedConfig) -> int:
-    for name in ("image_token_id", "image_token_index"):
-        if isinstance(found := getattr(config, name, None), int):
-            return found
-    raise UnsupportedModelError(f"The configuration of '{config.model_type}' names no image token (image_token_id).")
-
-
-def _positions(config: PreTrainedConfig) -> Positions:
-    """M-RoPE where the text model rotates by sections of time, height and width; else one position per token."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    if "mrope_section" not in rope:
-        return SequentialPositions()
-    return MRopePositions(
-        merge_size=int(config.vision_config.spatial_merge_size),
-        image_token_id=image_token_id(config),
-        vision_start_token_id=int(config.vision_start_token_id),
-    )
-
-
-def _placeholder(checkpoint: Checkpoint, layout: str, tokens: int) -> Placeholder:
-    """The text that stands for an image in the prompt, in the tokens of this checkpoint's tokenizer."""
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
-    image_token = tokenizer.convert_ids_to_tokens(image_token_id(config))
-    if image_token is None:
-        raise UnsupportedModelError(
-            f"The tokenizer has no token {image_token_id(config)}, which the configuration calls its image."
-        )
-    if layout == "image":
-        return FixedPlaceholder(image_token=image_token, tokens_per_image=tokens)
-    if layout == "crops":
-        return _crops_placeholder(config, tokenizer, image_token, tokens)
-    if layout == "patches":
-        return GridPlaceholder(image_token=image_token, merge_size=int(config.vision_config.spatial_merge_size))
-    # The processors of Idefics3 and SmolVLM fix these words in their code; a tokenizer may name others (SmolVLM's does).
-    fake = getattr(tokenizer, "fake_image_token", None) or "<fake_token_around_image>"
-    overall = getattr(tokenizer, "global_image_token", None) or "<global-img>"
-    if tokenizer.convert_tokens_to_ids(fake) in (None, tokenizer.unk_token_id):
-        raise UnsupportedModelError(f"The tokenizer has no token '{fake}', which frames every tile of an image.")
-    return TilePlaceholder(image_token=image_token, fake_token=fake, global_token=overall, tokens_per_tile=tokens)
-
-
-def _crops_placeholder(config: PreTrainedConfig, tokenizer: Any, soft_token: str, tokens: int) -> CropsPlaceholder:
-    """What Gemma3Processor writes for an image, in code."""
-    begin, end = tokenizer.convert_ids_to_tokens([config.boi_token_index, config.eoi_token_index])
-    return CropsPlaceholder(
-        image_token=begin,
-        soft_token=soft_token,
-        before=f"\n\n{begin}",
-        after=f"{end}\n\n",
-        tokens_per_image=tokens,
-        crops="Here is the original image {image} and here are some crops to help you see better {crops}",
-    )
 
 
 FAMILY = Projector()

@@ -74,7 +74,7 @@ class InterpolationGeometry(_Geometry, tag="interpolation"):
 
 
 class MergeGeometry(_Geometry, tag="merge"):
-    """Mistral 3's patch merger: int64 `merge_index [tokens, merge²]`, the patches (in reading order) that each token is made of."""
+    """Mistral 3's patch merger: int64 `merge_index [tokens, merge²]`, the patches (in reading order) of each token."""
 
     merge: int
 
