@@ -214,8 +214,8 @@ bool decoder_bound_unlike(const Decoder *decoder, const size_t *sizes, const siz
 size_t row_shape_bytes(const RowShape *shape, const size_t *sizes);
 /* Copies what two layouts of a row's share have in common: along each axis, the first entries up to the smaller size. */
 void row_shape_copy(const RowShape *shape, uint8_t *to, const size_t *to_sizes, const uint8_t *from, const size_t *from_sizes);
-/* Sets a row's sizes and makes room for them in what is kept for all rows. Rows that were emptied after use and do not fit any
- * more lose what they are bound to. */
+/* Sets a row's sizes and makes room for them in what is kept for all rows. Rows that were emptied after use lose what they are
+ * bound to where it cannot stand beside these sizes. */
 DecoderStatus decoder_fit(Decoder *decoder, size_t row, const size_t *sizes, char message[ORT_MESSAGE_SIZE]);
 /* Sizes of the dynamic dimensions of what is kept for all rows. */
 void decoder_longest(const Decoder *decoder, size_t *sizes);

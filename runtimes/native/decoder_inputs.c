@@ -160,18 +160,14 @@ DecoderStatus decoder_fit(Decoder *d, size_t row, const size_t *sizes, char mess
     decoder_longest(d, before);
     for (size_t i = 0; i < count; i++) {
         after[i] = sizes[i] != SIZE_UNKNOWN ? sizes[i] : 0;
-        for (size_t other = 0; other < d->batch; other++) {
-            const DecoderRow *r = &d->rows[other];
-            if (other != row && in_use(r) && r->sizes[i] != SIZE_UNKNOWN && r->sizes[i] > after[i]) {
-                after[i] = r->sizes[i];
-            }
-        }
     }
     for (size_t other = 0; other < d->batch; other++) {
         DecoderRow *r = &d->rows[other];
         for (size_t i = 0; other != row && d->needs_binding && !in_use(r) && i < count; i++) {
-            const bool fits = r->sizes[i] == SIZE_UNKNOWN || (d->dims[i].fillable ? r->sizes[i] <= after[i] : r->sizes[i] == after[i]);
-            r->bound = r->bound && fits;
+            r->bound = r->bound && (d->dims[i].fillable || r->sizes[i] == sizes[i]);
+        }
+        for (size_t i = 0; other != row && r->bound && i < count; i++) {
+            after[i] = r->sizes[i] != SIZE_UNKNOWN && r->sizes[i] > after[i] ? r->sizes[i] : after[i];
         }
     }
     DecoderStatus status = DECODER_OK;
@@ -206,7 +202,7 @@ static DecoderStatus check_bindable(const Decoder *d, size_t row, const InputVal
         for (size_t i = 0; i < d->input_count; i++) {
             const FurtherInput *input = &d->inputs[i];
             if (input->shared && memcmp(input->data, values->data[i], input->row_bytes) != 0) {
-                return decoder_fail(DECODER_USAGE, message, "'%s' is one array for all rows, and another row is bound to other values of it",
+                return decoder_fail(DECODER_USAGE, message, "row %zu has other values of '%s' than another row, which is one array for all rows", row,
                                     input->info->name);
             }
         }

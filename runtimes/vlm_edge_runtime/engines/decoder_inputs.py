@@ -47,8 +47,9 @@ class DecoderInputs:
             kind[spec.name] = spec
         self.bound = self.static | self.recurrent
         everything = [*self.static.values(), *self.tokens.values()]
-        self._masked = {name for spec in everything if "mask" in spec.name for name in _named(spec)}
-        self._static_sizes = {name for spec in self.static.values() for name in _named(spec)}
+        masked = {name for spec in everything if "mask" in spec.name for name in _named(spec)}
+        static = {name for spec in self.static.values() for name in _named(spec)}
+        self._alike = (static - masked) | {name for key, spec in self.static.items() if self.shared(key) for name in _named(spec)}
 
     def _kind(self, spec: TensorSpec) -> dict[str, TensorSpec] | None:
         shape = spec.shape
@@ -107,11 +108,17 @@ class DecoderInputs:
         """Zeros that `stack` fills up: dimensions of unknown size are empty so far."""
         return tuple(sizes.get(size, 0) if isinstance(size, str) else size for size in self._rest(name))
 
-    def clash(self, one: Sizes, other: Sizes) -> str | None:
-        """A dimension in which two rows differ though no mask could hide the filling."""
-        for name in sorted(self._static_sizes - self._masked):
-            if one.get(name) != other.get(name):
-                return name
+    def clash(self, one: tuple[Arrays, Sizes], other: tuple[Arrays, Sizes]) -> str | None:
+        """Why two rows cannot run together with what they are bound to, or None."""
+        for name in sorted(self._alike):
+            if one[1][name] != other[1][name]:
+                return (
+                    f"size {one[1][name]} in '{name}', another row has {other[1][name]}: they cannot run together, since the decoder "
+                    "has no mask input that would hide the filling of the shorter one"
+                )
+        for name in self.static:
+            if self.shared(name) and not np.array_equal(one[0][name], other[0][name]):
+                return f"other values of '{name}' than another row, which is one array for all rows"
         return None
 
     def stack(self, name: str, arrays: Sequence[Array], sizes: Sizes, front: int = 0) -> Array:

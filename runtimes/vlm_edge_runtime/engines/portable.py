@@ -49,16 +49,16 @@ class PortableDecoderState:
             bound, sizes = self._graphs.inputs.check_bound(inputs)
             if state.length:
                 raise ValueError(f"row {row} has {state.length} entries: truncate it to 0 before it is bound to other inputs")
-            clashes = [(other, self._graphs.inputs.clash(sizes, other.bound_sizes)) for other in self._rows if other is not state]
-            for other, name in clashes:
-                if name is not None and other.bound is not None and (other.length or not other.used):
-                    raise ValueError(
-                        f"row {row} has size {sizes[name]} in '{name}', another row has {other.bound_sizes[name]}: they cannot "
-                        "run together, since the decoder has no mask input that would hide the filling of the shorter one"
-                    )
-            for other, name in clashes:
-                if name is not None:  # emptied after use: it was bound for work that is over
-                    other.bound = None
+            over: list[Row] = []
+            for other in self._rows:
+                if other is state or other.bound is None:
+                    continue
+                if clash := self._graphs.inputs.clash((bound, sizes), (other.bound, other.bound_sizes)):
+                    if other.length or not other.used:
+                        raise ValueError(f"row {row} has {clash}")
+                    over.append(other)
+            for other in over:  # emptied after use: what it was bound for is done
+                other.bound = None
             state.forget()
             state.bound, state.bound_sizes, state.used = bound, sizes, False
             self._empty(state)

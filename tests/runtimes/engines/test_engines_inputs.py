@@ -16,11 +16,12 @@ from vlm_edge_runtime.errors import ContextLengthError, DeviceError
 
 OPTIONS = EngineOptions(threads=1, spin=False)
 PROMPTS = [[3, 5, 7, 11, 13], [2, 4], list(range(20, 33))]
-ENTRIES = [4, 9, 1]
+ENTRIES = [4, 8, 2]
 TOYS = {
     "cross-attention": Toy(cross=True),
     "masks and features per token": Toy(cross=True, token_mask=True, feature=True, shared=True),
     "masks per token alone": Toy(cross=True, source_mask=False, token_mask=True),
+    "images per token": Toy(cross=True, source_mask=False, token_mask=True, media=2),
     "blocks": Toy(blocks=True),
     "recurrent, no cache": Toy(cached=False, cross=True, recurrent=True),
     "recurrent and cached": Toy(cross=True, recurrent=True, feature=True),
@@ -461,7 +462,7 @@ def test_sources_of_unlike_length_need_a_mask(make) -> None:
     state = bench.decoder.allocate(2, 32)
     long, short = bench.source(0), bench.source(1)
     state.bind(0, long.bound)
-    with pytest.raises(ValueError, match="row 1 has size 9 in 'source', another row has 4: they cannot run together"):
+    with pytest.raises(ValueError, match="row 1 has size 8 in 'source', another row has 4: they cannot run together"):
         state.bind(1, short.bound)
     bench.fill(state, 1, PROMPTS[0], long)
     state.truncate(1, 0)
@@ -474,3 +475,80 @@ def test_sources_of_unlike_length_need_a_mask(make) -> None:
     assert state.decode(4)[1].tokens == bench.reference.greedy(PROMPTS[1], short, 4)
     with pytest.raises(ValueError, match="row 0 is not bound"):
         bench.prefill(state, 0, PROMPTS[0], None)
+
+
+def test_binding_holds_until_the_next_one(make) -> None:
+    bench = make(TOYS["cross-attention"])
+    state = bench.filled()
+    for row in range(3):
+        state.truncate(row, 0)
+    other = random_source(bench.toy, 3, 0, seed=9)
+    bench.fill(state, 0, PROMPTS[0], other)
+    for row in (1, 2):  # bound before, to sources both longer and shorter than row 0's
+        bench.prefill(state, row, PROMPTS[row], None)
+        bench.start(state, row, PROMPTS[row], bench.source(row))
+    expected = [bench.reference.greedy(PROMPTS[0], other, 4), bench.expected(1, 4), bench.expected(2, 4)]
+    assert [row.tokens for row in state.decode(4)] == expected
+
+
+def test_an_array_that_all_rows_share(make) -> None:
+    bench = make(TOYS["no cache at all"])
+    state = bench.decoder.allocate(2, 32)
+    source = bench.source(0)
+    shifted = source.bound | {"shift": source.bound["shift"] + 1}
+    state.bind(0, source.bound)
+    with pytest.raises(ValueError, match="row 1 has other values of 'shift' than another row, which is one array for all rows"):
+        state.bind(1, shifted)
+    bench.prefill(state, 0, PROMPTS[0], None)
+    with pytest.raises(ValueError, match="other values of 'shift'"):
+        state.bind(1, shifted)
+    state.truncate(0, 0)
+    state.bind(1, shifted)  # row 0's work is over
+    bench.prefill(state, 1, PROMPTS[0], None)
+    _close(state.logits(1), bench.reference.run(PROMPTS[0], Source(shifted))["logits"])
+    with pytest.raises(ValueError, match="row 0 is not bound"):
+        bench.prefill(state, 0, PROMPTS[0], None)
+
+
+def test_images_per_token_must_be_said(make) -> None:
+    bench = make(TOYS["images per token"])
+    state = bench.decoder.allocate(2, 32)
+    source = bench.source(1)
+    bench.bind(state, 0, source)
+    with pytest.raises(ValueError, match=r"'image_attention_mask'.* must be given: nothing else says how large 'images' is"):
+        bench.prefill(state, 0, PROMPTS[1], None)
+    bench.prefill(state, 0, PROMPTS[1], source.prompt)
+    values = {name: np.ones((1, 4), np.int64) for name in source.prompt}
+    with pytest.raises(ValueError, match=r"cross_attention_mask has size 4 in dimension 1 \(source\), expected 8"):
+        bench.prefill(state, 0, [1], values)
+    with pytest.raises(ValueError, match=r"image_attention_mask has size 5 in dimension 0 \(images\), expected 4"):
+        state.start(0, SamplingParams(), np.zeros(0, np.int64), 2, {"image_attention_mask": np.ones(5, np.int64)})
+    state.truncate(0, 0)
+    bench.bind(state, 0, bench.source(0))
+    bench.prefill(state, 0, PROMPTS[0], bench.source(0).prompt)
+    _close(state.logits(0), bench.reference.run(PROMPTS[0], bench.source(0))["logits"])
+
+
+def test_a_failed_run_leaves_the_row_as_it_was(make) -> None:
+    bench = make(TOYS["recurrent and cached"], EngineOptions(1, False, 2))
+    state = bench.filled()
+    source = bench.source(0)
+    beyond = np.array([5, 6, 5000], np.int64)  # the table of positions has 256
+    rest = {name: array[:3] for name, array in source.prompt.items()}
+    with pytest.raises(DeviceError, match="graph 'decoder'"):
+        state.prefill(0, bench.decoder.embed(np.array([8, 9, 10], np.int64)), beyond, rest)
+    assert state.lengths == [5, 2, 13]
+    bench.prefill(state, 0, [8, 9, 10], rest)
+    joined = Source(
+        source.bound, {name: np.concatenate([array, array[:3]]) for name, array in source.prompt.items()}, source.later
+    )
+    _close(state.logits(0), bench.reference.run([*PROMPTS[0], 8, 9, 10], joined)["logits"])
+    state.start(0, SamplingParams(), np.zeros(0, np.int64), 5000, source.later)
+    with pytest.raises(DeviceError, match="graph 'decoder'"):
+        state.step(np.array([1, 2, 3]))
+    assert state.lengths == [8, 2, 13]
+    state.truncate(0, 0)
+    bench.fill(state, 0, PROMPTS[0], source)
+    logits = state.step(np.array([1, 2, 3]))
+    for row, prompt in enumerate(PROMPTS):
+        _close(logits[row], bench.reference.run([*prompt, 1 + row], bench.source(row))["logits"])

@@ -42,6 +42,8 @@ class Toy:
     """With `cross`: static `encoder_attention_mask` int64 [batch, source]."""
     token_mask: bool = False
     """With `cross`: per token `cross_attention_mask` int64 [batch, sequence, source]."""
+    media: int = 0
+    """With `cross`: per token `image_attention_mask` int64 [batch, sequence, images], an image being so many source entries."""
     feature: bool = False
     """Per token `deepstack.0` [batch, sequence, hidden], added to the embeddings."""
     blocks: bool = False
@@ -210,6 +212,18 @@ class Toy:
             hidden_keys = self._node("Equal", [name, self._constant("no", np.array(0))], f"{name}_off{layer}")
             wide = self._node("Unsqueeze", [hidden_keys, self._constant(f"{name}_axes", np.array(axes))], f"{name}_wide{layer}")
             scores = self._node("Where", [wide, self._constant("never", np.float32(-1e9)), scores], f"{name}_scores{layer}")
+        if self.media:
+            shape = [
+                self._constant(f"image_shape{i}", np.array(value))
+                for i, value in enumerate(([3], [1, 1, 1, self.media], [0, 0, -1]))
+            ]
+            each = self._node("Unsqueeze", ["image_attention_mask", shape[0]], f"image_each{layer}")
+            entries = self._node(
+                "Reshape", [self._node("Tile", [each, shape[1]], f"image_tiled{layer}"), shape[2]], f"image_entries{layer}"
+            )
+            unseen = self._node("Equal", [entries, self._constant("no", np.array(0))], f"image_off{layer}")
+            wide = self._node("Unsqueeze", [unseen, self._constant("image_heads", np.array([1]))], f"image_wide{layer}")
+            scores = self._node("Where", [wide, self._constant("never", np.float32(-1e9)), scores], f"image_scores{layer}")
         weights = self._node("Softmax", [scores], f"cweights{layer}", axis=-1)
         if layer == 0:
             self._node("ReduceMean", [weights, self._constant("head_axis", np.array([1]))], "attentions", keepdims=0)
@@ -260,6 +274,7 @@ class Toy:
             ("deepstack.0", self.feature, F32, ["batch", "sequence", self.hidden]),
             ("block_ids", self.blocks, I64, ["batch", "sequence"]),
             ("cross_attention_mask", self.cross and self.token_mask, I64, ["batch", "sequence", "source"]),
+            ("image_attention_mask", self.media > 0, I64, ["batch", "sequence", "images"]),
             ("encoder_attention_mask", self.cross and self.source_mask, I64, ["batch", "source"]),
             ("state.0", self.recurrent, F32, ["batch", self.hidden]),
         ]:

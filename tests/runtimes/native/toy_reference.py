@@ -42,6 +42,9 @@ def random_source(toy: Toy, entries: int, tokens: int, seed: int) -> Source:
     if toy.cross and toy.token_mask:
         source.prompt["cross_attention_mask"] = np.stack([_mask(random, entries) for _ in range(tokens)])
         source.later["cross_attention_mask"] = _mask(random, entries)
+    if toy.media:
+        source.prompt["image_attention_mask"] = np.stack([_mask(random, entries // toy.media) for _ in range(tokens)])
+        source.later["image_attention_mask"] = _mask(random, entries // toy.media)
     if toy.feature:
         source.prompt["deepstack.0"] = normal(tokens, toy.hidden)
         source.later["deepstack.0"] = normal(toy.hidden)
@@ -98,6 +101,8 @@ class Reference:
                     allowed &= source.bound["encoder_attention_mask"] != 0
                 if toy.token_mask:
                     allowed &= _all(source, "cross_attention_mask", count, prompt) != 0
+                if toy.media:
+                    allowed &= np.repeat(_all(source, "image_attention_mask", count, prompt), toy.media, axis=1) != 0
                 mixed, weights = _attend(_heads(x @ w[f"cq{layer}"], toy.size), k, v, allowed)
                 x = x + mixed @ w[f"co{layer}"]
                 if layer == 0:
