@@ -228,7 +228,7 @@ def attention(
         mask = Mask("causal") if unmasked_causal else _recorder.mask_of(attention_mask)
         index = layer.index if layer else static.index if static else len(_recorder.calls)
         _recorder.calls.append(AttentionCall(module, index, mask, float(softcap or 0.0), layer is not None))
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def attention_mask(
