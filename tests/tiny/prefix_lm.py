@@ -40,7 +40,7 @@ def gemma3(*, window: int = WINDOW, crops: bool = False) -> Parts:
     words = tokenizer([*names.values(), "<start_of_turn>", "<end_of_turn>"], **names)
     token = words.convert_tokens_to_ids
     text = text_config("gemma3")
-    text.sliding_window = window
+    text.sliding_window, text.tie_word_embeddings = window, False
     config = t.Gemma3Config(
         vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False),
         text_config=text,
@@ -48,6 +48,7 @@ def gemma3(*, window: int = WINDOW, crops: bool = False) -> Parts:
         boi_token_index=token("<start_of_image>"),
         eoi_token_index=token("<end_of_image>"),
         image_token_index=token("<image_soft_token>"),
+        tie_word_embeddings=False,  # or every token would be followed by itself
     )
     images = t.Gemma3ImageProcessorPil(
         size={"height": IMAGE, "width": IMAGE},
@@ -64,10 +65,12 @@ def gemma3(*, window: int = WINDOW, crops: bool = False) -> Parts:
 def paligemma(text: str) -> Parts:
     """PaliGemma (`gemma`) and PaliGemma 2 (`gemma2`, which has sliding layers)."""
     words = tokenizer(["<image>"], image_token="<image>")
-    vision = t.SiglipVisionConfig(**VISION, vision_use_head=False)
+    vision, decoder = t.SiglipVisionConfig(**VISION, vision_use_head=False), text_config(text)
+    decoder.tie_word_embeddings = False
     config = t.PaliGemmaConfig(
         vision_config=vision,
-        text_config=text_config(text),
+        text_config=decoder,
+        tie_word_embeddings=False,
         image_token_index=words.convert_tokens_to_ids("<image>"),
         projection_dim=WIDTH,
         hidden_size=WIDTH,
