@@ -113,8 +113,8 @@ class DecoderInputs:
         for name in sorted(self._alike):
             if one[1][name] != other[1][name]:
                 return (
-                    f"size {one[1][name]} in '{name}', another row has {other[1][name]}: they cannot run together, since the decoder "
-                    "has no mask input that would hide the filling of the shorter one"
+                    f"size {one[1][name]} in '{name}', another row has {other[1][name]}: they cannot run together, since the "
+                    "decoder has no mask input that would hide the filling of the shorter one"
                 )
         for name in self.static:
             if self.shared(name) and not np.array_equal(one[0][name], other[0][name]):

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
-import onnxruntime as ort
-import psutil
 import pytest
 import reference_sampling as reference
 from toy_decoder import Toy
+from toy_pair import PROMPTS, SAMPLED, Pair, as_array, fields_of
 
 from vlm_edge_runtime import _native
 from vlm_edge_runtime.engines.base import SamplingParams
-from vlm_edge_runtime.engines.ort_library import ensure_runtime
-from vlm_edge_runtime.errors import ContextLengthError, DeviceError
+from vlm_edge_runtime.errors import DeviceError
 
 TOYS = {
     "learned positions": Toy(),
@@ -26,63 +20,11 @@ TOYS = {
     "rotary, own positions": Toy(rotary=True, axes=0),
     "m-rope": Toy(axes=3),
 }
-PROMPTS = [[3, 5, 7, 11, 13, 17, 19], [2, 4], list(range(20, 41))]
-SAMPLED = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.15)
 
 
 @pytest.fixture(scope="module", params=TOYS, name="toy")
 def _toy(request) -> Toy:
     return TOYS[request.param]
-
-
-class Pair:
-    """Both sessions of a toy, and a plain Python loop over its portable form."""
-
-    def __init__(self, toy: Toy) -> None:
-        ensure_runtime()
-        self.toy = toy
-        self.decoder = _native.Session(toy.lowered_model(), "decoder")
-        self.embed_tokens = _native.Session(toy.embed_model(), "embed_tokens")
-        # The portable form wants position_ids even where the lowered one counts by itself.
-        self.twin = Toy(rotary=toy.rotary, axes=toy.axes or 1)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.portable = ort.InferenceSession(self.twin.portable_model(), options, providers=["CPUExecutionProvider"])
-
-    def state(self, batch: int = 1, capacity: int = 64, chunk: int = 0) -> _native.DecoderState:
-        return _native.DecoderState(self.decoder, self.embed_tokens, batch, capacity, chunk)
-
-    def embed(self, tokens: list[int]) -> np.ndarray:
-        return np.asarray(self.embed_tokens.run({"input_ids": np.array([tokens], np.int64)})["inputs_embeds"])[0]
-
-    def positions(self, first: int, count: int) -> np.ndarray:
-        line = np.arange(first, first + count, dtype=np.int64)
-        # The axes of M-RoPE differ inside an image; the largest of them leads.
-        return np.stack([line, line // 2, line // 3]) if self.toy.axes == 3 else line
-
-    def fill(self, state: _native.DecoderState, row: int, tokens: list[int]) -> None:
-        state.prefill(row, self.embed(tokens), self.positions(state.lengths[row], len(tokens)))
-
-    def start(self, state: _native.DecoderState, row: int, prompt: list[int], params: SamplingParams) -> None:
-        state.start(row, params, np.array(prompt, np.int64), len(prompt))
-
-    def expected(self, prompt: list[int], steps: int, params: SamplingParams) -> list[int]:
-        """Re-runs the whole sequence for every token, without any cache."""
-        tokens, generated = list(prompt), []
-        empty = {name: np.zeros((1, self.toy.kv_heads, 0, self.toy.size), np.float32) for name in self.toy.past_names}
-        for step in range(steps):
-            positions = self.positions(0, len(prompt))
-            later = np.arange(len(prompt), len(tokens), dtype=np.int64)
-            positions = np.concatenate([positions, np.broadcast_to(later, (*positions.shape[:-1], len(later)))], axis=-1)
-            feeds = {"inputs_embeds": self.embed(tokens)[None], "attention_mask": np.ones((1, len(tokens)), np.int64), **empty}
-            feeds["position_ids"] = positions[..., None, :]
-            logits = self.portable.run(["logits"], feeds)[0][0, -1]
-            token = reference.choose(logits, params, prompt + generated, step)
-            generated.append(token)
-            tokens.append(token)
-            if token in params.eos_token_ids:
-                break
-        return generated
 
 
 @pytest.fixture(scope="module", name="pair")
@@ -116,10 +58,10 @@ def test_rows_of_different_length_together(pair, params) -> None:
     for row, prompt in enumerate(PROMPTS):
         pair.fill(state, row, prompt)
     for row, prompt in enumerate(PROMPTS):
-        pair.start(state, row, prompt, SamplingParams(**{**_fields(params), "seed": row}))
+        pair.start(state, row, prompt, SamplingParams(**{**fields_of(params), "seed": row}))
     rows = state.decode(10)
     for row, prompt in enumerate(PROMPTS):
-        assert rows[row][0] == pair.expected(prompt, 10, SamplingParams(**{**_fields(params), "seed": row}))
+        assert rows[row][0] == pair.expected(prompt, 10, SamplingParams(**{**fields_of(params), "seed": row}))
 
 
 def test_finished_rows_idle_without_changing(pair) -> None:
@@ -165,47 +107,18 @@ def test_prefill_in_chunks(pair, chunk) -> None:
     whole, parts = pair.state(), pair.state(chunk=chunk)
     for state in (whole, parts):
         pair.fill(state, 0, prompt)
-    np.testing.assert_allclose(_array(parts.logits(0)), _array(whole.logits(0)), atol=1e-4)
+    np.testing.assert_allclose(as_array(parts.logits(0)), as_array(whole.logits(0)), atol=1e-4)
     pair.start(parts, 0, prompt, SamplingParams())
     assert parts.decode(8)[0][0] == pair.expected(prompt, 8, SamplingParams())
-
-
-def test_prefix_is_reused_after_truncate(one) -> None:
-    state = one.state()
-    one.fill(state, 0, PROMPTS[2])
-    one.start(state, 0, PROMPTS[2], SamplingParams())
-    state.decode(8)
-    state.truncate(0, 10)
-    assert state.lengths == [10]
-    prompt = [*PROMPTS[2][:10], 50, 51, 52]
-    one.fill(state, 0, prompt[10:])
-    one.start(state, 0, prompt, SamplingParams())
-    assert state.decode(8)[0][0] == one.expected(prompt, 8, SamplingParams())
-
-
-def test_prefix_is_copied_between_rows_and_states(one) -> None:
-    source = one.state(batch=2, capacity=48)
-    one.fill(source, 1, PROMPTS[2])
-    target = one.state(batch=3, capacity=100)
-    target.copy_prefix(2, source, 1, 12)
-    target.copy_prefix(0, target, 2, 9)
-    assert target.lengths == [9, 0, 12]
-    source.close()
-    for row, kept in ((2, 12), (0, 9)):
-        prompt = [*PROMPTS[2][:kept], 1, 2, 3]
-        one.fill(target, row, prompt[kept:])
-        one.start(target, row, prompt, SamplingParams())
-        assert target.decode(6)[row][0] == one.expected(prompt, 6, SamplingParams())
-        target.truncate(row, 0)
 
 
 def test_pushed_tokens_replace_the_model_s(one) -> None:
     state = one.state()
     one.fill(state, 0, PROMPTS[0])
     first = one.expected(PROMPTS[0], 1, SamplingParams())[0]
-    assert int(_array(state.logits(0)).argmax()) == first
+    assert int(as_array(state.logits(0)).argmax()) == first
     state.push(0, 42)
-    assert int(_array(state.logits(0)).argmax()) == one.expected([*PROMPTS[0], 42], 1, SamplingParams())[0]
+    assert int(as_array(state.logits(0)).argmax()) == one.expected([*PROMPTS[0], 42], 1, SamplingParams())[0]
     one.start(state, 0, [*PROMPTS[0], 42], SamplingParams())
     state.decode(1)
     state.push(0, 33)  # instead of what was just sampled
@@ -216,7 +129,7 @@ def test_pushed_tokens_replace_the_model_s(one) -> None:
 def test_log_probabilities(one) -> None:
     state = one.state()
     one.fill(state, 0, PROMPTS[0])
-    expected = reference.log_softmax(_array(state.logits(0)))
+    expected = reference.log_softmax(as_array(state.logits(0)))
     one.start(state, 0, PROMPTS[0], SamplingParams(temperature=1.0, seed=5, logprobs=3))
     ((tokens, logprobs, top, finished),) = state.decode(4)
     assert len(tokens) == len(logprobs) == len(top) == 4 and not finished
@@ -239,38 +152,6 @@ def test_same_seed_same_text_whatever_the_neighbours(one) -> None:
         one.fill(crowd, row, PROMPTS[1] if row == 2 else PROMPTS[0])
         one.start(crowd, row, PROMPTS[1] if row == 2 else PROMPTS[0], SAMPLED if row == 2 else SamplingParams())
     assert crowd.decode(8)[2][0] == text
-
-
-def test_full_cache_is_refused_before_anything_runs(one) -> None:
-    state = one.state(capacity=10)
-    with pytest.raises(ContextLengthError, match="needs 21 more entries, the KV cache has 10 left"):
-        one.fill(state, 0, PROMPTS[2])
-    assert state.lengths == [0]
-    one.fill(state, 0, PROMPTS[0])
-    one.start(state, 0, PROMPTS[0], SamplingParams())
-    ((tokens, *_),) = state.decode(50)
-    assert tokens == one.expected(PROMPTS[0], 4, SamplingParams())  # 3 free entries, and one token that needs none yet
-    assert state.lengths == [10]
-    for call in (lambda: state.decode(1), lambda: one.fill(state, 0, [1])):
-        with pytest.raises(ContextLengthError):
-            call()
-    state.push(0, 5)
-    with pytest.raises(ContextLengthError):
-        state.logits(0)
-
-
-def test_a_fixed_capacity_in_the_graph_is_used_to_the_last_entry() -> None:
-    pair = Pair(Toy(capacity=9))
-    with pytest.raises(DeviceError, match="cache of 9 entries, asked for were 10"):
-        pair.state(capacity=10)
-    state = pair.state(batch=2, capacity=9)
-    for row, prompt in enumerate([PROMPTS[0], PROMPTS[1]]):
-        pair.fill(state, row, prompt)
-        pair.start(state, row, prompt, SamplingParams())
-    first = state.decode(20)
-    assert [len(row[0]) for row in first] == [3, 3]
-    state.truncate(0, 9)  # full, idle, and unharmed by its neighbour
-    assert state.decode(2)[1][0] == pair.expected(PROMPTS[1], 5, SamplingParams())[3:]
 
 
 def test_nan_from_the_graph_is_an_error() -> None:
@@ -340,97 +221,6 @@ def test_graphs_that_are_no_decoder_are_refused(one) -> None:
         _native.DecoderState(object(), one.embed_tokens, 1, 8)  # type: ignore[arg-type]
 
 
-def test_memory_that_cannot_be_had_is_an_error(one) -> None:
-    with pytest.raises(DeviceError, match=r"no memory for a KV cache|address space"):
-        one.state(batch=1024, capacity=2**31 - 2)
-
-
-class Long:
-    """A decode call of many steps, running in a thread."""
-
-    steps = 3000
-
-    def __init__(self) -> None:
-        self.pair = Pair(Toy(hidden=256, vocab=4000, positions=4096))
-        self.state = self.pair.state(capacity=4000)
-        self.pair.fill(self.state, 0, [1, 2])
-        self.pair.start(self.state, 0, [], SamplingParams())
-        self.rows: list[tuple] = []
-        self._thread = threading.Thread(target=lambda: self.rows.extend(self.state.decode(self.steps)))
-        self._thread.start()
-
-    def meet(self) -> None:
-        """Returns once the call is seen running: a second thread is refused then."""
-        while self._thread.is_alive():
-            try:
-                _ = self.state.lengths
-            except DeviceError as error:
-                assert "in use by another thread" in str(error)
-                return
-        pytest.fail("the call ended before it was seen running")
-
-    def tokens(self) -> list[int]:
-        self._thread.join()
-        return self.rows[0][0]
-
-
-def test_cancel_from_another_thread() -> None:
-    long = Long()
-    long.meet()
-    long.state.cancel()
-    assert len(long.tokens()) < long.steps
-    assert long.state.decode(100)[0][0] == []  # stays cancelled …
-    long.pair.start(long.state, 0, [], SamplingParams())
-    assert len(long.state.decode(5)[0][0]) == 5  # … until the next start
-
-
-def test_close_from_another_thread_waits_for_the_running_call() -> None:
-    long = Long()
-    long.meet()
-    long.state.close()
-    assert len(long.tokens()) < long.steps
-    with pytest.raises(DeviceError, match="closed"):
-        long.state.decode(1)
-
-
-def test_use_after_close_is_an_error(one) -> None:
-    state = one.state()
-    one.fill(state, 0, [1])
-    state.close()
-    state.close()
-    state.cancel()
-    calls: list[Callable[[], object]] = [
-        lambda: state.lengths,
-        lambda: state.logits(0),
-        lambda: state.decode(1),
-        lambda: state.push(0, 1),
-        lambda: state.truncate(0, 0),
-        lambda: state.take_times(),
-        lambda: state.kv_bytes,
-        lambda: one.start(state, 0, [], SamplingParams()),
-    ]
-    for call in calls:
-        with pytest.raises(DeviceError, match="closed"):
-            call()
-    other = one.state()
-    for source, target in ((state, other), (other, state)):
-        with pytest.raises(DeviceError, match="closed"):
-            target.copy_prefix(0, source, 0, 0)
-
-
-def test_state_keeps_closed_sessions_alive() -> None:
-    pair = Pair(Toy())
-    state = pair.state()
-    pair.fill(state, 0, PROMPTS[0])
-    expected = pair.expected(PROMPTS[0], 5, SamplingParams())
-    pair.start(state, 0, PROMPTS[0], SamplingParams())
-    pair.decoder.close()
-    pair.embed_tokens.close()
-    assert state.decode(5)[0][0] == expected
-    with pytest.raises(DeviceError, match="closed"):
-        pair.state()
-
-
 def test_times_of_each_run(one) -> None:
     state = one.state()
     one.fill(state, 0, PROMPTS[0])
@@ -439,47 +229,3 @@ def test_times_of_each_run(one) -> None:
     embed, decoder = state.take_times()
     assert (len(embed), len(decoder)) == (4, 5) and min(decoder) > 0
     assert state.take_times() == ([], [])
-
-
-@pytest.mark.skipif(
-    "VLM_EDGE_SANITIZED" in os.environ, reason="AddressSanitizer keeps freed memory and touches what is allocated"
-)
-def test_cache_pages_are_taken_only_when_written(one) -> None:
-    before = psutil.Process().memory_info().rss
-    state = one.state(batch=8, capacity=1_000_000)
-    assert state.kv_bytes == 8 * 1_000_000 * 2 * 16 * 4 * 4
-    one.fill(state, 5, PROMPTS[0])
-    assert psutil.Process().memory_info().rss - before < state.kv_bytes / 20
-    state.close()
-
-
-@pytest.mark.skipif(
-    "VLM_EDGE_SANITIZED" in os.environ, reason="AddressSanitizer keeps freed memory and touches what is allocated"
-)
-def test_memory_is_steady_over_many_states(one) -> None:
-    def cycle() -> None:
-        state = one.state(batch=2, capacity=256)
-        for row in range(2):
-            one.fill(state, row, PROMPTS[row])
-            one.start(state, row, PROMPTS[row], SamplingParams(temperature=1.0, repetition_penalty=1.1, eos_token_ids=(1, 2)))
-        state.decode(6)
-        if time.perf_counter_ns() % 2:
-            state.close()
-
-    for _ in range(30):
-        cycle()
-    gc.collect()
-    before = psutil.Process().memory_info().rss
-    for _ in range(200):
-        cycle()
-    gc.collect()
-    # One state holds 256 KiB of cache: 200 leaked ones would be 50 MiB.
-    assert psutil.Process().memory_info().rss - before < 8 << 20
-
-
-def _array(logits: bytes) -> np.ndarray:
-    return np.frombuffer(logits, np.float32)
-
-
-def _fields(params: SamplingParams) -> dict[str, object]:
-    return {name: getattr(params, name) for name in SamplingParams.__slots__}
