@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from vlm_edge_runtime import DualEncoder, VisionLanguageModel, load
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))  # the toy decoder of the native tests serves here too
 
 
 @pytest.fixture(scope="session")
