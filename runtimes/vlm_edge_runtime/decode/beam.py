@@ -133,7 +133,7 @@ class BeamSearch:
         return [Hypothesis(tokens.tolist(), float(score)) for tokens, score in zip(rows, scores, strict=False)]
 
     def _continuations(self, scores: Scores) -> npt.NDArray[np.int64]:
-        """Flat indices of the candidates: so many that `num_beams` are left if each beam's best are its end-of-sequence tokens."""
+        """Flat indices of the candidates: `num_beams` of them are left even if all end tokens are chosen."""
         wanted = min(max(2, 1 + len(self._eos)) * self._options.num_beams, len(scores))
         if not self._options.sampled:
             return largest(scores, wanted)
@@ -180,41 +180,73 @@ class BeamSearch:
 
 
 class BeamLoop:
-    """A token loop (see `loop`) that searches with all rows of a state for one prompt.
+    """A token loop (`decode` as the engine's) that searches for every prompt with `num_beams` rows of a state of its own.
 
-    Row 0 is prefilled; the others are bound to the same static inputs and may be empty. The answer comes whole, with the last
-    step: until then `decode` gives no tokens.
+    All rows are filled with their prompt and started, without end-of-sequence tokens. An answer comes whole, when its search
+    is done: until then `decode` gives no tokens for it.
     """
 
-    def __init__(self, state: DecoderState, search: BeamSearch, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, state: DecoderState, searches: Sequence[BeamSearch], cancelled: Callable[[], bool]) -> None:
         self._state = state
-        self._search = search
+        self._searches = list(searches)
+        self._told = [False] * len(searches)
+        self._width = state.batch // len(searches)
         self._cancelled = cancelled
-        self._logits: Scores | None = None
         self.steps = 0
+        """Steps so far, the first one's choice from the prompts' logits included."""
 
     def decode(self, max_steps: int) -> list[RowTokens]:
-        """Up to `max_steps` steps; the best sequence's tokens when the search is done. Raises DeviceError for NaN logits."""
-        search = self._search
+        """Up to `max_steps` steps; the best sequences of the searches that end with them. Raises DeviceError for NaN logits."""
         for _ in range(max_steps):
-            if search.done or self._cancelled():
+            going_on = [number for number, search in enumerate(self._searches) if not search.done]
+            if not going_on or self._cancelled():
                 break
-            if self.steps == 0:
-                logits = np.repeat(self._state.logits(0)[None], self._state.batch, axis=0)
-            else:
-                self._state.reorder(search.sources.tolist())
-                logits = self._state.step(search.tokens)
-            if np.isnan(logits).any() or np.isposinf(logits).any():
-                raise DeviceError("the decoder computed logits that contain NaN or infinity: there is no next token.")
-            search.advance(logits)
+            if self.steps:
+                self._run(going_on)
+                if self._cancelled():
+                    break
+            for number in going_on:
+                search = self._searches[number]
+                logits = np.stack([self._state.logits(row) for row in self._rows(number)])
+                if np.isnan(logits).any() or np.isposinf(logits).any():
+                    raise DeviceError("the decoder computed logits that contain NaN or infinity: there is no next token.")
+                search.advance(logits)
+                if search.done:
+                    self._retire(number)
             self.steps += 1
-        if not search.done:
-            return [RowTokens()]
-        return [RowTokens(tokens=search.hypotheses()[0].tokens, finished=True)]
+        return [self._answer(number) for number in range(len(self._searches))]
 
-    def hypotheses(self) -> list[Hypothesis]:
-        """The sequences to return, best first."""
-        return self._search.hypotheses()
+    def drop(self, row: int) -> None:
+        """Nothing: a search ends by itself."""
+
+    def hypotheses(self, number: int) -> list[Hypothesis]:
+        """The sequences to return for a prompt, best first."""
+        return self._searches[number].hypotheses()
+
+    def _rows(self, number: int) -> range:
+        return range(number * self._width, (number + 1) * self._width)
+
+    def _run(self, numbers: Sequence[int]) -> None:
+        """Puts the beams in their new places and runs their newest tokens as one batch, searches that are done left out."""
+        sources = list(range(self._state.batch))
+        for number in numbers:
+            rows = self._rows(number)
+            sources[rows.start : rows.stop] = [rows.start + source for source in self._searches[number].sources.tolist()]
+        self._state.reorder(sources)
+        for number in numbers:
+            for row, token in zip(self._rows(number), self._searches[number].tokens.tolist(), strict=True):
+                self._state.push(row, token)
+        self._state.decode(1)  # its own choices are replaced by the next push
+
+    def _retire(self, number: int) -> None:
+        for row in self._rows(number):
+            self._state.truncate(row, self._state.lengths[row])  # takes it out of `decode`
+
+    def _answer(self, number: int) -> RowTokens:
+        if not self._searches[number].done or self._told[number]:
+            return RowTokens(finished=self._told[number])
+        self._told[number] = True
+        return RowTokens(tokens=list(self.hypotheses(number)[0].tokens), finished=True)
 
 
 def largest(values: Scores, count: int) -> npt.NDArray[np.int64]:

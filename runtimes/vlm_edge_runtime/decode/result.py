@@ -21,6 +21,9 @@ class Generation:
     asked for; `top_logprobs`: for each token, the most likely (token, log probability) pairs.
     `attention`, where asked for: float32 [new tokens, …], what the decoder looked at to choose each token.
     `prompt_tokens` counts image tokens too. `seed`: what reproduces a sampled answer.
+
+    Of a beam search: `score`, the sum of the tokens' log probabilities over length ** length_penalty; `alternatives`, the
+    further sequences that `num_return_sequences` asked for, best first.
     """
 
     text: str
@@ -31,3 +34,5 @@ class Generation:
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
     attention: npt.NDArray[np.float32] | None = field(default=None, compare=False)
+    score: float | None = None
+    alternatives: list[Generation] = field(default_factory=list)

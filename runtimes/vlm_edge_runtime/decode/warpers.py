@@ -22,7 +22,8 @@ class Temperature:
     value: float
 
     def __call__(self, ids: Ids, scores: Scores) -> None:
-        scores /= np.float32(self.value)
+        with np.errstate(over="ignore"):  # a forbidden token may already have the lowest number there is
+            scores /= np.float32(self.value)
 
 
 @dataclass(slots=True, frozen=True)

@@ -16,6 +16,7 @@ from vlm_edge_runtime.text import (
     Message,
     expand,
     image_text,
+    joined,
     load_chat_template,
     load_tokenizer,
     placeholder_token,
@@ -133,12 +134,21 @@ class PromptBuilder:
             written = [image_text(modality.placeholder, one.layout) for one in own] if modality.placeholder and token else []
             inputs[modality.kind] = (token, written)
         expansion = expand(text, inputs)
-        ids = self.tokenizer.encode(expansion.text, self._adds_special_tokens(text))
+        told_text = expansion.text
+        for modality in self._contract.modalities:
+            told_text = joined(modality.placeholder, told_text)
+        ids = self.tokenizer.encode(told_text, self._adds_special_tokens(text))
         silent = [
             (one, self._modalities.modality(kind)) for kind, own in media.items() if self._tokens[kind] is None for one in own
         ]
         told = [(media[kind][index], self._modalities.modality(kind)) for kind, index in expansion.order]
         return self._place(text, ids, [*silent, *told])
+
+    def unconditional(self, prompt: PromptRow) -> PromptRow:
+        """What guidance leads away from: the prompt's last token alone, at the first position, as in transformers."""
+        tokens = TokenRow(prompt.tokens.ids[-1:], [])
+        positions, next_position = position_ids(self._contract.positions, tokens.ids, [])
+        return PromptRow(tokens, tokens.content_ids(), positions, next_position, self._token_inputs.blocks(tokens))
 
     def open(self, kind: str, sources: Sequence[Any]) -> list[Medium]:
         """Opens and measures inputs of one kind. Raises PromptError, ImageError."""

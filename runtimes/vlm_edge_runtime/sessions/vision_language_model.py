@@ -75,7 +75,6 @@ class VisionLanguageModel(Session):
         if not 2 <= limit <= contract.context_length:
             raise OptionError(f"context_length={limit} is out of range: this model's is 2 … {contract.context_length}.")
         config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
-        self._defaults = GenerationDefaults(config, contract.eos_token_ids, contract.vocab_size)
         inputs = DecoderInputs("decoder", bundle.manifest.graphs["decoder"].inputs)
         memory = MemoryGraphs(bundle, engine, contract, inputs)
         self._modalities = Modalities(
@@ -89,6 +88,9 @@ class VisionLanguageModel(Session):
         self._memory = MemoryStore(memory, self._modalities.kept)
         self._token_inputs = TokenInputs(contract.token_inputs, inputs.tokens)
         self._prompts = PromptBuilder(bundle, contract, self._modalities, memory, self._token_inputs)
+        self._defaults = GenerationDefaults(
+            config, contract.eos_token_ids, contract.vocab_size, lambda text: self._prompts.tokenizer.encode(text, False)
+        )
         self._plan = KVPlan.make(bundle.kv, limit)
         self._kept = PrefixCache(
             lambda batch, capacity: self._decoder().allocate(batch, capacity),
@@ -383,9 +385,18 @@ class VisionLanguageModel(Session):
         if return_attention and not self._gives_attention:
             raise CapabilityError(f"{self.path}: the decoder's graph has no output 'attention' to return.")
         resolved = self._defaults.resolve(len(rows), options)
+        if return_attention and (resolved.beams is not None or resolved.in_python):
+            raise OptionError("return_attention does not go with beams, guidance or the rarer filters: leave one of them out.")
+        if resolved.controls.guided and self._contract.memory is not None:
+            raise OptionError(
+                f"guidance_scale={resolved.controls.guidance_scale:g}: {self.path} reads images by cross-attention, for which "
+                "there is no unconditional side: leave it out."
+            )
         prompts = [self._prompts.row(prompt, given, raw=raw) for prompt, given in rows]
         for number, prompt in enumerate(prompts):
-            self._check_length(prompt, resolved.new_tokens(len(prompt), self.context_length), number, len(prompts))
+            tokens = len(prompt.history)
+            new_tokens = resolved.new_tokens(tokens, self.context_length, len(prompt) - tokens)
+            self._check_length(prompt, new_tokens, number, len(prompts))
         return Run(self._parts(), prompts, resolved, began=began, cancel=cancel, return_attention=return_attention)
 
     def _parts(self) -> Parts:

@@ -18,19 +18,22 @@ PROMPT = [1, 9, 17, 33]
 MANY_EOS = [5, 11, 40, 2]
 
 
-def ours(model, prompt, options, limit, eos=(EOS,), processors=(), **more):
-    state = ToyState(model, options.num_beams)
-    state.fill(0, prompt)
-    state.start(0)
-    search = BeamSearch(options, np.array(prompt), limit, eos, processors, **more)
-    state.reorder([0] * options.num_beams)
-    for row in range(options.num_beams):
+def filled(model, batch, width):
+    state = ToyState(model, len(batch) * width)
+    for row in range(state.batch):
+        state.fill(row, batch[row // width])
         state.start(row)
-    loop = BeamLoop(state, search, lambda: False)
+    return state
+
+
+def ours(model, prompt, options, limit, eos=(EOS,), processors=(), **more):
+    search = BeamSearch(options, np.array(prompt), limit, eos, processors, **more)
+    loop = BeamLoop(filled(model, [prompt], options.num_beams), [search], lambda: False)
     while not search.done:
         (row,) = loop.decode(3)
-    assert row.finished and row.tokens == loop.hypotheses()[0].tokens
-    return loop.hypotheses()
+    assert row.finished and row.tokens == loop.hypotheses(0)[0].tokens
+    assert loop.decode(3)[0].tokens == []
+    return loop.hypotheses(0)
 
 
 def theirs(model, prompt, options, limit, eos=EOS, **more):
@@ -173,18 +176,31 @@ def test_a_stop_check_ends_beams() -> None:
         assert found[0].tokens == expected[0].tokens
 
 
+def test_prompts_of_a_batch_do_not_disturb_one_another() -> None:
+    options, batch = BeamOptions(3, num_return_sequences=2), prompts(5)
+    limits = [12, 3, 20, 1, 7]
+    searches = [BeamSearch(options, np.array(prompt), limit, (EOS,)) for prompt, limit in zip(batch, limits, strict=True)]
+    state = filled(toy_model(), batch, 3)
+    loop, answers = BeamLoop(state, searches, lambda: False), [[] for _ in batch]
+    while not all(search.done for search in searches):
+        for answer, row in zip(answers, loop.decode(4), strict=True):
+            answer += row.tokens
+    for number, (prompt, limit) in enumerate(zip(batch, limits, strict=True)):
+        same(loop.hypotheses(number), theirs(toy_model(), prompt, options, limit))
+        assert answers[number] == loop.hypotheses(number)[0].tokens
+        assert max(state.lengths[3 * number : 3 * number + 3]) <= len(prompt) + limit
+    assert loop.steps == state.runs + 1 == max(search.length for search in searches)
+
+
 def test_cancel_and_what_there_is() -> None:
-    options, cancelled = BeamOptions(3), []
-    state = ToyState(toy_model(), 3)
-    for row in range(3):
-        state.fill(row, PROMPT)
-        state.start(row)
-    search = BeamSearch(options, np.array(PROMPT), 30, ())
-    loop = BeamLoop(state, search, lambda: bool(cancelled))
+    cancelled: list[bool] = []
+    loop = BeamLoop(
+        filled(toy_model(), [PROMPT], 3), [BeamSearch(BeamOptions(3), np.array(PROMPT), 30, ())], lambda: bool(cancelled)
+    )
     assert loop.decode(4)[0].tokens == []
     cancelled.append(True)
     assert loop.decode(4)[0].tokens == [] and loop.steps == 4
-    assert len(loop.hypotheses()[0].tokens) == 4
+    assert len(loop.hypotheses(0)[0].tokens) == 4
 
 
 def test_unusable_logits_are_an_error() -> None:
@@ -192,8 +208,7 @@ def test_unusable_logits_are_an_error() -> None:
         def logits(self, row):
             return np.full(VOCAB, np.nan, np.float32)
 
-    state = Broken(toy_model(), 2)
-    loop = BeamLoop(state, BeamSearch(BeamOptions(2), np.array(PROMPT), 5, (EOS,)), lambda: False)
+    loop = BeamLoop(Broken(toy_model(), 2), [BeamSearch(BeamOptions(2), np.array(PROMPT), 5, (EOS,))], lambda: False)
     with pytest.raises(DeviceError, match="NaN"):
         loop.decode(1)
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from vlm_edge_runtime.engines.base import RowTokens
+
 VOCAB = 48
 EOS = 5
 
@@ -37,7 +39,9 @@ class ToyState:
         self.batch, self.capacity = batch, capacity
         self._model = model
         self._texts: list[list[int]] = [[] for _ in range(batch)]
+        self._pending: list[int | None] = [None] * batch
         self._armed = [False] * batch
+        self.runs = 0
 
     @property
     def lengths(self) -> list[int]:
@@ -54,11 +58,24 @@ class ToyState:
     def logits(self, row: int) -> np.ndarray:
         return self._model(torch.tensor([self._texts[row]])).logits[0, -1].float().numpy()
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        assert len(tokens) == self.batch and all(self._armed)
-        for text, token in zip(self._texts, tokens.tolist(), strict=True):
-            text.append(token)
-        return np.stack([self.logits(row) for row in range(self.batch)])
+    def push(self, row: int, token: int) -> None:
+        assert self._armed[row]
+        self._pending[row] = token
+
+    def decode(self, max_steps: int) -> list[RowTokens]:
+        """Runs what was pushed; a token that nobody wants is chosen, as an engine does."""
+        assert max_steps == 1
+        self.runs += 1
+        for row, token in enumerate(self._pending):
+            if self._armed[row]:
+                assert token is not None, "an armed row would run the engine's own token"
+                self._texts[row].append(token)
+                self._pending[row] = None
+        return [RowTokens(tokens=[0] if armed else []) for armed in self._armed]
+
+    def truncate(self, row: int, length: int) -> None:
+        self._texts[row] = self._texts[row][:length]
+        self._armed[row], self._pending[row] = False, None
 
     def reorder(self, sources: Sequence[int]) -> None:
         self._texts = [list(self._texts[source]) for source in sources]
