@@ -92,8 +92,20 @@ def blip(kind: type[t.PreTrainedModel]) -> Parts:
 def florence2(**more: Any) -> Parts:
     """Florence-2: DaViT in four stages (here two), features in place of image tokens in BART's encoder."""
     words = tokenizer(["<image>"], image_token="<image>")
-    text = {**_BART, "encoder_layers": LAYERS, "encoder_attention_heads": HEADS, "encoder_ffn_dim": MLP, "is_encoder_decoder": True}
-    text |= {"is_decoder": False, "add_cross_attention": False, "decoder_start_token_id": START, "forced_eos_token_id": None, **more}
+    text = {
+        **_BART,
+        "encoder_layers": LAYERS,
+        "encoder_attention_heads": HEADS,
+        "encoder_ffn_dim": MLP,
+        "is_encoder_decoder": True,
+    }
+    text |= {
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "decoder_start_token_id": START,
+        "forced_eos_token_id": None,
+        **more,
+    }
     vision = {
         "depths": [1, 1],
         "patch_size": [7, 3],

@@ -6,16 +6,22 @@ from difflib import get_close_matches
 
 from vlm_edge_runtime.errors import UnsupportedModelError
 
+from .any_resolution import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 from .base import ImageProcessor
 from .blip import BlipImageProcessor
 from .clip import ClipImageProcessor, LlavaImageProcessor
+from .donut import DonutImageProcessor
 from .gemma3 import Gemma3ImageProcessor
+from .got_ocr2 import GotOcr2ImageProcessor
 from .idefics import IdeficsImageProcessor
 from .idefics3 import Idefics3ImageProcessor
 from .mllama import MllamaImageProcessor
 from .options import Config
+from .pix2struct import Pix2StructImageProcessor
+from .pixtral import PixtralImageProcessor
 from .qwen2_vl import Qwen2VLImageProcessor
 from .siglip import SiglipImageProcessor
+from .vit import DeiTImageProcessor, ViTImageProcessor
 
 PROCESSORS: dict[str, type[ImageProcessor]] = {
     "BlipImageProcessor": BlipImageProcessor,
@@ -28,6 +34,14 @@ PROCESSORS: dict[str, type[ImageProcessor]] = {
     "Idefics3ImageProcessor": Idefics3ImageProcessor,
     "SmolVLMImageProcessor": Idefics3ImageProcessor,
     "Qwen2VLImageProcessor": Qwen2VLImageProcessor,
+    "ViTImageProcessor": ViTImageProcessor,
+    "DeiTImageProcessor": DeiTImageProcessor,
+    "DonutImageProcessor": DonutImageProcessor,
+    "Pix2StructImageProcessor": Pix2StructImageProcessor,
+    "LlavaNextImageProcessor": LlavaNextImageProcessor,
+    "LlavaOnevisionImageProcessor": LlavaOnevisionImageProcessor,
+    "GotOcr2ImageProcessor": GotOcr2ImageProcessor,
+    "PixtralImageProcessor": PixtralImageProcessor,
 }
 
 
