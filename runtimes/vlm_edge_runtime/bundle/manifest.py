@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from .vision_layout import AnyResolutionPlaceholder, FramedTilesPlaceholder, Geometry, PatchRowsPlaceholder
+from .vision_layout import AnyResolutionPlaceholder, FramedTilesPlaceholder, Geometry, PatchRowsPlaceholder, PooledFramesPlaceholder
 
 SCHEMA_VERSION = 2
 
@@ -141,6 +141,7 @@ Placeholder = (
     | AnyResolutionPlaceholder
     | FramedTilesPlaceholder
     | PatchRowsPlaceholder
+    | PooledFramesPlaceholder
 )
 
 
@@ -236,7 +237,7 @@ class TokenInput(_Struct, kw_only=True):
     images of the memory a token sees). `decode`: what a generated token gets: zeros, or what the prompt's last token had.
     `blocks`: what one block is: each unbroken run of one image's tokens (`images`), the whole prompt (`prompt`), or the tokens of
     a PrefixPlaceholder (`prefix`). `rule`: the name of the function that says which images a token sees
-    (sessions/media_rules.py); for kind `media` alone.
+    (sessions/media_rules.py), `end` the token after which none is seen; for kind `media` alone.
     """
 
     name: str
@@ -244,6 +245,7 @@ class TokenInput(_Struct, kw_only=True):
     decode: Literal["zero", "last"] = "zero"
     blocks: Literal["images", "prompt", "prefix"] = "images"
     rule: str = ""
+    end: int | None = None
 
 
 class PromptFormat(_Struct, kw_only=True):
@@ -251,8 +253,8 @@ class PromptFormat(_Struct, kw_only=True):
 
     `template`: `{images}` stands for one placeholder per image, `{text}` for the text. `add_special_tokens`: whether the
     tokenizer adds its own around the result. `apart`: the placeholders that the prompt begins with are no part of the text, and
-    stand before the tokenizer's own special tokens (BLIP-2). `start_tokens`: token ids that the decoder begins with: before the prompt
-    where the decoder reads it (`start` "before"), only where that prompt is empty (`start` "instead"), or alone where an encoder
+    stand before the tokenizer's own special tokens (BLIP-2). `start_tokens`: token ids that the decoder begins with: before the
+    prompt where the decoder reads it (`start` "before"), only where that prompt is empty (`start` "instead"), or alone where an encoder
     reads the prompt. `replacements`: a task word → the text that takes the place of the whole prompt it stands in; `{input}`
     there stands for the rest of the prompt without outer white space, and without `{input}` there must be no rest.
     """

@@ -45,6 +45,15 @@ class PatchRowsPlaceholder(_Placeholder, tag="patch_rows"):
     merge: int = 1
 
 
+class PooledFramesPlaceholder(_Placeholder, tag="pooled_frames"):
+    """LLaVA-OneVision's videos: the features of each frame, `side`² of them, made half as many along both sides (bilinear), then
+
+    one row that ends the video. The graphs give side² features and that row for each frame.
+    """
+
+    side: int
+
+
 class _Geometry(msgspec.Struct, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
     """Strict base of the geometry rules."""
 

@@ -92,3 +92,49 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         new_height = math.ceil(height * beta / factor) * factor
         new_width = math.ceil(width * beta / factor) * factor
     return new_height, new_width
+
+
+def best_resolution(height: int, width: int, choices: list[tuple[int, int]]) -> tuple[int, int]:
+    """LLaVA-NeXT: of some sizes, the one in which most of the image's pixels survive; of equals, the one with the least waste."""
+
+    def quality(choice: tuple[int, int]) -> tuple[int, int]:
+        scale = min(choice[1] / width, choice[0] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - choice[0] * choice[1]
+
+    return max(choices, key=quality)
+
+
+def fit_resolution(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
+    """The largest size with the same aspect ratio inside `target`; one side fills it, the other is rounded up."""
+    across, down = target[1] / width, target[0] / height
+    if across < down:
+        return min(math.ceil(height * across), target[0]), target[1]
+    return target[0], min(math.ceil(width * down), target[1])
+
+
+def tile_arrangement(height: int, width: int, tile: tuple[int, int], least: int, most: int) -> tuple[int, int]:
+    """InternVL: (rows, columns) of between `least` and `most` tiles, nearest to the image's aspect ratio.
+
+    Of equally near ones the last that the image fills more than half, counted by number of tiles, then by columns.
+    """
+    sides = range(1, most + 1)
+    choices = sorted(
+        ((columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most),
+        key=lambda one: one[0] * one[1],
+    )
+    best, nearest = (1, 1), math.inf
+    for columns, rows in choices:
+        distance = abs(width / height - columns / rows)
+        half_full = height * width > 0.5 * tile[0] * tile[1] * columns * rows
+        if distance < nearest or (distance == nearest and half_full):
+            best, nearest = (columns, rows), distance
+    return best[1], best[0]
+
+
+def whole_patches_size(height: int, width: int, largest: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Pixtral: shrunk to fit into `largest` where it does not, then both sides rounded up to multiples of `patch`."""
+    ratio = max(height / largest[0], width / largest[1])
+    if ratio > 1:
+        height, width = math.floor(height / ratio), math.floor(width / ratio)
+    return ((height - 1) // patch + 1) * patch, ((width - 1) // patch + 1) * patch

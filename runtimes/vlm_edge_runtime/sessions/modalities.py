@@ -20,6 +20,7 @@ from .inputs import ARGUMENTS
 from .lru import ByteLRU
 from .media import Array, Encode, Encoded, Features, MediaStore, Medium, Reader
 from .modality_graphs import ModalityGraphs
+from .packing import geometry_arrays, packed
 from .readers import ImageReader, VectorReader, VideoProcessor, VideoReader
 
 
@@ -107,6 +108,7 @@ class Modalities:
             store.clear()
 
     def _complete(self, medium: Medium, arrays: dict[str, Array]) -> dict[str, Array]:
+        arrays |= geometry_arrays(self._by_kind[medium.kind].geometry, medium.layout)
         if medium.kind in self._instructions:
             arrays |= self._instructions[medium.kind].arrays(medium.instruction or "")
         return arrays
@@ -116,7 +118,8 @@ class Modalities:
             for medium in media:
                 assert medium.arrays is not None  # the store fills them before it encodes
                 medium.arrays = self._complete(medium, dict(medium.arrays))
-            return [_joining(modality, features, width) for features in run(media, between)]
+            found = zip(media, run(media, between), strict=True)
+            return [_joining(modality, _packed(modality, medium, features), width) for medium, features in found]
 
         return encode
 
@@ -174,6 +177,10 @@ def _width(contract: GenerativeContract, modality: Modality) -> int | None:
     if modality.joins == "codes":
         return None
     return contract.memory.hidden_size if modality.joins == "memory" and contract.memory else contract.hidden_size
+
+
+def _packed(modality: Modality, medium: Medium, features: Features) -> Features:
+    return replace(features, values=packed(modality.placeholder, features.values, medium.layout))
 
 
 def _joining(modality: Modality, features: Features, width: int | None) -> Features:

@@ -91,14 +91,19 @@ class ModalityGraphs:
         return found
 
     def per_patches(self, media: list[Medium], between: Between) -> list[Features]:
-        """One input a call, as a row of patches of any length. Values are `[tokens, …]`."""
+        """One image a call, or one time step of a video, as a row of patches of any length. Values are `[tokens, …]`."""
         found = []
         for medium in media:
-            arrays = arrays_of(medium)
-            for role in self._roles:
-                between()
-                arrays |= self._run(role, arrays)
-            found.append(Features(*self._taken(arrays)))
+            steps = medium.layout.grid[0] if medium.layout.grid else 1
+            parts: list[Arrays] = []
+            for arrays in _split(arrays_of(medium), steps):
+                for role in self._roles:
+                    between()
+                    arrays |= self._run(role, arrays)
+                values, others = self._taken(arrays)
+                parts.append({"": values, **others})
+            joined = _joined(parts)
+            found.append(Features(joined.pop(""), joined))
         return found
 
     def _run(self, role: str, arrays: Mapping[str, Array]) -> Arrays:
@@ -146,6 +151,14 @@ def _looks_at_each(entry: GraphEntry) -> bool:
 
 def _shapes(medium: Medium) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, array.shape) for name, array in arrays_of(medium).items())
+
+
+def _split(arrays: Arrays, steps: int) -> list[Arrays]:
+    """The arrays of each time step, which follow one another along the first dimension."""
+    if steps == 1:
+        return [arrays]
+    pieces = {name: np.split(array, steps) for name, array in arrays.items()}
+    return [{name: parts[step] for name, parts in pieces.items()} for step in range(steps)]
 
 
 def _joined(parts: list[Arrays]) -> Arrays:

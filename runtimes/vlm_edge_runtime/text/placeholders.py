@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from vlm_edge_runtime.bundle.manifest import (
     CropsPlaceholder,
+    FencedPlaceholder,
     FixedPlaceholder,
     GridPlaceholder,
     Placeholder,
@@ -22,6 +23,7 @@ from vlm_edge_runtime.bundle.manifest import (
 from vlm_edge_runtime.errors import BundleError, PromptError
 
 from .expansion import expand
+from .vision_placeholders import VISION_RULES
 
 
 class ImageLayout(Protocol):
@@ -59,6 +61,14 @@ def image_text(placeholder: Placeholder, image: ImageLayout) -> str:
 def placeholder_token(placeholder: Placeholder | None) -> str | None:
     """What stands for an image in the prompt before it is written out; None where nothing does."""
     return getattr(placeholder, "image_token", None)
+
+
+def joined(placeholder: Placeholder | None, text: str) -> str:
+    """The prompt written out, as it is when images follow each other: fenced ones share the fence between them."""
+    if not isinstance(placeholder, FencedPlaceholder):
+        return text
+    token, fence = placeholder.image_token, placeholder.fence
+    return text.replace(f"{token}{fence}{fence}{token}", f"{token}{fence}{token}")
 
 
 def expand_text(text: str, placeholder: Placeholder, images: Sequence[ImageLayout]) -> str:
@@ -117,9 +127,11 @@ def _grid_tokens(placeholder: GridPlaceholder, image: ImageLayout) -> int:
 
 RULES: dict[type, Rule] = {
     FixedPlaceholder: Rule(lambda one, _: int(one.tokens_per_image), _fixed_text),
+    FencedPlaceholder: Rule(lambda *_: 1, lambda one, _: f"{one.fence}{one.image_token}{one.fence}"),
     PrefixPlaceholder: Rule(lambda one, _: int(one.tokens_per_image), lambda *_: ""),
     TilePlaceholder: Rule(lambda one, image: one.tokens_per_tile * (image.rows * image.columns + 1), _tiles_text),
     CropsPlaceholder: Rule(lambda one, image: one.tokens_per_image * (image.rows * image.columns + 1), _crops_text),
     GridPlaceholder: Rule(_grid_tokens, _repeated),
+    **{kind: Rule(*rule) for kind, rule in VISION_RULES.items()},
 }
 """How each kind of placeholder is written out."""

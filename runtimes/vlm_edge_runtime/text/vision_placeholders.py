@@ -1,0 +1,60 @@
+"""Placeholders of images and videos that become different numbers of tokens (bundle/vision_layout.py), as their processors write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vlm_edge_runtime.bundle.vision_layout import (
+    AnyResolutionPlaceholder,
+    FramedTilesPlaceholder,
+    PatchRowsPlaceholder,
+    PooledFramesPlaceholder,
+)
+from vlm_edge_runtime.errors import PromptError
+
+from .any_resolution import feature_picture
+
+
+def _any_resolution(one: AnyResolutionPlaceholder, image: Any) -> int:
+    """LlavaNextProcessor and LlavaOnevisionProcessor: the whole image, and the picture of its tiles or the end of one line."""
+    if not image.rows:
+        return one.side**2 + 1
+    return one.side**2 + feature_picture(one.side, (image.rows, image.columns), image.size, one.max_tiles).tokens
+
+
+def _repeated(tokens: Callable[[Any, Any], int]) -> Callable[[Any, Any], str]:
+    return lambda one, image: one.image_token * tokens(one, image)
+
+
+def _framed_tokens(one: FramedTilesPlaceholder, image: Any) -> int:
+    return int(one.tokens_per_tile * (image.rows * image.columns + 1))
+
+
+def _rows(one: PatchRowsPlaceholder, image: Any) -> tuple[int, int]:
+    if image.grid is None:
+        raise PromptError("the image has no grid of patches; the bundle's image processor does not fit its placeholder rule")
+    return image.grid[1] // one.merge, image.grid[2] // one.merge
+
+
+def _rows_text(one: PatchRowsPlaceholder, image: Any) -> str:
+    """PixtralProcessor: the last row's end is the image's."""
+    lines, columns = _rows(one, image)
+    return one.break_token.join([one.image_token * columns] * lines) + one.end_token
+
+
+def _pooled_frames(one: PooledFramesPlaceholder, video: Any) -> int:
+    """LlavaOnevisionProcessor: half the features along both sides of each frame, and one row at the end."""
+    return int(video.tiles * (-(-one.side // 2)) ** 2 + 1)
+
+
+VISION_RULES: dict[type, tuple[Callable[[Any, Any], int], Callable[[Any, Any], str]]] = {
+    AnyResolutionPlaceholder: (_any_resolution, _repeated(_any_resolution)),
+    FramedTilesPlaceholder: (
+        _framed_tokens,
+        lambda one, image: f"{one.start_token}{one.image_token * _framed_tokens(one, image)}{one.end_token}",
+    ),
+    PatchRowsPlaceholder: (lambda one, image: _rows(one, image)[0] * _rows(one, image)[1], _rows_text),
+    PooledFramesPlaceholder: (_pooled_frames, _repeated(_pooled_frames)),
+}
+"""For each, how many features one input has, and what it is in the text."""
