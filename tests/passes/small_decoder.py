@@ -30,6 +30,14 @@ class Shape:
     gemm: bool = False
     """Feed-forward as OPT's: Reshape to rows, Gemm, Relu, Gemm, Reshape back."""
     mask: str = "causal"
+    """causal | blocks (one more input, block_ids) | explicit (causal, with `bias`)."""
+    windowed_blocks: bool = False
+    bias_by: str = ""
+    """What an explicit mask adds: distance (T5: learned, per head) | slope (ALiBi, by the key's place)."""
+    cross: int = 0
+    """KV heads of a cross-attention in every layer, over `cross_key_values.{i}` and `encoder_attention_mask`; 0: none."""
+    deepstack: bool = False
+    """Adds `deepstack.{i}` to the hidden states after each layer."""
 
 
 def decoder(shape: Shape, seed: int = 0) -> ir.Model:
@@ -53,7 +61,9 @@ def decoder(shape: Shape, seed: int = 0) -> ir.Model:
         for i in range(shape.layers)
         for kind in ("key", "value")
     ]
-    full, windowed = _masks(sketch, const, embeds, given, past[0], shape)
+    ids = sketch.input("block_ids", [batch, seq], ir.DataType.INT64) if shape.mask == "blocks" else None
+    full, windowed = _masks(sketch, const, weight, embeds, given, past[0], shape, ids)
+    crossed = _cross_inputs(sketch, const, embeds, shape)
     cos, sin = _tables(sketch, const, positions, shape) if shape.rotary != "none" else (None, None)
     split = {n: const(f"heads{n}", [0, 0, n, shape.size]) for n in {shape.heads, shape.kv_heads}}
     merged = const("merged", [0, 0, shape.heads * shape.size])
@@ -79,6 +89,8 @@ def decoder(shape: Shape, seed: int = 0) -> ir.Model:
         )
         node = attended[0].producer()
         node.metadata_props.update({"vlm_edge.layer": str(i), "vlm_edge.mask": shape.mask})
+        if shape.windowed_blocks and slides:
+            node.metadata_props["vlm_edge.windowed_blocks"] = "1"
         if slides:
             node.metadata_props["vlm_edge.sliding_window"] = str(shape.window)
         present += attended[1:]
@@ -86,7 +98,12 @@ def decoder(shape: Shape, seed: int = 0) -> ir.Model:
         flat = sketch.node("Reshape", [turned, merged], shape=[batch, seq, shape.heads * shape.size])
         out = _linear(sketch, weight, flat, f"layers.{i}.o_proj", shape.heads * shape.size, width, shape.bias)
         hidden = sketch.node("Add", [hidden, out], shape=[batch, seq, width])
+        if shape.cross:
+            hidden = _cross_attention(sketch, weight, const, hidden, crossed, i, shape)
         hidden = _feed_forward(sketch, weight, const, hidden, i, shape)
+        if shape.deepstack:
+            more = sketch.input(f"deepstack.{i}", [batch, seq, width])
+            hidden = sketch.node("Add", [hidden, more], shape=[batch, seq, width])
     normed = _norm(sketch, weight, hidden, "norm", shape)
     logits = _linear(sketch, weight, normed, "lm_head", width, shape.vocab, False)
     sketch.output("logits", logits)
@@ -107,6 +124,40 @@ def _norm(sketch, weight, value, name, shape):
     if shape.norm == "LayerNormalization":
         scale.append(weight(f"{name}.bias", shape.width))
     return sketch.node(shape.norm, [value, *scale], {"axis": -1, "epsilon": 1e-5}, shape=["batch", "sequence", shape.width])
+
+
+def _cross_inputs(sketch, const, embeds, shape):
+    """Keys and values of each layer, and the additive mask [batch, 1, sequence, source] of encoder_attention_mask."""
+    if not shape.cross:
+        return None
+    dims = ["batch", shape.cross, "source", shape.size]
+    cache = [sketch.input(f"cross_key_values.{i}.{kind}", dims) for i in range(shape.layers) for kind in ("key", "value")]
+    given = sketch.input("encoder_attention_mask", ["batch", "source"], ir.DataType.INT64)
+    dims = ["batch", 1, 1, "source"]
+    valid = sketch.node("Unsqueeze", [given, const("cross.middle", [1, 2])], shape=dims, dtype=ir.DataType.INT64)
+    valid = sketch.node("Cast", [valid], {"to": 9}, shape=dims, dtype=ir.DataType.BOOL)
+    off, on = const("cross.off", np.finfo(np.float32).min, np.float32), const("cross.on", 0.0, np.float32)
+    mask = sketch.node("Where", [valid, on, off], shape=dims)
+    length = sketch.node("Shape", [embeds], {"start": 1, "end": 2}, shape=[1], dtype=ir.DataType.INT64)
+    parts = [const("cross.front", [1, 1]), length, const("cross.back", [1])]
+    wanted = sketch.node("Concat", parts, {"axis": 0}, shape=[4], dtype=ir.DataType.INT64)
+    return cache, sketch.node("Expand", [mask, wanted], shape=["batch", 1, "sequence", "source"])
+
+
+def _cross_attention(sketch, weight, const, hidden, crossed, i, shape):
+    cache, mask = crossed
+    normed = _norm(sketch, weight, hidden, f"layers.{i}.cross_norm", shape)
+    wide = shape.heads * shape.size
+    flat = _linear(sketch, weight, normed, f"layers.{i}.cross.q_proj", shape.width, wide, shape.bias)
+    split, merged = const(f"cross.split{i}", [0, 0, shape.heads, shape.size]), const(f"cross.merged{i}", [0, 0, wide])
+    four = sketch.node("Reshape", [flat, split], shape=["batch", "sequence", shape.heads, shape.size])
+    dims = ["batch", shape.heads, "sequence", shape.size]
+    query = sketch.node("Transpose", [four], {"perm": [0, 2, 1, 3]}, shape=dims)
+    attended = sketch.node("Attention", [query, cache[2 * i], cache[2 * i + 1], mask], shape=dims, name=f"layers.{i}.cross")
+    turned = sketch.node("Transpose", [attended], {"perm": [0, 2, 1, 3]}, shape=["batch", "sequence", shape.heads, shape.size])
+    flat = sketch.node("Reshape", [turned, merged], shape=["batch", "sequence", wide])
+    out = _linear(sketch, weight, flat, f"layers.{i}.cross.o_proj", wide, shape.width, shape.bias)
+    return sketch.node("Add", [hidden, out], shape=["batch", "sequence", shape.width])
 
 
 def _feed_forward(sketch, weight, const, hidden, i, shape):
@@ -149,7 +200,7 @@ def _tables(sketch, const, positions, shape):
     return tuple(sketch.node(op, [angle], shape=["batch", "sequence", half]) for op in ("Cos", "Sin"))
 
 
-def _masks(sketch, const, embeds, given, past, shape):
+def _masks(sketch, const, weight, embeds, given, past, shape, ids):
     """Additive float masks [batch, 1, sequence, total]: causal, and causal within the window."""
     i64, flag = ir.DataType.INT64, ir.DataType.BOOL
     zero, one = const("zero", 0), const("one", 1)
@@ -171,15 +222,60 @@ def _masks(sketch, const, embeds, given, past, shape):
     valid = sketch.node("Unsqueeze", [given, const("middle", [1, 2])], shape=["batch", 1, 1, "total"], dtype=i64)
     valid = sketch.node("Cast", [valid], {"to": 9}, shape=["batch", 1, 1, "total"], dtype=flag)
     dims = ["batch", 1, "sequence", "total"]
-    seen = sketch.node("And", [seen, valid], shape=dims, dtype=flag)
     off, on = const("off", np.finfo(np.float32).min, np.float32), const("on", 0.0, np.float32)
-    full = sketch.node("Where", [seen, on, off], shape=dims)
-    if shape.window is None:
-        return full, full
-    edge = sketch.node("Sub", [query, const("window", shape.window)], shape=["sequence", 1], dtype=i64)
-    near = sketch.node("Greater", [key, edge], shape=["sequence", "total"], dtype=flag)
-    near = sketch.node("And", [seen, near], shape=dims, dtype=flag)
-    return full, sketch.node("Where", [near, on, off], shape=dims)
+    same = _same_block(sketch, const, ids, before) if ids is not None else None
+
+    def mask(windowed):
+        allowed, near = seen, None
+        if windowed:
+            edge = sketch.node("Sub", [query, const("window", shape.window)], shape=["sequence", 1], dtype=i64)
+            near = sketch.node("Greater", [key, edge], shape=["sequence", "total"], dtype=flag)
+        if near is not None and not shape.windowed_blocks:
+            allowed, near = sketch.node("And", [allowed, near], shape=dims, dtype=flag), None
+        if same is not None:
+            allowed = sketch.node("Or", [allowed, same], shape=dims, dtype=flag)
+        if near is not None:
+            allowed = sketch.node("And", [allowed, near], shape=dims, dtype=flag)
+        allowed = sketch.node("And", [allowed, valid], shape=dims, dtype=flag)
+        return sketch.node("Where", [allowed, on, off], shape=dims)
+
+    full = mask(False)
+    if shape.bias_by:
+        bias = _bias(sketch, const, weight, query, key, shape)
+        full = sketch.node("Add", [full, bias], shape=["batch", shape.heads, "sequence", "total"])
+    return full, mask(True) if shape.window is not None else full
+
+
+def _same_block(sketch, const, ids, before):
+    i64, flag = ir.DataType.INT64, ir.DataType.BOOL
+    front = sketch.node("Unsqueeze", [before, const("vector", [0])], shape=[1], dtype=i64)
+    pads = sketch.node("Concat", [const("pad1", [0]), front, const("pad2", [0, 0])], {"axis": 0}, shape=[4], dtype=i64)
+    padded = sketch.node("Pad", [ids, pads], shape=["batch", "total"], dtype=i64)
+    of_key = sketch.node("Unsqueeze", [padded, const("keys", [1, 2])], shape=["batch", 1, 1, "total"], dtype=i64)
+    of_query = sketch.node("Unsqueeze", [ids, const("queries", [1, 3])], shape=["batch", 1, "sequence", 1], dtype=i64)
+    dims = ["batch", 1, "sequence", "total"]
+    equal = sketch.node("Equal", [of_query, of_key], shape=dims, dtype=flag)
+    some = sketch.node("Greater", [of_query, const("nothing", 0)], shape=["batch", 1, "sequence", 1], dtype=flag)
+    return sketch.node("And", [equal, some], shape=dims, dtype=flag)
+
+
+def _bias(sketch, const, weight, query, key, shape):
+    """[1, heads, sequence, total]: by distance (learned, clipped at 9) or a slope times the key's place."""
+    i64, dims = ir.DataType.INT64, ["sequence", "total", shape.heads]
+    if shape.bias_by == "distance":
+        distance = sketch.node("Sub", [query, key], shape=["sequence", "total"], dtype=i64)
+        inside = sketch.node("Clip", [distance, const("low", 0), const("high", 9)], shape=["sequence", "total"], dtype=i64)
+        table = sketch.weight(
+            "relative_bias", np.random.default_rng(11).standard_normal((10, shape.heads)).astype(np.float32) * 2
+        )
+        rows = sketch.node("Gather", [table, inside], {"axis": 0}, shape=dims)
+    else:
+        slopes = sketch.weight("slopes", (0.5 ** np.arange(1, shape.heads + 1)).astype(np.float32))
+        place = sketch.node("Cast", [key], {"to": 1}, shape=[1, "total"])
+        place = sketch.node("Unsqueeze", [place, const("heads.axis", [-1])], shape=[1, "total", 1])
+        rows = sketch.node("Mul", [place, slopes], shape=[1, "total", shape.heads])
+    turned = sketch.node("Transpose", [rows], {"perm": [2, 0, 1]}, shape=[shape.heads, "sequence", "total"])
+    return sketch.node("Unsqueeze", [turned, const("bias.batch", [0])], shape=[1, shape.heads, "sequence", "total"])
 
 
 def feeds(shape: Shape, *, batch: int = 1, sequence: int, past: int, capacity: int = 64, offset: int = 0, seed: int = 0):
@@ -195,6 +291,20 @@ def feeds(shape: Shape, *, batch: int = 1, sequence: int, past: int, capacity: i
         "seqlens_k": np.full(batch, past + sequence - 1, np.int32),
         "total_sequence_length": np.array([past + sequence], np.int32),
     }
+    if shape.mask == "blocks":
+        ids = np.array([0, 1, 1, 1, 0, 2, 2, 2, 2], np.int64)[:sequence] if sequence > 1 else np.zeros(1, np.int64)
+        common["block_ids"] = np.ascontiguousarray(np.broadcast_to(ids, (batch, sequence)))
+    if shape.cross:
+        source = 5
+        mask = np.ones((batch, source), np.int64)
+        mask[1:, -2:] = 0
+        common["encoder_attention_mask"] = mask
+        for name in (f"cross_key_values.{i}.{kind}" for i in range(shape.layers) for kind in ("key", "value")):
+            common[name] = random.standard_normal((batch, shape.cross, source, shape.size)).astype(np.float32)
+    if shape.deepstack:
+        for i in range(shape.layers):
+            common[f"deepstack.{i}"] = random.standard_normal((batch, sequence, shape.width)).astype(np.float32)
+    portable, lowered = portable | common, lowered | common
     for i in range(shape.layers):
         for kind in ("key", "value"):
             cache = random.standard_normal((batch, shape.kv_heads, past, shape.size)).astype(np.float32)

@@ -146,7 +146,9 @@ def test_encoder_attention(four, options):
     assert largest_difference(run(model, feed)["y"], before) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [{"mask": ir.DataType.BOOL}, {"kv_heads": 1}], ids=["bool mask", "grouped"])
+@pytest.mark.parametrize(
+    "options", [{"mask": ir.DataType.BOOL}, {"kv_heads": 1, "causal": 1}], ids=["bool mask", "grouped and causal"]
+)
 def test_encoder_attention_that_stays(options):
     model = encoder_attention(**options)
     changes = LowerToMultiHeadAttention().apply(model)

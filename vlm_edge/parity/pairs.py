@@ -16,7 +16,7 @@ _REPLACED_BY = {
     "MatMul": {"MatMulNBits", "MatMulIntegerToFloat"},
     "RMSNormalization": {"SkipSimplifiedLayerNormalization", "SimplifiedLayerNormalization"},
     "LayerNormalization": {"SkipLayerNormalization"},
-    "Attention": {"GroupQueryAttention", "MultiHeadAttention"},
+    "Attention": {"GroupQueryAttention", "MultiHeadAttention", "If"},
     "Gather": {"GatherBlockQuantized"},
 }
 """Operators of portable graphs, and those of builds whose first output is the same value."""

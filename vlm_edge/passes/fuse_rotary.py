@@ -124,7 +124,7 @@ def _fuse(graph: ir.Graph, node: ir.Node, rotations: tuple[ir.Node, ir.Node], ta
     interleaved = attribute_int(rotations[0], "interleaved", 0)
     for index, rotation in enumerate(rotations):
         node.replace_input_with(index, merge_heads(node, rotation.inputs[0]))
-    node.resize_inputs(10)
+    node.resize_inputs(max(10, len(node.inputs)))
     for index, value in zip((7, 8, 9), (*tables, positions), strict=True):
         node.replace_input_with(index, value)
     node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from vlm_edge_runtime.errors import TargetError
 
-from .attention_mask import check_causal, mask_kind
+from .attention_mask import Sizes, check_mask, mask_rule
 from .base import Changes, GraphPass
 from .cleanup import Cleanup
 from .graph import (
@@ -25,6 +27,7 @@ from .graph import (
 )
 from .heads import merge_heads, split_heads
 from .layout import CancelLayout
+from .position_bias import bias_of_rows, distance_table
 
 CAPACITY = "capacity"
 _PAST = "past_key_values."
@@ -42,12 +45,17 @@ class LowerToGroupQueryAttention(GraphPass):
     come; past and present are [batch, kv_heads, capacity, head_dim]. Rows have no padding inside. ONNX Runtime's kernel takes
     more than one new token after a past at batch 1 only.
 
-    Sliding windows (`vlm_edge.sliding_window`), soft-capping and the scale are carried over; every mask is evaluated first
-    and must be causal. Raises TargetError for other masks, for a padding-free contract that does not hold (something else
-    reads the past), and for attention that returns its scores.
+    Sliding windows (`vlm_edge.sliding_window`), soft-capping and the scale are carried over; every mask is evaluated first.
+    A causal mask with a bias by distance (T5, ALiBi) becomes the operator's attention bias. A mask with blocks (tokens that see
+    each other both ways) is lowered to its causal part, and the metadata stays: `BlockAttention` must run afterwards. Raises
+    TargetError for other masks, for a padding-free contract that does not hold (something else reads the past), and for
+    attention that returns its scores.
     """
 
     name: ClassVar[str] = "group_query_attention"
+
+    def __init__(self, context_length: int = 512) -> None:
+        self.context_length = context_length
 
     def apply(self, model: ir.Model) -> Changes:
         changes = Changes(self.name)
@@ -55,29 +63,45 @@ class LowerToGroupQueryAttention(GraphPass):
         found = [node for node in graph if node.op_type == "Attention" and not node.domain and _has_past(node)]
         if not found:
             return changes
-        for node in found:
-            _refuse(graph, node)
+        tables = {node: self._table(graph, node) for node in found}
         lengths = _add_input(graph, "seqlens_k", ir.DataType.INT32, ["batch"])
         total = _add_input(graph, "total_sequence_length", ir.DataType.INT32, [1])
         model.graph.opset_imports[MICROSOFT] = 1
+        biases: dict[bytes, ir.Value] = {}
         for node in found:
-            _lower(graph, node, lengths, total)
+            table, bias = tables[node], None
+            if table is not None:
+                if (key := table.tobytes()) not in biases:
+                    biases[key] = bias_of_rows(graph, found[0], table, lengths, total)
+                bias = biases[key]
+                changes.add("biases by distance")
+            _lower(graph, node, lengths, total, bias)
             changes.add("Attention → GroupQueryAttention")
         CancelLayout().apply(model)
         Cleanup().apply(model)
         _close(graph, changes)
         return changes
 
+    def _table(self, graph: ir.Graph, node: ir.Node) -> npt.NDArray[np.float32] | None:
+        """The bias by distance that a node's mask holds, None for none. Raises TargetError for what cannot be lowered."""
+        sizes = _refuse(node)
+        rule = mask_rule(node)
+        if rule.kind == "explicit":
+            table = distance_table(graph, node, sizes, self.context_length)
+            return table if table.any() else None
+        check_mask(graph, node, rule, sizes)
+        return None
+
 
 def _has_past(node: ir.Node) -> bool:
     return len(node.inputs) > 5 and node.inputs[4] is not None and node.inputs[5] is not None
 
 
-def _refuse(graph: ir.Graph, node: ir.Node) -> None:
+def _refuse(node: ir.Node) -> Sizes:
     """Raises TargetError for what the fused operator cannot do."""
-    kind, window = mask_kind(node)
+    kind = mask_rule(node).kind
     label = node.name or str(node.outputs[0].name)
-    if kind != "causal":
+    if kind not in ("causal", "blocks", "explicit"):
         raise TargetError(f"Attention node {label!r} has a {kind} mask: GroupQueryAttention on ONNX Runtime is causal only.")
     if len(node.outputs) > 3 and node.outputs[3].uses():
         raise TargetError(f"Attention node {label!r} also returns its scores; the fused kernel has none to give.")
@@ -88,7 +112,7 @@ def _refuse(graph: ir.Graph, node: ir.Node) -> None:
         raise TargetError(f"Attention node {label!r} has values of another size than keys: the fused kernel needs one size.")
     if heads % kv_heads:
         raise TargetError(f"Attention node {label!r}: {heads} query heads are not a multiple of {kv_heads} KV heads.")
-    check_causal(graph, node, window, kv_heads, head_dim)
+    return Sizes(kv_heads, head_dim)
 
 
 def _heads(node: ir.Node) -> tuple[int, int, int]:
@@ -101,7 +125,7 @@ def _heads(node: ir.Node) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value) -> None:
+def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value, bias: ir.Value | None) -> None:
     heads, kv_heads, head_dim = _heads(node)
     query, key, value = (merge_heads(node, source) for source in node.inputs[:3])
     attributes: dict[str, int | float] = {
@@ -112,12 +136,13 @@ def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value) -
     }
     if softcap := attribute_float(node, "softcap", 0.0):
         attributes["softcap"] = softcap
-    if (window := mask_kind(node)[1]) is not None:
+    if (window := mask_rule(node).window) is not None:
         attributes["local_window_size"] = window
+    more: list[ir.Value | None] = [] if bias is None else [None, None, None, bias]
     fused = insert(
         node,
         "GroupQueryAttention",
-        [query, key, value, node.inputs[4], node.inputs[5], lengths, total],
+        [query, key, value, node.inputs[4], node.inputs[5], lengths, total, *more],
         attributes,
         domain=MICROSOFT,
         outputs=3,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlm_edge.passes.base import Changes, GraphPass, run_passes
+from vlm_edge.passes.block_attention import BlockAttention
 from vlm_edge.passes.cleanup import Cleanup
 from vlm_edge.passes.flatten import Unflatten
 from vlm_edge.passes.fuse_rotary import FuseRotaryEmbedding
@@ -65,11 +66,13 @@ def lower_decoder(
         Cleanup(),
         GemmToMatMul(),
         RecomposeRotary(),
-        LowerToGroupQueryAttention(),
+        LowerToGroupQueryAttention(context_length),
+        LowerToMultiHeadAttention(),
         Unflatten(),
         CancelLayout(),
         FuseRotaryEmbedding(context_length),
         PackQKV(),
+        BlockAttention(),
         LastTokenLogits(),
         FuseSkipNorm(),
         Cleanup(),
