@@ -46,13 +46,15 @@ for _found in pkgutil.iter_modules(__path__):
 def checkpoint(name: str, folder: str | Path, *, seed: int = 7) -> Path:
     """Writes the checkpoint called `name` (a key of CHECKPOINTS) as a local folder and returns it."""
     torch.manual_seed(seed)
-    model, images, words, processor, template = CHECKPOINTS[name]()
+    model, images, words, processor, template, *folders = CHECKPOINTS[name]()
     heat(model, seed)
     model.eval().tie_weights()
     folder = Path(folder)
     model.save_pretrained(folder)
     images.save_pretrained(folder)
     words.save_pretrained(folder)
+    for inner, part in (folders[0] if folders else {}).items():
+        part.save_pretrained(folder / inner)
     if processor is not None:
         (folder / "processor_config.json").write_text(json.dumps(processor))
     if template is not None:

@@ -37,8 +37,8 @@ class Checkpoint:
 
     It is empty where there is only a video processor, whose configuration is `video_processor`. `processor`:
     `processor_config.json` where there is one. `chat_template`: the Jinja text, or None. `extra_tokenizers`: by name, those that
-    the processor has besides (`qformer_tokenizer`). `generator`: the part whose own `generate` writes, where it is not the model's
-    (BLIP-2's language model); a family sets it, and that part's generation configuration then counts.
+    the processor has besides (`qformer_tokenizer`). `generator`: the part whose own `generate` writes, where it is not that of
+    the model (BLIP-2's language model); a family sets it, and that part's generation configuration then counts.
     """
 
     model: PreTrainedModel
@@ -131,10 +131,7 @@ def load(
     if isinstance(beside, PreTrainedModel):
         raise ExportError("A model object does not carry its tokenizer and image processor: pass processor=… as well.")
     known = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if isinstance(beside, (str, Path)):
-        parts = _read_processor(str(beside), known)
-    else:
-        parts = _take_processor(beside)
+    parts = _read_processor(str(beside), known) if isinstance(beside, (str, Path)) else _take_processor(beside)
     for tokenizer in (parts.tokenizer, *parts.extra_tokenizers.values()):
         if not getattr(tokenizer, "is_fast", False):
             raise ExportError(

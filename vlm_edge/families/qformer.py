@@ -151,7 +151,7 @@ def _token_id(config: PreTrainedConfig, kind: str) -> int:
     found = getattr(config, f"{kind}_token_id", None)
     if not isinstance(found, int):
         raise UnsupportedModelError(
-            f"The configuration of this '{config.model_type}' names no token for an input of kind {kind} ({kind}_token_index), as "
+            f"The configuration of this '{config.model_type}' names no token for inputs of kind {kind} ({kind}_token_index), which "
             "transformers has needed since 4.46: add the token to the tokenizer and its number to config.json."
         )
     return found
@@ -179,7 +179,7 @@ def _modality(checkpoint: Checkpoint, found: Branch, roles: list[str]) -> Modali
 def _instruction(checkpoint: Checkpoint, found: Branch) -> Instruction:
     if TOKENIZER not in checkpoint.extra_tokenizers:
         raise UnsupportedModelError(
-            f"{checkpoint.source.name} has no {TOKENIZER} beside its tokenizer, by which its Q-Former reads the instruction: save "
+            f"{checkpoint.source.name} has no {TOKENIZER} beside its tokenizer, by which its Q-Former reads instructions: save "
             "the model's processor there (processor.save_pretrained)."
         )
     return Instruction(tokenizer=f"{TOKENIZER}.json", max_length=int(found.qformer.config.max_position_embeddings))

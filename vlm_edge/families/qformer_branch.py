@@ -186,7 +186,7 @@ def _original(found: Branch, values: torch.Tensor, instruction: Tensors) -> Tens
     count, rows = int(found.queries.shape[1]), len(values)
     return (
         output.last_hidden_state,
-        output.qformer_outputs.last_hidden_state[:, :count],
+        output.qformer_outputs.last_hidden_state[:, :count].contiguous(),
         output.pooler_output.reshape(rows, count, -1),
     )
 

@@ -11,7 +11,13 @@ from typing import Literal
 
 import msgspec
 
-from .vision_layout import AnyResolutionPlaceholder, FramedTilesPlaceholder, Geometry, PatchRowsPlaceholder, PooledFramesPlaceholder
+from .vision_layout import (
+    AnyResolutionPlaceholder,
+    FramedTilesPlaceholder,
+    Geometry,
+    PatchRowsPlaceholder,
+    PooledFramesPlaceholder,
+)
 
 SCHEMA_VERSION = 2
 
