@@ -1,4 +1,4 @@
-"""Checkpoints of family `projector` that take images of any size as a row of patches: Qwen2.5-VL, Qwen3-VL, Pixtral, Mistral 3."""
+"""Checkpoints of family `projector` that take images as a row of patches: Qwen2.5-VL, Qwen3-VL, Pixtral, Mistral 3."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Family `projector`: the features of an image take the place of its image tokens in the decoder's input.
 
 LLaVA (arXiv 2304.08485), Idefics3 (2408.12637), SmolVLM (2504.05299), LLaVA-OneVision (2408.03326), InternVL3 (2504.10479),
-Qwen2-VL (2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631), Pixtral (2410.07073). Four graphs: `vision_encoder`, `projector`,
-`embed_tokens`, `decoder`. The model's own `get_image_features` is the description of the first two; the call of its
-projector is the seam between them. How an image enters differs, and is the *layout* of the registry's line:
+Qwen2-VL (2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631), Pixtral (2410.07073). Four graphs:
+`vision_encoder`, `projector`, `embed_tokens`, `decoder`. The model's own `get_image_features` is the description of the first
+two; the call of its projector is the seam between them. How an image enters differs, and is the *layout* of the registry's line:
 
 - `image`: every image has one size and becomes a fixed number of tokens;
 - `crops`: so is each crop of an image that was cut up in addition to being seen whole;

@@ -1,4 +1,4 @@
-"""GotOcr2ImageProcessor (transformers `models/got_ocr2`), which InternVL uses: tiles in the arrangement nearest to the image's shape."""
+"""GotOcr2ImageProcessor (transformers `models/got_ocr2`), which InternVL uses: tiles arranged like the image's shape."""
 
 from __future__ import annotations
 

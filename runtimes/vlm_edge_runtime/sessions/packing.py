@@ -1,4 +1,4 @@
-"""What the host does around vision graphs whose images have no fixed size: index arrays before them, features in order after them."""
+"""What the host does around vision graphs of images of any size: index arrays before them, features in order after them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _SLACK = 1.1
 
 @dataclass(slots=True, frozen=True)
 class FeaturePicture:
-    """`height` × `width` features, of which `top` lines and `left` columns are cut from both ends; then resized to `lines` × `columns`."""
+    """`height` × `width` features, cut by `top` lines and `left` columns on both sides; that becomes `lines` × `columns`."""
 
     height: int
     width: int

@@ -1,4 +1,4 @@
-"""Placeholders of images and videos that become different numbers of tokens (bundle/vision_layout.py), as their processors write them."""
+"""Placeholders of images and videos that become different numbers of tokens, as their processors write them."""
 
 from __future__ import annotations
 
