@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers as t
 
-from .common import CONTEXT, HEADS, IMAGE, LAYERS, MLP, VISION, VOCABULARY, WIDTH, Parts, generating, text_config, tokenizer
+from .common import HEADS, IMAGE, LAYERS, MLP, VISION, VOCABULARY, WIDTH, Parts, generating, text_config, tokenizer
 
 QUERIES, FRAMES = 5, 4
 SMALL = 48

@@ -151,8 +151,8 @@ def _token_id(config: PreTrainedConfig, kind: str) -> int:
     found = getattr(config, f"{kind}_token_id", None)
     if not isinstance(found, int):
         raise UnsupportedModelError(
-            f"The configuration of this '{config.model_type}' names no token for inputs of kind {kind} ({kind}_token_index), which "
-            "transformers has needed since 4.46: add the token to the tokenizer and its number to config.json."
+            f"The configuration of this '{config.model_type}' names no token for inputs of kind {kind} ({kind}_token_index), "
+            "which transformers has needed since 4.46: add the token to the tokenizer and its number to config.json."
         )
     return found
 

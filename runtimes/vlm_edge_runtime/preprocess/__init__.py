@@ -9,5 +9,16 @@ this package, by as much.
 from .base import EncodedImage, ImageProcessor
 from .image import ImageLike, content_hash, load_image
 from .registry import PROCESSORS, load_image_processor
+from .video import VIDEO_PROCESSORS, load_video_processor
 
-__all__ = ["PROCESSORS", "EncodedImage", "ImageLike", "ImageProcessor", "content_hash", "load_image", "load_image_processor"]
+__all__ = [
+    "PROCESSORS",
+    "VIDEO_PROCESSORS",
+    "EncodedImage",
+    "ImageLike",
+    "ImageProcessor",
+    "content_hash",
+    "load_image",
+    "load_image_processor",
+    "load_video_processor",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,7 +138,7 @@ class PromptBuilder:
         told_text = expansion.text
         for modality in self._contract.modalities:
             told_text = joined(modality.placeholder, told_text)
-        ids = self.tokenizer.encode(told_text, self._adds_special_tokens(text))
+        ids = self._encode(told_text)
         silent = [
             (one, self._modalities.modality(kind)) for kind, own in media.items() if self._tokens[kind] is None for one in own
         ]
@@ -200,6 +201,16 @@ class PromptBuilder:
                 raise PromptError(f"{word} takes no further text; found {rest!r:.60}: leave it out.")
             return stands_for
         return text
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids; where the contract says so, those of the placeholders before the text and those of the text by itself."""
+        if not self._contract.prompt.apart:
+            return self.tokenizer.encode(text, self._adds_special_tokens(text))
+        tokens = "|".join(re.escape(token) for token in self._tokens.values() if token)
+        found = re.match(f"(?:{tokens})*", text)
+        at = found.end() if found is not None else 0
+        before = self.tokenizer.encode(text[:at], add_special_tokens=False) if at else []
+        return [*before, *self.tokenizer.encode(text[at:], self._contract.prompt.add_special_tokens)]
 
     def _adds_special_tokens(self, text: str) -> bool:
         """As transformers' processors: a template that writes the beginning of sequence itself gets no second one."""
