@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .sessions.conversation import Conversation
     from .sessions.dual_encoder import DualEncoder, EmbeddingStats, LabelScore, Similarity
     from .sessions.load import load
+    from .sessions.prepared import PreparedInput, PreparedPrompt
     from .sessions.stream import TextStream
     from .sessions.vision_language_model import VisionLanguageModel
 
@@ -52,6 +53,8 @@ _LAZY = {
     "Generation": ".decode.result",
     "LabelScore": ".sessions.dual_encoder",
     "Manifest": ".bundle.manifest",
+    "PreparedInput": ".sessions.prepared",
+    "PreparedPrompt": ".sessions.prepared",
     "Session": ".sessions.base",
     "Similarity": ".sessions.dual_encoder",
     "Stats": ".decode.stats",
@@ -77,6 +80,8 @@ __all__ = [
     "LabelScore",
     "Manifest",
     "OptionError",
+    "PreparedInput",
+    "PreparedPrompt",
     "PromptError",
     "Session",
     "Similarity",

@@ -14,7 +14,7 @@ from vlm_edge_runtime.errors import CapabilityError, DeviceError
 from vlm_edge_runtime.preprocess import load_image_processor
 from vlm_edge_runtime.preprocess.base import ImageProcessor
 
-from .registry import METHODS
+from .registry import METHODS, methods
 
 
 class Session:
@@ -89,10 +89,10 @@ class Session:
 
 def missing_method(session: Session, name: str) -> AttributeError:
     """The error for an attribute that a session does not have."""
-    if not any(name in methods for methods in METHODS.values()):
+    if not any(name in known for known in METHODS.values()):
         return AttributeError(f"{type(session).__name__!r} object has no attribute {name!r}")
     manifest = session.manifest
     return CapabilityError(
         f"{session.path} ({manifest.model_type}, family {manifest.family}) has no {name}(); it has: "
-        f"{', '.join(f'{method}()' for method in METHODS[manifest.session])}."
+        f"{', '.join(f'{method}()' for method in methods(manifest))}."
     )

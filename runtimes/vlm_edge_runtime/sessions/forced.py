@@ -10,7 +10,8 @@ import numpy.typing as npt
 from vlm_edge_runtime.decode.stats import Stats
 from vlm_edge_runtime.engines.base import SamplingParams
 
-from .prefill import Parts, Prefill
+from .parts import Parts
+from .prefill import Prefill
 from .prompts import PromptRow
 
 

@@ -44,7 +44,8 @@ def load(
     - `spin`: idle threads wait for the next piece of work without sleeping. Fastest on a machine of one's own; beside other
       busy processes switch it off, or every step waits for a thread that is not scheduled.
     - `context_length`: most tokens of prompt and answer together; by default what the model has.
-    - `image_cache_bytes`: budget for the features of images seen before; 0 keeps none.
+    - `image_cache_bytes`: budget for the features of images (and videos …) seen before, and for what cross-attention reads of
+      them; 0 keeps none.
     - `prefix_cache`, `prefix_cache_bytes`: whether KV caches of earlier calls are kept for prompts that begin like theirs, and
       how many bytes of them. The newest one is kept whatever its size.
     - `image_options`: options of the image processor in place of the saved ones, such as `{"do_image_splitting": False}` for

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
-from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.decode.stats import Stats
-from vlm_edge_runtime.engines.base import Decoder, DecoderState, SamplingParams
+from vlm_edge_runtime.engines.base import DecoderState, SamplingParams
 
-from .kv_plan import KVPlan
 from .media import Features, Medium
-from .memory import Arrays, MemoryStore, size
-from .modalities import Modalities
-from .prefix_cache import Prefix, PrefixCache, Slots, reusable
-from .prompts import PromptBuilder, PromptRow
-from .token_inputs import TokenInputs, chunk_end
+from .memory import Arrays, size
+from .parts import Parts
+from .prefix_cache import Prefix, Slots, reusable
+from .prompts import PromptRow
+from .token_inputs import chunk_end
 
 PREFILL_CHUNK = 512
 """Prompt tokens per decoder run: a cancelled call stops after the current one."""
-
-
-@dataclass(slots=True, frozen=True)
-class Parts:
-    """What the calls of one session share."""
-
-    contract: GenerativeContract
-    decoder: Decoder
-    prompts: PromptBuilder
-    modalities: Modalities
-    memory: MemoryStore
-    token_inputs: TokenInputs
-    kept: PrefixCache
-    plan: KVPlan
 
 
 class Prefill:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vlm_edge_runtime.bundle.manifest import GenerativeContract, Manifest
+
 SESSIONS: dict[str, tuple[str, str]] = {
     "generative": ("vlm_edge_runtime.sessions.vision_language_model", "VisionLanguageModel"),
     "dual_encoder": ("vlm_edge_runtime.sessions.dual_encoder", "DualEncoder"),
@@ -12,4 +14,16 @@ METHODS: dict[str, tuple[str, ...]] = {
     "generative": ("generate", "stream", "chat", "cancel", "embed_image", "count_tokens", "prepare", "logits_along"),
     "dual_encoder": ("embed_image", "embed_text", "similarity", "classify"),
 }
-"""What can be asked of each: named when something else is asked."""
+"""What can be asked of each."""
+
+
+def methods(manifest: Manifest) -> tuple[str, ...]:
+    """What can be asked of one bundle: its contract's methods, less those that need what it does not have."""
+    contract, files = manifest.contract, {ref.file for ref in manifest.files}
+    found = METHODS[manifest.session]
+    if isinstance(contract, GenerativeContract):
+        lacks = {"embed_image"} if contract.modality("image") is None else set()
+        # Some checkpoints keep their template among the tokenizer's settings.
+        lacks |= {"chat"} if files.isdisjoint({"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}) else set()
+        found = tuple(name for name in found if name not in lacks)
+    return found

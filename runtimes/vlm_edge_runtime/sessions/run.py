@@ -18,15 +18,14 @@ from vlm_edge_runtime.decode.stats import Stats
 from vlm_edge_runtime.engines.base import Array, RowTokens, SamplingParams
 
 from .media import Features
-from .prefill import Parts, Prefill
+from .parts import ATTENTION, Parts
+from .prefill import Prefill
 from .prefix_cache import Slots
 from .prompts import PromptRow
 from .token_loop import TokenLoop, Wanted, check_progress, token_loop
 
 _CHUNK_SECONDS = 0.05
 _MAX_CHUNK = 64
-ATTENTION = "attention"
-"""The decoder's further output that `return_attention` gives."""
 
 
 @dataclass(slots=True)

@@ -13,12 +13,11 @@ import numpy.typing as npt
 from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.decode.cancel import CancelLike
-from vlm_edge_runtime.decode.options import GenerationDefaults, SamplingKeywords
+from vlm_edge_runtime.decode.options import SamplingKeywords
 from vlm_edge_runtime.decode.result import Generation
 from vlm_edge_runtime.decode.stats import Counters, Stats
-from vlm_edge_runtime.engines.base import Decoder, Engine
-from vlm_edge_runtime.engines.decoder_inputs import DecoderInputs
-from vlm_edge_runtime.errors import BundleError, CapabilityError, ContextLengthError, GenerationCancelled, OptionError
+from vlm_edge_runtime.engines.base import Engine
+from vlm_edge_runtime.errors import BundleError, GenerationCancelled, OptionError
 from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import Message
 
@@ -28,15 +27,11 @@ from .forced import logits_along
 from .inputs import Given, as_given, as_list, as_rows
 from .kv_plan import KVPlan
 from .media import Medium
-from .memory import MemoryGraphs, MemoryStore
-from .modalities import Modalities
-from .prefill import Parts
-from .prefix_cache import PrefixCache
+from .parts import assemble
 from .prepared import PreparedInput, PreparedPrompt
-from .prompts import PromptBuilder, PromptRow
-from .run import ATTENTION, Run
+from .requests import open_run
+from .run import Run
 from .stream import TextStream
-from .token_inputs import TokenInputs
 
 Prompt: TypeAlias = "str | Sequence[Message]"
 Images: TypeAlias = "ImageLike | Sequence[ImageLike]"
@@ -49,7 +44,7 @@ class VisionLanguageModel(Session):
     each piece only, so it may stay open while others run. `cancel()` is safe from anywhere.
 
     Memory: each call's KV cache is allocated once (see `KVPlan`); caches of earlier calls are kept within
-    `prefix_cache_bytes`, encoded images within `image_cache_bytes`.
+    `prefix_cache_bytes`; encoded images (videos …), and what cross-attention reads of them, within `image_cache_bytes`.
 
     Neither cache changes an answer beyond rounding, with one exception: a decoder whose activations are quantised on the
     fly (precision "int8") takes their range over all tokens of a call, so there batches and kept prefixes shift it slightly.
@@ -70,35 +65,20 @@ class VisionLanguageModel(Session):
         contract = bundle.manifest.contract
         if not isinstance(contract, GenerativeContract) or bundle.kv is None:
             raise BundleError(f"{bundle.path} is of family {bundle.manifest.family}: it does not generate text.")
-        self._contract = contract
         limit = context_length if context_length is not None else contract.context_length
         if not 2 <= limit <= contract.context_length:
             raise OptionError(f"context_length={limit} is out of range: this model's is 2 … {contract.context_length}.")
-        config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
-        inputs = DecoderInputs("decoder", bundle.manifest.graphs["decoder"].inputs)
-        memory = MemoryGraphs(bundle, engine, contract, inputs)
-        self._modalities = Modalities(
+        if image_options and contract.modality("image") is None:
+            raise OptionError(f"image_options={dict(image_options)!r}: {bundle.path} takes no images.")
+        self._parts = assemble(
             bundle,
             engine,
             contract,
             lambda: self._image_processor(image_options),
-            budget=image_cache_bytes,
-            keep=memory.reads,
+            plan=KVPlan.make(bundle.kv, limit),
+            image_cache_bytes=image_cache_bytes,
+            prefix_cache_bytes=prefix_cache_bytes if prefix_cache else None,
         )
-        self._memory = MemoryStore(memory, self._modalities.kept)
-        self._token_inputs = TokenInputs(contract.token_inputs, inputs.tokens)
-        self._prompts = PromptBuilder(bundle, contract, self._modalities, memory, self._token_inputs)
-        self._defaults = GenerationDefaults(
-            config, contract.eos_token_ids, contract.vocab_size, lambda text: self._prompts.tokenizer.encode(text, False)
-        )
-        self._plan = KVPlan.make(bundle.kv, limit)
-        self._kept = PrefixCache(
-            lambda batch, capacity: self._decoder().allocate(batch, capacity),
-            self._plan.entry_bytes,
-            prefix_cache_bytes,
-            enabled=prefix_cache and not memory.recurrent,
-        )
-        self._gives_attention = any(spec.name == ATTENTION for spec in bundle.graphs["decoder"].outputs)
         self._turn = threading.Lock()
         self._active: dict[int, Run] = {}
         self._cancels = 0
@@ -188,7 +168,7 @@ class VisionLanguageModel(Session):
         cancels = self._cancels
         self._check_open()
         rows, single = as_rows(prompt, {"image": images, "video": videos, "audio": audio, "state": states})
-        run = self._run(rows, raw, cancel, began, options, return_attention)
+        run = open_run(self._parts, rows, raw, cancel, began, options, return_attention)
         self._active[id(run)] = run
         if cancels != self._cancels:  # cancelled while the images were being opened
             run.cancel.cancel()
@@ -232,7 +212,7 @@ class VisionLanguageModel(Session):
     def chat(self, system: str | None = None, **options: Unpack[SamplingKeywords]) -> Conversation:
         """A conversation with a history. Raises PromptError when the bundle has no chat template."""
         self._check_open()
-        self._prompts.require_template()
+        self._parts.prompts.require_template()
         return Conversation(self, system, options)
 
     def cancel(self) -> None:
@@ -255,9 +235,9 @@ class VisionLanguageModel(Session):
         DeviceError.
         """
         self._check_open()
-        given = self._prompts.open("image", as_list("image", images))
-        media = [self._modalities.instructed(medium, instruction) for medium in given]
-        encoded = self._modalities.features(media)
+        given = self._parts.prompts.open("image", as_list("image", images))
+        media = [self._parts.modalities.instructed(medium, instruction) for medium in given]
+        encoded = self._parts.modalities.features(media)
         found = [encoded.features[medium.key].values.copy() for medium in media]
         return found if isinstance(images, (list, tuple)) else found[0]
 
@@ -274,9 +254,9 @@ class VisionLanguageModel(Session):
         """Tokens and processor arrays of one prompt; no graph runs. Errors as `generate`."""
         self._check_open()
         given = as_given({"image": images, "video": videos, "audio": audio, "state": states})
-        row = self._prompts.row(prompt, given, raw=raw)
+        row = self._parts.prompts.row(prompt, given, raw=raw)
         read = row.tokens if row.source is None else row.source
-        inputs = [PreparedInput(medium.kind, self._modalities.arrays(medium)) for medium in row.media]
+        inputs = [PreparedInput(medium.kind, self._parts.modalities.arrays(medium)) for medium in row.media]
         return PreparedPrompt(read.ids[read.prefix :].tolist(), row.tokens.ids[row.tokens.prefix :].tolist(), inputs)
 
     def logits_along(
@@ -296,20 +276,20 @@ class VisionLanguageModel(Session):
         """
         self._check_open()
         given = as_given({"image": images, "video": videos, "audio": audio, "state": states})
-        return logits_along(self._parts(), self._prompts.row(prompt, given, raw=raw), answer_tokens)
+        return logits_along(self._parts, self._parts.prompts.row(prompt, given, raw=raw), answer_tokens)
 
     def decode_tokens(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return self._prompts.tokenizer.decode([int(token) for token in tokens])
+        return self._parts.prompts.tokenizer.decode([int(token) for token in tokens])
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text by itself, without those the tokenizer adds around it."""
-        return self._prompts.count(text)
+        return self._parts.prompts.count(text)
 
     @property
     def context_length(self) -> int:
         """Most tokens that a prompt (image tokens included) and its answer may have together."""
-        return self._plan.context_length
+        return self._parts.plan.context_length
 
     @property
     def stats(self) -> Stats:
@@ -323,17 +303,17 @@ class VisionLanguageModel(Session):
         """
         return {
             **super().memory(),
-            "kv_per_token": self._plan.entry_bytes,
-            "kv_capacity": self._plan.bytes(1, self._plan.context_length),
-            "prefix_cache": self._kept.bytes,
-            "image_cache": self._modalities.bytes,
+            "kv_per_token": self._parts.plan.entry_bytes,
+            "kv_capacity": self._parts.plan.bytes(1, self._parts.plan.context_length),
+            "prefix_cache": self._parts.kept.bytes,
+            "image_cache": self._parts.modalities.bytes,
         }
 
     def clear_caches(self) -> None:
         """Forgets encoded images and kept prefixes: the next call does all its work."""
         with self._turn:
-            self._kept.clear()
-            self._modalities.clear()
+            self._parts.kept.clear()
+            self._parts.modalities.clear()
 
     def close(self) -> None:
         """Cancels what runs, then frees caches and graphs. Closing twice does no harm."""
@@ -342,7 +322,7 @@ class VisionLanguageModel(Session):
         self._closed = True
         self.cancel()
         with self._turn:
-            self._kept.close()
+            self._parts.kept.close()
             super().close()
 
     # --- shared with Conversation and TextStream ---
@@ -360,7 +340,7 @@ class VisionLanguageModel(Session):
     ) -> TextStream:
         began = time.perf_counter()
         self._check_open()
-        run = self._run([(prompt, given)], raw, cancel, began, options, return_attention)
+        run = open_run(self._parts, [(prompt, given)], raw, cancel, began, options, return_attention)
 
         def end(finished: Run) -> None:
             self._end(finished)
@@ -370,61 +350,7 @@ class VisionLanguageModel(Session):
         return TextStream(run, self._turn, self._begin, end)
 
     def _open(self, given: Given) -> dict[str, list[Medium]]:
-        return {kind: self._prompts.open(kind, sources) for kind, sources in given.items()}
-
-    def _run(
-        self,
-        rows: Sequence[tuple[Prompt, Given]],
-        raw: bool,
-        cancel: CancelLike | None,
-        began: float,
-        options: Mapping[str, Any],
-        return_attention: bool,
-    ) -> Run:
-        """Everything that can be refused is refused here, before anything runs."""
-        if return_attention and not self._gives_attention:
-            raise CapabilityError(f"{self.path}: the decoder's graph has no output 'attention' to return.")
-        resolved = self._defaults.resolve(len(rows), options)
-        if return_attention and (resolved.beams is not None or resolved.in_python):
-            raise OptionError("return_attention does not go with beams, guidance or the rarer filters: leave one of them out.")
-        if resolved.controls.guided and self._contract.memory is not None:
-            raise OptionError(
-                f"guidance_scale={resolved.controls.guidance_scale:g}: {self.path} reads images by cross-attention, for which "
-                "there is no unconditional side: leave it out."
-            )
-        prompts = [self._prompts.row(prompt, given, raw=raw) for prompt, given in rows]
-        for number, prompt in enumerate(prompts):
-            tokens = len(prompt.history)
-            new_tokens = resolved.new_tokens(tokens, self.context_length, len(prompt) - tokens)
-            self._check_length(prompt, new_tokens, number, len(prompts))
-        return Run(self._parts(), prompts, resolved, began=began, cancel=cancel, return_attention=return_attention)
-
-    def _parts(self) -> Parts:
-        return Parts(
-            contract=self._contract,
-            decoder=self._decoder(),
-            prompts=self._prompts,
-            modalities=self._modalities,
-            memory=self._memory,
-            token_inputs=self._token_inputs,
-            kept=self._kept,
-            plan=self._plan,
-        )
-
-    def _check_length(self, prompt: PromptRow, new_tokens: int, number: int, rows: int) -> None:
-        length, room = len(prompt), self.context_length
-        if new_tokens >= 1 and length + new_tokens <= room:
-            return
-        which = f"prompt {number + 1} of {rows}" if rows > 1 else "the prompt"
-        images, image_tokens = len(prompt.tokens.media), prompt.tokens.media_tokens
-        of_these = f", {image_tokens} of them from {images} image{'s' * (images > 1)}" if image_tokens else ""
-        model = self._contract.context_length
-        larger = f", or load the bundle with a context_length of up to {model}" if room < model else ""
-        raise ContextLengthError(
-            f"{which} has {length} tokens{of_these}, and {max(new_tokens, 1)} new ones were asked for: that is "
-            f"{length + max(new_tokens, 1)}, the context has {room}. Ask for fewer new tokens (max_new_tokens), shorten the "
-            f"prompt, or send fewer or smaller images{larger}."
-        )
+        return {kind: self._parts.prompts.open(kind, sources) for kind, sources in given.items()}
 
     def _begin(self, run: Run) -> None:
         self._check_open()
@@ -435,6 +361,3 @@ class VisionLanguageModel(Session):
     def _end(self, run: Run) -> None:
         if self._active.pop(id(run), None) is not None:
             self.counters.add(run.stats)
-
-    def _decoder(self) -> Decoder:
-        return self._engine.decoder()

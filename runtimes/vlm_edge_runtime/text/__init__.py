@@ -2,7 +2,7 @@
 
 from .chat_template import ChatTemplate, Message, find_chat_template, load_chat_template
 from .expansion import Expansion, expand
-from .placeholders import expand_text, image_text, image_tokens, placeholder_token
+from .placeholders import expand_text, image_text, image_tokens, joined, placeholder_token
 from .positions import position_ids
 from .stream import StreamDecoder
 from .tokenizer import TextBatch, Tokenizer, load_tokenizer
@@ -19,6 +19,7 @@ __all__ = [
     "find_chat_template",
     "image_text",
     "image_tokens",
+    "joined",
     "load_chat_template",
     "load_tokenizer",
     "placeholder_token",

@@ -23,7 +23,7 @@ class ByHand:
     def __init__(self, vlm) -> None:
         self.engine = vlm._engine
         self.decoder = self.engine.decoder()
-        self._processor = vlm._modalities._stores["image"].processor if "image" in vlm._modalities.kinds else None
+        self._processor = vlm._parts.modalities._stores["image"].processor if "image" in vlm._parts.modalities.kinds else None
 
     def graph(self, role: str, **feeds: np.ndarray) -> dict[str, np.ndarray]:
         return self.engine.graph(role).run(feeds)

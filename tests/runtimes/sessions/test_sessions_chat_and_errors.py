@@ -233,19 +233,19 @@ def test_which_build_is_taken(built_bundle, portable_bundle) -> None:
 
 
 def test_a_configuration_that_asks_for_more_is_refused_when_generating(portable_bundle, tmp_path) -> None:
-    folder = tmp_path / "beams.vlm"
+    folder = tmp_path / "contrastive.vlm"
     shutil.copytree(portable_bundle("llava-llama"), folder)
     file = folder / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "num_beams": 4}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "penalty_alpha": 0.6}))
     manifest = json.loads((folder / "manifest.json").read_text())
     for ref in manifest["files"]:
         if ref["file"] == file.name:
             ref["bytes"] = file.stat().st_size
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with load(folder, build="portable", verify=False) as vlm:
-        with pytest.raises(OptionError, match="num_beams = 4"):
+        with pytest.raises(OptionError, match=r"penalty_alpha = 0\.6"):
             vlm.generate(ASK)
-        assert vlm.generate(ASK, ignore_config=["num_beams"], **SHORT).tokens
+        assert vlm.generate(ASK, ignore_config=["penalty_alpha"], **SHORT).tokens
 
 
 def test_cancelled_error_is_a_plain_error() -> None:

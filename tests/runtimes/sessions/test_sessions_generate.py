@@ -76,10 +76,10 @@ def test_stop_strings_cut_the_text_and_the_cache(session) -> None:
     stopped = vlm.generate(ASK, images=image, max_new_tokens=16, ignore_eos=True, stop=["nowhere", stop])
     assert (stopped.text, stopped.finish_reason) == (cut, "stop_string")
     assert stopped.tokens == free.tokens[: len(stopped.tokens)]
-    (kept,) = vlm._kept._kept
+    (kept,) = vlm._parts.kept._kept
     held = kept.contents[0][stopped.prompt_tokens :].tolist()
     assert held == stopped.tokens[: len(held)]
-    assert cut.startswith(vlm._prompts.tokenizer.decode(held))
+    assert cut.startswith(vlm._parts.prompts.tokenizer.decode(held))
     shown = ""
     for piece in vlm.stream(ASK, images=image, max_new_tokens=16, ignore_eos=True, stop=stop):
         shown += piece
@@ -122,7 +122,7 @@ def test_another_image_is_not_the_same_prefix(session) -> None:
     vlm = session("llava-llama")
     vlm.generate(ASK, images=noise(1), max_new_tokens=2)
     vlm.generate(ASK, images=noise(2), max_new_tokens=2)
-    before = len(vlm._prompts.tokenizer.encode("USER: "))
+    before = len(vlm._parts.prompts.tokenizer.encode("USER: "))
     assert vlm.stats.reused_tokens <= before  # nothing beyond the image's first token
     vlm.generate(ASK, images=noise(1).copy(), max_new_tokens=2)
     assert vlm.stats.reused_tokens == vlm.stats.prompt_tokens - 1
@@ -146,7 +146,7 @@ def test_images_are_encoded_once(session) -> None:
     image = noise(1)
     vlm.generate("what?", images=[image, image, noise(2)], max_new_tokens=1)
     assert (vlm.stats.image_cache_hits, vlm.stats.image_cache_misses) == (1, 2)
-    vlm._kept.clear()
+    vlm._parts.kept.clear()
     vlm.generate("the sea", images=[image.copy()], max_new_tokens=1)
     assert (vlm.stats.image_cache_hits, vlm.stats.image_cache_misses) == (1, 0)
     assert vlm.stats.reused_tokens == 0
@@ -191,7 +191,7 @@ def test_a_dropped_stream_gives_back_what_it_held(session) -> None:
         stream = vlm.stream(ASK, images=noise(1), max_new_tokens=200, ignore_eos=True)
         next(stream)
         assert len(vlm._active) == 1
-        assert not vlm._kept._kept
+        assert not vlm._parts.kept._kept
         if drop == "close":
             stream.close()
             assert stream.finish_reason == "cancelled"
@@ -234,10 +234,10 @@ def test_a_cache_that_must_grow(built_bundle, monkeypatch) -> None:
     with load(built_bundle("llava-llama", "cpu-fp32")) as vlm:
         expected = [vlm.generate(ASK * times, images=noise(1), max_new_tokens=4).tokens for times in (1, 3)]
         vlm.clear_caches()
-        vlm._plan = replace(vlm._plan, budget=0)
+        vlm._parts = replace(vlm._parts, plan=replace(vlm._parts.plan, budget=0))
         capacities = []
         for times, tokens in zip((1, 3), expected, strict=True):
             assert vlm.generate(ASK * times, images=noise(1), max_new_tokens=4).tokens == tokens
-            capacities.append(vlm._kept._kept[-1].state.capacity)
+            capacities.append(vlm._parts.kept._kept[-1].state.capacity)
         assert capacities[0] < capacities[1] < vlm.context_length
         assert vlm.stats.reused_tokens > 16
