@@ -19,7 +19,7 @@ from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle
 from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
 
-from .pipeline import Inputs, Lowered, lower_decoder, lower_embedding, lower_encoder
+from .pipeline import Inputs, Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder
 from .precision import Kind, bundle_roles, kind_of, resolve_precision, stored_as
 from .samples import Feeds, Samples, modality_feeds
 from .selfcheck import FP32_TOLERANCE, Difference, check_decoder, check_encoder
@@ -84,6 +84,10 @@ def build(
                             f"{role}.cosine": difference.cosine,
                         }
                         detail = f"{graphs[role].nodes} nodes, cosine {difference.cosine:.5f} to portable"
+                        if kinds[role] == "decoder" and opened.kv is not None and opened.kv.layers:
+                            kept = is_shared([spec.name for spec in graphs[role].inputs])
+                            options[f"{role}.kv_cache"] = "shared" if kept else "growing"
+                            detail += "" if kept else "; its cache grows (see report.json)"
                     report[role] = _report(lowered)
                 except BaseException as error:
                     progress.failed(step, str(error))
@@ -123,14 +127,14 @@ def _lower(
     if kind == "decoder":
         if not isinstance(contract, GenerativeContract):
             raise TargetError(f"{bundle.path}: a decoder in family {bundle.manifest.family} is not known to {target.name}.")
-        return lower_decoder(
-            model,
-            precision=words["decoder"],
-            head=words["lm_head"],
-            context_length=contract.context_length,
-            block_size=block_size,
-            options=target.options,
-        )
+        weights = {"precision": words["decoder"], "head": words["lm_head"]}
+        try:
+            return lower_decoder(
+                model, **weights, context_length=contract.context_length, block_size=block_size, options=target.options
+            )
+        except TargetError as error:  # what the fused kernel cannot do; nothing of the half-rewritten graph is kept
+            model = ir.load(bundle.graph_path(role))
+            return lower_growing_decoder(model, why=str(error), **weights, block_size=block_size, options=target.options)
     if kind == "embedding":
         return lower_embedding(model, precision=words[role], block_size=block_size)  # type: ignore[arg-type]
     return lower_encoder(

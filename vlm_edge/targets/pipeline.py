@@ -76,11 +76,40 @@ def lower_decoder(
         LastTokenLogits(),
         FuseSkipNorm(),
         Cleanup(),
+        *_decoder_weights(precision, head, block_size, options),
     ]
-    if precision != "fp32" or head != "fp32":
-        body, last = (_form(word, block_size, options) for word in (precision, head))
-        steps += [_weight_only(body, last, options), Cleanup()]
     return Lowered(model, run_passes(model, steps))
+
+
+def lower_growing_decoder(
+    model: ir.Model, *, why: str, precision: str, head: str, block_size: int = 32, options: Options | None = None
+) -> Lowered:
+    """A decoder that no shared KV buffer fits: its cache goes on growing by concatenation, the rest is as in `lower_decoder`.
+
+    Right for any portable decoder, and slow: the cache is copied at every token. `why` goes into the notes.
+    """
+    steps: list[GraphPass] = [
+        Cleanup(),
+        GemmToMatMul(),
+        RecomposeRotary(),
+        LowerToMultiHeadAttention(),
+        Unflatten(),
+        CancelLayout(),
+        LastTokenLogits(),
+        FuseSkipNorm(),
+        Cleanup(),
+        *_decoder_weights(precision, head, block_size, options or Options()),
+    ]
+    changes = run_passes(model, steps)
+    changes.append(Changes("kv_cache", notes=[f"the cache grows at every token instead of staying in one buffer: {why}"]))
+    return Lowered(model, changes)
+
+
+def _decoder_weights(precision: str, head: str, block_size: int, options: Options) -> list[GraphPass]:
+    if precision == head == "fp32":
+        return []
+    body, last = (_form(word, block_size, options) for word in (precision, head))
+    return [_weight_only(body, last, options), Cleanup()]
 
 
 def lower_encoder(

@@ -24,6 +24,8 @@ PAST, STATE = "past_key_values.", "state."
 _ROWS = ("batch", "images", "tiles", "frames", "texts", "rows", "videos", "clips")
 """Dimensions that count independent rows."""
 _LENGTHS = {"sequence": 6, "tokens": 6, "length": 6, "instruction": 5, "source": 6, "queries": 4}
+_IMAGES_A_ROW = 2
+"""Images in the memory of a row whose tokens see images of their own."""
 _IDS = 20
 """Whole numbers that index nothing in sight are drawn below this."""
 
@@ -85,6 +87,8 @@ class Samples:
             elif spec.name in known:
                 feeds[spec.name] = known[spec.name]
                 _bind(spec, known[spec.name], sizes, "decoder")
+        if contract.memory is not None and contract.memory.entries_per_image and "source" in sizes:
+            sizes["images"] = sizes["source"] // contract.memory.entries_per_image
         kinds = {one.name: one.kind for one in contract.token_inputs}
         for spec in entry.inputs:
             if spec.name not in feeds:
@@ -149,10 +153,11 @@ class Samples:
         modality = next((one for one in contract.modalities if one.joins == "memory"), None)
         if modality is None or modality.graphs[-1] in above:
             return None
-        features = next(iter(self._outputs_of(modality.graphs[-1], seed, rows, above).values()))
-        if len(features) == rows and modality.batch == "image":
-            return features.reshape(rows, -1, features.shape[-1])
-        return np.repeat(features.reshape(1, -1, features.shape[-1]), rows, axis=0)
+        images = _IMAGES_A_ROW if contract.memory.entries_per_image else 1
+        features = next(iter(self._outputs_of(modality.graphs[-1], seed, rows * images, above).values()))
+        if modality.batch != "image":
+            return np.repeat(features.reshape(1, -1, features.shape[-1]), rows, axis=0)
+        return features[np.arange(rows * images) % len(features)].reshape(rows, -1, features.shape[-1])
 
     def _picture(self, modality: Modality) -> Feeds:
         """The processor's arrays of a small drawn picture; nothing where the bundle has no image processor."""
@@ -242,7 +247,7 @@ def _bind(spec: TensorSpec, array: npt.NDArray[Any], sizes: dict[str, int], role
 
 
 def _shape(spec: TensorSpec, sizes: Mapping[str, int], rows: int) -> tuple[int, ...]:
-    rows = next((sizes[dim] for dim in _ROWS if dim in sizes), rows)
+    rows = next((sizes[dim] for dim in _ROWS if dim in sizes), rows)  # rows of one kind go with rows of another
     return tuple(
         dim if isinstance(dim, int) else sizes.get(dim, rows if dim in _ROWS else _LENGTHS.get(dim, 2)) for dim in spec.shape
     )
