@@ -69,7 +69,7 @@ def blip(kind: str, language: str, *, every: int = 2) -> Parts:
     """BLIP-2 or its descendants. `every`: the Q-Former looks at the image in every so many layers."""
     name = "video" if kind == "instructblipvideo" else "image"
     t5 = language.startswith("t5")
-    words = tokenizer([f"<{name}>"], ends=t5, **{f"{name}_token": f"<{name}>"})
+    words = tokenizer([f"<{name}>"], ends=t5)  # not as `image_token`: the processors expect an object there, and find its text
     config_class, model_class = _KINDS[kind]
     config = config_class(
         vision_config={**VISION, "hidden_size": SMALL, "num_attention_heads": 3, "qkv_bias": every != 1},

@@ -67,7 +67,7 @@ class InstructBlipVideoProcessor:
 
 
 def uniform_frames(total: int, wanted: int) -> list[int]:
-    """Indices of `wanted` frames out of `total` at even distances from the first on (transformers' `default_sample_indices_fn`)."""
+    """Indices of `wanted` out of `total` frames at even distances from the first on, as transformers samples by default."""
     return [min(int(index), total - 1) for index in np.arange(0, total, total / wanted)[:wanted]]
 
 
