@@ -21,7 +21,7 @@ from .lru import ByteLRU
 from .media import Array, Encode, Encoded, Features, MediaStore, Medium, Reader
 from .modality_graphs import ModalityGraphs
 from .packing import geometry_arrays, packed
-from .readers import ImageReader, VectorReader, VideoProcessor, VideoReader
+from .readers import ImageReader, VectorReader, VideoReader
 
 
 class Modalities:
@@ -150,15 +150,8 @@ def _reader(bundle: Bundle, modality: Modality, image_processor: Callable[[], Im
     if modality.kind == "image":
         return ImageReader(image_processor())
     if modality.kind == "video":
-        return VideoReader(_video_processor(bundle))
+        return VideoReader(preprocess.load_video_processor(bundle))
     return VectorReader(modality.kind, _own_input(bundle.graphs, modality))
-
-
-def _video_processor(bundle: Bundle) -> VideoProcessor | None:
-    """By `preprocess.load_video_processor(bundle)`, where this version has that."""
-    load = getattr(preprocess, "load_video_processor", None)
-    processor: VideoProcessor | None = load(bundle) if load is not None else None
-    return processor
 
 
 def _own_input(graphs: Mapping[str, GraphEntry], modality: Modality) -> Any:

@@ -243,8 +243,10 @@ class PromptBuilder:
         memory_media = (tokens if source is None else source).memory_media()
         self._memory.check(memory_media, source)
         key = self._memory.key(memory_media, source) if memory is not None else None
-        layouts = [one.medium.layout for one in tokens.placed if one.fills]
-        positions, next_position = position_ids(contract.positions, tokens.ids, layouts)
+        filled = [one for one in tokens.placed if one.fills]
+        positions, next_position = position_ids(
+            contract.positions, tokens.ids, [one.medium.layout for one in filled], [one.at for one in filled]
+        )
         content = tokens.content_ids()
         return PromptRow(
             tokens=tokens,

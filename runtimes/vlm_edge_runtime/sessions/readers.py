@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from PIL import Image, ImageSequence
 from vlm_edge_runtime.bundle.manifest import TensorSpec
 from vlm_edge_runtime.errors import CapabilityError, ImageError, PromptError
 from vlm_edge_runtime.preprocess import EncodedImage, ImageProcessor, content_hash, load_image
+from vlm_edge_runtime.preprocess.video import VideoProcessor
 
 from .media import digest
 
@@ -36,19 +37,6 @@ class ImageReader:
     def process(self, opened: Any) -> EncodedImage:
         """The vision encoder's inputs. Raises ImageError."""
         return self._processor(opened)
-
-
-class VideoProcessor(Protocol):
-    """What `preprocess.load_video_processor` gives: the bundle's video processor, sampling of frames included.
-
-    The arrays it makes are named as the modality's first graph names its inputs; `tiles` of the result is the number of frames
-    that were taken (rows of the graph's batch).
-    """
-
-    fingerprint: str
-
-    def __call__(self, frames: Sequence[Image.Image], fps: float | None = None) -> EncodedImage:
-        """`frames`: decoded, in order, all of one size. `fps`: frames in a second, where the source says."""
 
 
 class VideoReader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,20 @@ from .placeholders import ImageLayout
 Ids = npt.NDArray[np.int64]
 
 
-def position_ids(positions: Positions, input_ids: Sequence[int] | Ids, images: Sequence[ImageLayout] = ()) -> tuple[Ids, int]:
+def position_ids(
+    positions: Positions,
+    input_ids: Sequence[int] | Ids,
+    images: Sequence[ImageLayout] = (),
+    at: Sequence[Ids] | None = None,
+) -> tuple[Ids, int]:
     """The positions of a prompt's tokens, and the position of the first token that will be generated.
 
     `input_ids`: one row [S], image placeholders expanded, no padding. Sequential: int64 `[S]`, by an offset where the contract
     has one. M-RoPE: int64 `[3, S]` (time, height, width): text advances all three together; an image fills a t × h × w block (h
     and w in merged patches) that starts at the next free position, and the text after it goes on at the block's longest side
-    (Qwen2-VL, arXiv 2409.12191, section 2.1; transformers' `get_rope_index`).
+    (Qwen2-VL, arXiv 2409.12191, section 2.1; transformers' `get_rope_index`). `images`: images and videos in the order of their
+    tokens. `at`: the indices of each one's tokens; by default the row's image tokens, in order. A video whose t frames stand
+    apart, with text between, is t blocks of 1 × h × w.
 
     Raises PromptError when image tokens and images do not match.
     """
@@ -29,27 +36,40 @@ def position_ids(positions: Positions, input_ids: Sequence[int] | Ids, images: S
     if isinstance(positions, SequentialPositions):
         every = np.maximum(np.arange(len(ids) + 1, dtype=np.int64) + positions.offset, 0)
         return every[:-1], int(every[-1])
-    is_image = ids == positions.image_token_id
-    counts = [_block(image, positions.merge_size) for image in images]
-    expected = sum(int(np.prod(block)) for block in counts)
-    if expected != int(is_image.sum()):
-        raise PromptError(f"the prompt has {int(is_image.sum())} image tokens and its {len(images)} images need {expected}")
-
     result = np.empty((3, len(ids)), np.int64)
     here = following = 0  # index of the next token, next free position
-    image_starts = np.flatnonzero(is_image)
-    consumed = 0
-    for block in counts:
-        start, size = int(image_starts[consumed]), int(np.prod(block))
-        if not is_image[start : start + size].all():
-            raise PromptError(f"an image of {size} tokens is interrupted by other tokens after {int(is_image[start:].argmin())}")
+    for start, block in _blocks(positions, ids, images, at):
         result[:, here:start] = np.arange(following, following + start - here)
         following += start - here
-        result[:, start : start + size] = following + np.indices(block).reshape(3, -1)
+        here = start + int(np.prod(block))
+        result[:, start:here] = following + np.indices(block).reshape(3, -1)
         following += max(block[1], block[2])
-        here, consumed = start + size, consumed + size
     result[:, here:] = np.arange(following, following + len(ids) - here)
     return result, int(result.max()) + 1 if len(ids) else 0
+
+
+def _blocks(
+    positions: MRopePositions, ids: Ids, images: Sequence[ImageLayout], at: Sequence[Ids] | None
+) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """The index of each block's first token, and its size."""
+    blocks = [_block(image, positions.merge_size) for image in images]
+    sizes = [int(np.prod(block)) for block in blocks]
+    if at is None:
+        tokens = np.flatnonzero(ids == positions.image_token_id)
+        if len(tokens) != sum(sizes):
+            raise PromptError(f"the prompt has {len(tokens)} image tokens and its {len(images)} images need {sum(sizes)}")
+        at = np.split(tokens, np.cumsum(sizes)[:-1]) if sizes else []
+    for (time, height, width), size, own in zip(blocks, sizes, at, strict=True):
+        if len(own) != size:
+            raise PromptError(f"an image has {len(own)} tokens in the prompt and needs {size}")
+        breaks = np.flatnonzero(np.diff(own) != 1) + 1
+        frames = np.split(own, breaks)
+        if len(frames) == 1:
+            yield int(own[0]), (time, height, width)
+        elif len(frames) == time and {len(frame) for frame in frames} == {height * width}:
+            yield from ((int(frame[0]), (1, height, width)) for frame in frames)
+        else:
+            raise PromptError(f"an image of {size} tokens is interrupted by other tokens after {int(breaks[0])}")
 
 
 def _block(image: ImageLayout, merge: int) -> tuple[int, int, int]:

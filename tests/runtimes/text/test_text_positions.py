@@ -87,3 +87,27 @@ def test_refused(ids: list[int], images: list[EncodedImage], message: str) -> No
     contract = MRopePositions(merge_size=1, image_token_id=IMAGE, vision_start_token_id=START)
     with pytest.raises(PromptError, match=message):
         position_ids(contract, ids, images)
+
+
+def test_videos_by_their_places() -> None:
+    """A video has another token than images; one whose frames stand apart is placed frame by frame."""
+    contract = MRopePositions(merge_size=1, image_token_id=IMAGE, vision_start_token_id=START)
+    video = 10
+    ids = [1, *[video] * 8, 2, *[IMAGE] * 4, 2]
+    at = [np.arange(1, 9), np.arange(10, 14)]
+    positions, following = position_ids(contract, ids, [image(2, 2, 2), image(1, 2, 2)], at)
+    as_images = [IMAGE if token == video else token for token in ids]
+    expected, expected_following = position_ids(contract, as_images, [image(2, 2, 2), image(1, 2, 2)])
+    np.testing.assert_array_equal(positions, expected)
+    assert following == expected_following
+    apart = [1, *[video] * 4, 2, *[video] * 4, 2]
+    positions, following = position_ids(contract, apart, [image(2, 2, 2)], [np.array([1, 2, 3, 4, 6, 7, 8, 9])])
+    expected, expected_following = position_ids(
+        contract, [IMAGE if token == video else token for token in apart], [image(1, 2, 2), image(1, 2, 2)]
+    )
+    np.testing.assert_array_equal(positions, expected)
+    assert following == expected_following
+    with pytest.raises(PromptError, match="interrupted"):
+        position_ids(contract, apart, [image(2, 2, 2)], [np.array([1, 2, 3, 6, 7, 8, 9, 10])])
+    with pytest.raises(PromptError, match="7 tokens in the prompt and needs 8"):
+        position_ids(contract, apart, [image(2, 2, 2)], [np.arange(7)])
