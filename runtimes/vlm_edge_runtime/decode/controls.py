@@ -180,9 +180,7 @@ def read_controls(merged: Mapping[str, Any], eos: Sequence[int], vocab_size: int
     first = () if controls.forced_bos_token_id is None else (controls.forced_bos_token_id,)
     for name, forced in (("forced_bos_token_id", first), ("forced_eos_token_id", controls.forced_eos_token_ids)):
         if forced and set(forced) <= set(controls.suppress_tokens):
-            raise OptionError(
-                f"{name}={list(forced)} is in suppress_tokens too, which leaves no token: remove it from one."
-            )
+            raise OptionError(f"{name}={list(forced)} is in suppress_tokens too, which leaves no token: remove it from one.")
     return controls
 
 
