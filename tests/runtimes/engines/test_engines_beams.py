@@ -179,3 +179,18 @@ def test_a_failed_run_leaves_the_row_as_it_was(make) -> None:
     logits = state.step(np.array([1, 2, 3]))
     for row, prompt in enumerate(PROMPTS):
         close(logits[row], bench.reference.run([*prompt, 1 + row], bench.source(row))["logits"])
+
+
+def test_a_failed_step_leaves_what_was_pending(make) -> None:
+    bench = make(TOYS["cross-attention"])
+    expected = [bench.expected(row, 4) for row in range(3)]
+    state = bench.filled()
+    bench.start(state, 1, PROMPTS[1], bench.source(1), SamplingParams(eos_token_ids=(expected[1][0],)))
+    state.decode(2)
+    state.start(0, SamplingParams(), np.zeros(0, np.int64), 5000)
+    with pytest.raises(DeviceError, match="graph 'decoder'"):
+        state.step(np.array([1, 2, 3]))
+    state.start(0, SamplingParams(), np.zeros(0, np.int64), len(PROMPTS[0]) + 1)
+    produced = state.decode(2)
+    assert [row.tokens for row in produced] == [expected[0][2:], [], expected[2][2:]]
+    assert produced[1].finished

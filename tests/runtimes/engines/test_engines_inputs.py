@@ -67,6 +67,13 @@ def test_values_per_token_that_are_not_given_are_zeros(make) -> None:
         {}, {name: np.concatenate([array, np.zeros_like(array[:1])]) for name, array in zeros.prompt.items()}, zeros.later
     )
     assert state.decode(4)[0].tokens == bench.reference.greedy([*PROMPTS[0], 9], longer, 4)
+    state.truncate(0, 5)
+    bench.prefill(state, 0, [9], None)
+    state.start(0, SamplingParams(), np.zeros(0, np.int64), 6, source.later)
+    state.truncate(0, 5)
+    bench.prefill(state, 0, [9], None)
+    state.push(0, 10)
+    close(state.logits(0), bench.reference.run([*PROMPTS[0], 9, 10], longer)["logits"])
 
 
 def test_blocks_are_not_split_by_the_prefill_chunk(make) -> None:
