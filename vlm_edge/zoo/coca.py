@@ -1,15 +1,15 @@
 """CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., TMLR 2022, arXiv 2205.01917).
 
-One image encoder and one text decoder, trained for both L_Con and L_Cap (equations 2 and 3): the first half of the decoder's layers
-(*unimodal*) reads text alone, with a [CLS] token after it whose state is the text's vector; the second half (*multimodal*) also
-attends to the image (section 3.2, "Decoupled Text Decoder"). The image is pooled by attention with learned queries, task by task:
-`caption_queries` vectors for the decoder, and one for the contrastive loss, here on top of the first (the *cascade* of section 3.2,
-"Attentional Poolers", which the paper found better than side by side).
+One image encoder and one text decoder, trained for both L_Con and L_Cap (equations 2 and 3): the first half of the decoder's
+layers (*unimodal*) reads text alone, with a [CLS] token after it whose state is the text's vector; the second half (*multimodal*)
+also attends to the image (section 3.2, "Decoupled Text Decoder"). The image is pooled by attention with learned queries, task by
+task: `caption_queries` vectors for the decoder, and one for the contrastive loss, here on top of the first (the *cascade* of
+section 3.2, "Attentional Poolers", which the paper found better than side by side).
 
     L_CoCa = λ_Con · L_Con + λ_Cap · L_Cap                                                    (equation 4)
 
-The [CLS] token is the last of the text and sees all of it; as the paper masks it from the captioning loss, the captioner is simply
-the decoder without it. Layers are those of ViT and GPT-2 (pre-norm), in the classes of transformers.
+The [CLS] token is the last of the text and sees all of it; as the paper masks it from the captioning loss, the captioner is
+simply the decoder without it. Layers are those of ViT and GPT-2 (pre-norm), in the classes of transformers.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class AttentionalPooler(nn.Module):
 
 
 class CoCaVisionModel(PreTrainedModel):
-    """`last_hidden_state`: what the decoder reads, `[images, caption_queries, hidden]`; `pooler_output`: the contrastive vector."""
+    """`last_hidden_state [images, caption_queries, hidden]`: what the decoder reads; `pooler_output`: the contrastive vector."""
 
     config_class = CoCaVisionConfig
     main_input_name = "pixel_values"
@@ -108,11 +108,11 @@ class CoCaVisionModel(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.vit.get_input_embeddings()  # type: ignore[no-any-return]
+        return self.vit.get_input_embeddings()
 
     def contrast(self, queries: torch.Tensor) -> torch.Tensor:
         """The contrastive vector `[images, projection]`, not brought to unit length, of pooled vectors."""
-        return self.projection(self.contrastive_pooler(queries)[:, 0])  # type: ignore[no-any-return]
+        return self.projection(self.contrastive_pooler(queries)[:, 0])
 
     def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         queries = self.caption_pooler(self.vit(pixel_values).last_hidden_state)
@@ -169,7 +169,7 @@ class CoCaForCausalLM(GPT2LMHeadModel):
         for block in self.transformer.h[: self.config.unimodal_layers]:
             states = block(states, attention_mask=mask)
         last = attention_mask.sum(-1) - 1
-        return self.text_projection(self.cls_norm(states[torch.arange(len(states)), last]))  # type: ignore[no-any-return]
+        return self.text_projection(self.cls_norm(states[torch.arange(len(states)), last]))
 
 
 @dataclass
@@ -194,7 +194,7 @@ class CoCaForConditionalGeneration(VisionEncoderDecoderModel):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         """`pooler_output`: the images' contrastive vectors."""
-        return self.encoder(pixel_values)  # type: ignore[no-any-return]
+        return self.encoder(pixel_values)
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> BaseModelOutputWithPooling:
         """`pooler_output`: the texts' contrastive vectors."""

@@ -1,7 +1,7 @@
 """Show, Attend and Tell: Neural Image Caption Generation with Visual Attention (Xu et al., ICML 2015, arXiv 1502.03044).
 
-A convolutional network gives one vector a_i per place of the image (section 3.1.1); an LSTM writes the caption and looks at the image
-anew for every word (section 3.1.2), here with the deterministic "soft" attention of section 4.2:
+A convolutional network gives one vector a_i per place of the image (section 3.1.1); an LSTM writes the caption and looks at the
+image anew for every word (section 3.1.2), here with the deterministic "soft" attention of section 4.2:
 
     e_ti = f_att(a_i, h_{t−1})        α_ti = softmax_i(e_ti)                                  (equations 4, 5)
     ẑ_t  = β_t · Σ_i α_ti a_i         β_t = σ(f_β(h_{t−1}))                                    (equation 13; section 4.2.1)
@@ -9,8 +9,8 @@ anew for every word (section 3.1.2), here with the deterministic "soft" attentio
     c_t = f ⊙ c_{t−1} + i ⊙ g         h_t = o ⊙ tanh(c_t)                                      (equations 2, 3)
     p(y_t | a, y_<t) ∝ exp(L_o(E y_{t−1} + L_h h_t + L_z ẑ_t))                                 (equation 7)
 
-f_att is a perceptron with one hidden layer; c_0 and h_0 are two perceptrons of the mean of the a_i. Training adds the doubly stochastic
-term λ Σ_i (1 − Σ_t α_ti)² (equation 14), so that every place is looked at over a whole caption.
+f_att is a perceptron with one hidden layer; c_0 and h_0 are two perceptrons of the mean of the a_i. Training adds the doubly
+stochastic term λ Σ_i (1 − Σ_t α_ti)² (equation 14), so that every place is looked at over a whole caption.
 
 The paper reads VGG's fourth convolution block, 14 × 14 × 512; here it is a small network of its own.
 """
@@ -18,6 +18,7 @@ The paper reads VGG's fourth convolution block, 14 × 14 × 512; here it is a sm
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -75,12 +76,12 @@ class ConvEncoder(nn.Module):
         super().__init__()
         widths = [config.num_channels, *config.conv_channels]
         layers: list[nn.Module] = []
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(pairwise(widths)):
             layers += [nn.Conv2d(before, after, 3, 2 if index else 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.layers(pixel_values).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+        return self.layers(pixel_values).flatten(2).transpose(1, 2)
 
 
 class AttendingLSTM(nn.Module):

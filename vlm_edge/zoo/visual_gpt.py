@@ -1,15 +1,15 @@
 """VisualGPT: Data-efficient Adaptation of Pretrained Language Models for Image Captioning (Chen et al., CVPR 2022,
 arXiv 2102.10407).
 
-A visual encoder and a pretrained GPT-2 in whose layers cross-attention to the image is put between self-attention and feed-forward.
-What the image says and what the language model knows are balanced by the *self-resurrecting activation unit* (section 3.2): for the
-state H of the self-attention,
+A visual encoder and a pretrained GPT-2 in whose layers cross-attention to the image is put between self-attention and
+feed-forward. What the image says and what the language model knows are balanced by the *self-resurrecting activation unit*
+(section 3.2): for the state H of the self-attention,
 
     B_vis = σ(H) · 1(σ(H) > τ)          B_lan = (1 − σ(H)) · 1(1 − σ(H) > τ)                 (equation 6)
     Z     = B_vis ⊗ EncDecAttn(H, I) + B_lan ⊗ H                                              (equation 4)
 
-A gate below the threshold τ is 0, and with it its gradient through the gate; but unlike complementary gates that sum to 1, both can
-recover independently while the other one moves ("self-resurrecting").
+A gate below the threshold τ is 0, and with it its gradient through the gate; but unlike complementary gates that sum to 1, both
+can recover independently while the other one moves ("self-resurrecting").
 
 The paper's encoder reads regions from an object detector; here it is a Vision Transformer (any encoder that transformers'
 VisionEncoderDecoderModel takes), whose patches stand in for the regions.
