@@ -13,6 +13,8 @@ QUERIES, FRAMES = 5, 4
 SMALL = 48
 """Width of encoder and Q-Former: unlike that of the language model."""
 INSTRUCTION_LENGTH = 64
+AUDIO = 24
+"""Width of the audio features that come in."""
 
 _QFORMER: dict[str, Any] = {
     "hidden_size": SMALL,
@@ -86,6 +88,39 @@ def blip(kind: str, language: str, *, every: int = 2) -> Parts:
     return model, images, words, processor, None, more
 
 
+def x_instructblip(language: str = "llama") -> Parts:
+    """Images and audio, a Q-Former each; the two differ in width, depth and how often they look at their encoder."""
+    from vlm_edge.zoo.x_instructblip import XInstructBlipConfig, XInstructBlipForConditionalGeneration
+
+    words = tokenizer(["<image>", "<audio>"], image_token="<image>", audio_token="<audio>")
+    config = XInstructBlipConfig(
+        image_config={**VISION, "hidden_size": SMALL, "num_attention_heads": 3},
+        audio_config={
+            "feature_size": AUDIO,
+            "hidden_size": 32,
+            "intermediate_size": MLP,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        image_qformer_config=_QFORMER,
+        audio_qformer_config={
+            **_QFORMER,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "cross_attention_frequency": 1,
+        },
+        text_config=text(language).to_dict(),
+        num_query_tokens=QUERIES,
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        audio_token_id=words.convert_tokens_to_ids("<audio>"),
+    )
+    model = generating(XInstructBlipForConditionalGeneration(config))
+    images = t.BlipImageProcessorPil(size={"height": IMAGE, "width": IMAGE})
+    processor = {"processor_class": "XInstructBlipProcessor", "num_query_tokens": QUERIES}
+    return model, images, words, processor, None, {"qformer_tokenizer": instruction_tokenizer()}
+
+
 CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "blip2-opt": lambda: blip("blip2", "opt"),
     "blip2-gpt2": lambda: blip("blip2", "gpt2", every=1),
@@ -95,5 +130,6 @@ CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "instructblip-llama": lambda: blip("instructblip", "llama"),
     "instructblip-opt": lambda: blip("instructblip", "opt", every=1),
     "instructblip-t5": lambda: blip("instructblip", "t5-gated"),
+    "x_instructblip": x_instructblip,
     "instructblipvideo": lambda: blip("instructblipvideo", "llama"),
 }
