@@ -9,8 +9,8 @@ is, with one cue (modality prefix) before each input's K embeddings,
     <s> image: [q_1 … q_K] audio: [q_1 … q_K] instruction
 
 Here: images and audio. The image encoder, the Q-Formers and their attention are transformers' InstructBLIP classes: the paper's
-EVA-CLIP ViT-g and Q-Former are those of InstructBLIP (arXiv 2305.06500). The language model is any decoder; the paper's is Vicuna,
-a Llama.
+EVA-CLIP ViT-g and Q-Former are those of InstructBLIP (arXiv 2305.06500). The language model is any decoder; Vicuna, a
+Llama, in the paper.
 
 Deviations. The paper's audio encoder is BEATs on mel spectrograms; here an audio input is a sequence of features that were
 computed before (`audio_features [clips, steps, feature_size]`, BEATs' or others), and a small transformer with sinusoidal
