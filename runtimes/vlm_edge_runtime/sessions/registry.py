@@ -11,7 +11,7 @@ SESSIONS: dict[str, tuple[str, str]] = {
 """A contract's tag → (module, class). Modules are imported when a bundle of the family is loaded."""
 
 METHODS: dict[str, tuple[str, ...]] = {
-    "generative": ("generate", "stream", "chat", "cancel", "embed_image", "count_tokens", "prepare", "logits_along"),
+    "generative": ("generate", "stream", "chat", "cancel", "embed_image", "count_tokens", "prepare", "logits_along", "decode_tokens"),
     "dual_encoder": ("embed_image", "embed_text", "similarity", "classify"),
 }
 """What can be asked of each."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_edge_runtime.decode.cancel import CancelLike
 from vlm_edge_runtime.decode.options import GenerationOptions
-from vlm_edge_runtime.errors import CapabilityError, ContextLengthError, OptionError
+from vlm_edge_runtime.errors import CapabilityError, ContextLengthError, OptionError, PromptError
 from vlm_edge_runtime.text import Message
 
 from .inputs import Given
@@ -37,9 +37,21 @@ def open_run(
             "there is no unconditional side: leave it out."
         )
     prompts = [parts.prompts.row(prompt, given, raw=raw) for prompt, given in rows]
+    _check_memories(parts, prompts)
     for number, prompt in enumerate(prompts):
         _check_length(parts, prompt, resolved, f"prompt {number + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt")
     return Run(parts, prompts, resolved, began=began, cancel=cancel, return_attention=return_attention)
+
+
+def _check_memories(parts: Parts, prompts: Sequence[PromptRow]) -> None:
+    """Without a mask over it, every row's memory has one length."""
+    memory = parts.contract.memory
+    counts = {len(prompt.memory_media) for prompt in prompts}
+    if memory is not None and memory.source == "features" and memory.mask == "none" and len(counts) > 1:
+        raise PromptError(
+            f"the prompts of one batch have {min(counts)} to {max(counts)} images, and {parts.path} reads equally many for "
+            "all: ask them one by one."
+        )
 
 
 def _check_length(parts: Parts, prompt: PromptRow, options: GenerationOptions, which: str) -> None:

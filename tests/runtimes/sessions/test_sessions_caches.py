@@ -14,6 +14,7 @@ from vlm_edge_runtime.errors import DeviceError
 from vlm_edge_runtime.sessions.kv_plan import BUCKET, KVPlan
 from vlm_edge_runtime.sessions.lru import ByteLRU
 from vlm_edge_runtime.sessions.prefix_cache import MIN_REUSE, Prefix, PrefixCache, common_prefix, reusable
+from vlm_edge_runtime.sessions.token_inputs import chunk_end
 
 
 def ids(*numbers: int) -> np.ndarray:
@@ -76,6 +77,29 @@ def test_kv_plan() -> None:
     assert plan.capacity(3, 10) == BUCKET
     assert plan.capacity(3, BUCKET + 1) == 2 * BUCKET
     assert plan.capacity(3, 1000) == 1000
+
+
+def test_a_block_is_taken_over_whole_or_not_at_all() -> None:
+    prompt = np.arange(30)
+    assert reusable(prompt, prompt, [(20, 25)]) == 29
+    assert reusable(prompt[:23], prompt, [(20, 25)]) == 20
+    assert reusable(prompt[:25], prompt, [(20, 25)]) == 25
+    assert reusable(prompt, prompt, [(10, 20), (20, 30)]) == 20  # its last token is needed, so all of its block
+    assert reusable(prompt, prompt, [(0, 30)]) == 0
+    assert reusable(prompt, prompt, [(MIN_REUSE - 1, 30)]) == 0
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 9))
+def test_no_piece_of_a_prompt_cuts_a_block(sizes, chunk) -> None:
+    edges = np.cumsum([0, *sizes]).tolist()
+    blocks = list(zip(edges[::2], edges[1::2], strict=False))
+    length, start = edges[-1], 0
+    while start < length:
+        end = chunk_end(start, chunk, length, blocks)
+        assert start < end <= length
+        assert all(not first < end < last for first, last in blocks)
+        assert end - start <= max(chunk, 6)
+        start = end
 
 
 class Cache:
@@ -190,6 +214,39 @@ def test_entries_nobody_vouches_for_are_forgotten(kept) -> None:
     again, reused = use(kept, np.arange(20))
     assert reused == [10]
     assert again is slots.state
+
+
+def test_rows_are_bound_while_they_are_empty(kept) -> None:
+    """Before anything is copied into them; a row that keeps entries keeps what it is bound to."""
+    bound: list[tuple[int, int]] = []
+
+    def prefix(contents: np.ndarray, number: int) -> Prefix:
+        def bind(state: Cache, row: int) -> None:
+            assert state.rows[row] == []
+            bound.append((number, row))
+
+        return Prefix(contents, (), bind, 7)
+
+    slots = kept.acquire([prefix(np.arange(20), 1), prefix(np.arange(50, 70), 2)], 64)
+    assert bound == [(1, 0), (2, 1)]
+    for row, first in enumerate((0, 50)):
+        slots.state.rows[row] = list(range(first, first + 20))
+        slots.contents[row] = np.arange(first, first + 20)
+    kept.release(slots)
+    assert kept.bytes == 40 + 14
+    again = kept.acquire([prefix(np.arange(25), 3), prefix(np.arange(80, 99), 4)], 64)
+    assert again.state is slots.state
+    assert bound[2:] == [(4, 1)]
+    other = kept.acquire([prefix(np.arange(25), 5)], 64)
+    assert bound[3:] == [(5, 0)]
+    assert len(other.contents[0]) == 0
+
+    def refuse(state: Cache, row: int) -> None:
+        raise ValueError("misshapen")
+
+    with pytest.raises(ValueError, match="misshapen"):
+        kept.acquire([Prefix(np.arange(25), (), refuse)], 64)
+    assert Cache.made[-1].closed
 
 
 def test_broken_and_late_ones_are_closed(kept) -> None:

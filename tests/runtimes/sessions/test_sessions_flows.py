@@ -243,6 +243,40 @@ def test_several_modalities_in_one_prompt(several, tmp_path) -> None:
     assert several.generate("<video>", videos=array, **SHORT).tokens == several.generate("<video>", videos=video, **SHORT).tokens
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role }} {% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }} {% else %}<{{ p.type }}> {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_conversation_about_several_kinds_of_inputs(tmp_path) -> None:
+    toy = Toy()
+    made = contract(toy, *(one for one in _modalities() if one.kind != "video"))
+    states = [np.arange(5) / 5, np.ones(5)]
+    with opened(tmp_path, toy, _ENCODERS, made, {"chat_template.jinja": CHAT}) as vlm:
+        talk = vlm.chat(**SHORT)
+        talk.send("what is it", noise(1), states=states[0])
+        assert [part["type"] for part in talk.messages[0]["content"]] == ["image", "state", "text"]
+        before = vlm.stats.prompt_tokens
+        second = talk.send("and this a b c", images=[noise(2)], states=[states[1]], audio=np.zeros((3, 4)))
+        assert vlm.stats.reused_tokens >= before
+        streamed = "".join(talk.stream("a"))
+        messages = talk.messages
+        vlm.clear_caches()
+        given = {"images": [noise(1), noise(2)], "states": states, "audio": np.zeros((3, 4))}
+        assert vlm.generate(messages[:3], **given, **SHORT).tokens == second.tokens
+        assert vlm.generate(messages[:5], **given, **SHORT).text == streamed
+        # Parts may carry their inputs.
+        messages[0]["content"][1]["state"] = states[0]
+        messages[2]["content"][1]["audio"] = np.zeros((3, 4))
+        rest = {"images": [noise(1), noise(2)], "states": states[1]}
+        assert vlm.generate(messages[:3], **rest, **SHORT).tokens == second.tokens
+        with pytest.raises(PromptError, match="more audio parts than audio were given"):
+            vlm.generate([{"role": "user", "content": [{"type": "audio"}]}])
+        with pytest.raises(PromptError, match="takes no videos"):
+            talk.send("a", videos=[noise(1)])
+
+
 def test_what_a_model_does_not_take(several, tmp_path) -> None:
     with pytest.raises(PromptError, match=r"state input must be numbers of shape \[5\]; found \[4\]"):
         several.generate("<state>", states=[1.0, 2, 3, 4])

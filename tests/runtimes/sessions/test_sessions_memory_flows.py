@@ -5,11 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from by_hand import IDS, SHORT, WORDS, ByHand, opened
-from flow_bundles import HIDDEN, IMAGE, START, TOKENS, contract, cross_kv, encoder, image, renamed, vision, with_cross_kv_inside
+from flow_bundles import (
+    HIDDEN,
+    IMAGE,
+    START,
+    TOKENS,
+    contract,
+    cross_kv,
+    encoder,
+    image,
+    renamed,
+    vision,
+    with_cross_kv_inside,
+    write,
+)
 from session_pictures import noise
 from toy_decoder import Toy
 
-from vlm_edge_runtime import CapabilityError, ContextLengthError, PromptError
+from vlm_edge_runtime import CapabilityError, ContextLengthError, PromptError, load
 from vlm_edge_runtime.bundle.manifest import FixedPlaceholder, Memory, PromptFormat, TokenInput
 from vlm_edge_runtime.engines.base import SamplingParams
 
@@ -66,6 +79,37 @@ def test_memory_from_features(tmp_path) -> None:
         np.testing.assert_array_equal(vlm.logits_along(WORDS, noise(2), rows[2].tokens).argmax(1), rows[2].tokens)
         stream = vlm.stream(WORDS, images=noise(1), **SHORT)
         assert "".join(stream) == first.text
+
+
+def test_rows_of_unlike_memories_need_a_mask(tmp_path) -> None:
+    toy = cross(source_mask=False)
+    made = contract(toy, image("memory"), memory=Memory(source="features", mask="none", hidden_size=HIDDEN))
+    with opened(tmp_path, toy, {"vision_encoder": vision(), "cross_kv": cross_kv(toy)}, made) as vlm:
+        rows = vlm.generate(["a", "b"], images=[noise(1), noise(2)], **SHORT)
+        assert [row.tokens for row in rows] == [vlm.generate(text, images=noise(seed), **SHORT).tokens
+                                                for seed, text in ((1, "a"), (2, "b"))]  # fmt: skip
+        with pytest.raises(PromptError, match="1 to 2 images"):
+            vlm.generate(["a", "b"], images=[noise(1), [noise(1), noise(2)]])
+
+
+def test_a_kept_memory_counts_and_is_forgotten(tmp_path) -> None:
+    toy = cross()
+    graphs = {"vision_encoder": vision(), "cross_kv": cross_kv(toy)}
+    path = write(tmp_path / "toy.vlm", toy, graphs, memory_of_features(toy))
+    with load(path, build="portable", image_cache_bytes=0) as vlm:
+        vlm.generate(WORDS, images=noise(1), **SHORT)
+        bound = 2 * 2 * TOKENS * toy.heads * toy.size * 4 + TOKENS * 8
+        assert vlm.memory()["prefix_cache"] == (len(IDS) + 5) * vlm.memory()["kv_per_token"] + bound
+        assert vlm.memory()["image_cache"] == 0
+        vlm.generate(WORDS, images=noise(1), **SHORT)
+        assert (vlm.stats.reused_tokens, vlm.stats.image_cache_misses) == (len(IDS) - 1, 1)
+    with load(path, build="portable") as vlm:
+        vlm.generate(WORDS, images=noise(1), **SHORT)
+        first = len(vlm.graph_times()["cross_kv"])
+        vlm.clear_caches()
+        assert vlm.memory()["image_cache"] == vlm.memory()["prefix_cache"] == 0
+        vlm.generate(WORDS, images=noise(1), **SHORT)
+        assert len(vlm.graph_times()["cross_kv"]) == first + 1
 
 
 def test_a_decoder_that_reads_the_features_themselves(tmp_path) -> None:
