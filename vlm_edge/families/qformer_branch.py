@@ -92,6 +92,8 @@ class _QFormer(torch.nn.Module):
     The queries are part of the graph. One instruction is read for every row where only one is given (the frames of a video).
     """
 
+    queries: torch.Tensor
+
     def __init__(self, found: Branch) -> None:
         super().__init__()
         self.qformer: Part = found.qformer

@@ -74,11 +74,11 @@ class XInstructBlipConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    image_config: dict[str, Any] | PreTrainedConfig | None = None
-    audio_config: dict[str, Any] | PreTrainedConfig | None = None
-    image_qformer_config: dict[str, Any] | PreTrainedConfig | None = None
-    audio_qformer_config: dict[str, Any] | PreTrainedConfig | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    image_config: Any = None
+    audio_config: Any = None
+    image_qformer_config: Any = None
+    audio_qformer_config: Any = None
+    text_config: Any = None
     num_query_tokens: int = 32
     image_token_id: int = 32000
     audio_token_id: int = 32001

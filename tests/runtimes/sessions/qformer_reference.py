@@ -72,3 +72,52 @@ class QFormerReference:
     def _answer(self, tokens: list[int]) -> list[int]:
         end = self.model.language_model.generation_config.eos_token_id
         return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+class XReference:
+    """X-InstructBLIP of our zoo, in PyTorch."""
+
+    def __init__(self, folder: Path) -> None:
+        from vlm_edge.zoo.x_instructblip import XInstructBlipForConditionalGeneration, prompt
+
+        self.model = XInstructBlipForConditionalGeneration.from_pretrained(folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.questions = AutoTokenizer.from_pretrained(folder / "qformer_tokenizer")
+        self._prompt = prompt
+        size = self.model.config.image_config.image_size
+        self._images = BlipImageProcessorPil(size={"height": size, "width": size})
+
+    @torch.inference_mode()
+    def generate(self, text: str, images: Sequence[Any], clips: Sequence[np.ndarray], max_new_tokens: int) -> list[int]:
+        """New greedy tokens of one prompt; clips may differ in length."""
+        written = self._prompt(self.model.config, self.tokenizer, text, len(images), len(clips))
+        ids = self.tokenizer(written, return_tensors="pt")["input_ids"]
+        question = self.questions(text, return_tensors="pt")["input_ids"]
+        pixels = self._images(list(images), return_tensors="pt")["pixel_values"] if images else None
+        embeddings = self.model.embed(ids, pixels, None, question)
+        if clips:
+            heard = [self.model.get_audio_features(torch.from_numpy(clip)[None], question).pooler_output for clip in clips]
+            places = (ids == self.model.config.audio_token_id)[..., None]
+            embeddings = embeddings.masked_scatter(places, torch.cat(heard))
+        out = self.model.language_model.generate(
+            input_ids=ids,
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+        )[0, ids.shape[1] :].tolist()
+        if len(clips) == 1:  # then the model's own generate does it all
+            whole = self.model.generate(
+                ids,
+                torch.ones_like(ids),
+                pixels,
+                torch.from_numpy(clips[0])[None],
+                question,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max_new_tokens,
+            )
+            assert whole[0, ids.shape[1] :].tolist() == out
+        end = self.model.language_model.generation_config.eos_token_id
+        return out[: out.index(end) + 1] if end in out else out

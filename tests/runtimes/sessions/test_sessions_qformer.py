@@ -1,11 +1,11 @@
-"""BLIP-2, InstructBLIP, InstructBLIP-Video and MiniGPT-4: transformers' answers, alone, in batches and from the caches."""
+"""BLIP-2, MiniGPT-4, InstructBLIP, InstructBLIP-Video, X-InstructBLIP: PyTorch's answers, alone, batched, from caches."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from qformer_reference import QFormerReference
+from qformer_reference import QFormerReference, XReference
 from session_pictures import noise
 
 NEW = 8
@@ -151,4 +151,47 @@ def test_int4_writes(name, session) -> None:
     vlm = session(name, "cpu-int4")
     argument = {"videos": VIDEOS[0]} if "video" in name else {"images": IMAGES[0]}
     got = vlm.generate(PROMPTS[0], **argument, max_new_tokens=NEW, ignore_eos=True)
+    assert len(got.tokens) == NEW
+
+
+@pytest.fixture(scope="module")
+def x_reference(tiny_checkpoint):
+    return XReference(tiny_checkpoint("x_instructblip"))
+
+
+CLIPS = [np.random.default_rng(40 + i).standard_normal((7 + 4 * i, 24)).astype(np.float32) for i in range(2)]
+HEARD = {
+    "both": (IMAGES[:1], CLIPS[:1]),
+    "image alone": (IMAGES[1:], []),
+    "audio alone": ([], CLIPS[1:]),
+    "neither": ([], []),
+    "two of each": (IMAGES, CLIPS),
+}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("heard", HEARD)
+def test_images_and_audio(heard, build, session, x_reference) -> None:
+    """X-InstructBLIP: eight prompts, with a cue before each input, in the order images, audio."""
+    vlm, (images, clips) = session("x_instructblip", build), HEARD[heard]
+    for prompt in filter(None, PROMPTS):
+        expected = x_reference.generate(prompt, images, clips, NEW)
+        got = vlm.generate(prompt, images=images, audio=clips, max_new_tokens=NEW)
+        assert got.tokens == expected, prompt
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_images_and_audio_in_a_batch(build, session, x_reference) -> None:
+    vlm = session("x_instructblip", build)
+    rows = [(PROMPTS[0], HEARD["both"]), (PROMPTS[5], HEARD["audio alone"]), (PROMPTS[2], HEARD["image alone"])]
+    expected = [x_reference.generate(prompt, *heard, NEW) for prompt, heard in rows]
+    images, clips = [list(heard[0]) for _, heard in rows], [list(heard[1]) for _, heard in rows]
+    found = vlm.generate([prompt for prompt, _ in rows], images=images, audio=clips, max_new_tokens=NEW)
+    assert [one.tokens for one in found] == expected
+
+
+def test_images_and_audio_at_int4(session) -> None:
+    got = session("x_instructblip", "cpu-int4").generate(
+        PROMPTS[0], images=IMAGES[0], audio=CLIPS[0], max_new_tokens=NEW, ignore_eos=True
+    )
     assert len(got.tokens) == NEW
