@@ -73,6 +73,12 @@ def llava_onevision() -> Parts:
         "vision_aspect_ratio": "anyres_max_2",
         "image_token": "<image>",
         "video_token": "<video>",
+        "video_processor": {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            "size": {"height": IMAGE, "width": IMAGE},
+            "do_sample_frames": True,
+            "num_frames": 3,
+        },
     }
     model = generating(t.LlavaOnevisionForConditionalGeneration(config))
     return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<image>\n'")
@@ -104,7 +110,11 @@ def internvl(kind: str = "qwen2") -> Parts:
         tie_word_embeddings=decoder.tie_word_embeddings,
     )
     images = t.GotOcr2ImageProcessorPil(size={"height": IMAGE, "width": IMAGE}, min_patches=1, max_patches=4)
-    processor = {"processor_class": "InternVLProcessor", "image_seq_length": (IMAGE // PATCH) ** 2 // 4}
+    processor = {
+        "processor_class": "InternVLProcessor",
+        "image_seq_length": (IMAGE // PATCH) ** 2 // 4,
+        "video_processor": {"video_processor_type": "InternVLVideoProcessor", "size": {"height": IMAGE, "width": IMAGE}},
+    }
     model = generating(t.InternVLForConditionalGeneration(config))
     return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<IMG_CONTEXT>\n'")
 

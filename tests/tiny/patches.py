@@ -39,7 +39,10 @@ def _qwen(config_class: Any, model_class: Any, vision: dict[str, Any], rope: dic
         patch_size=PATCH, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 96 * 96}
     )
     model = generating(model_class(config))
-    return model, images, words, None, TEMPLATE.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
+    kind = "Qwen3VLVideoProcessor" if "deepstack_visual_indexes" in vision else "Qwen2VLVideoProcessor"
+    sizes = {"patch_size": PATCH, "size": {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}}
+    processor = {"video_processor": {"video_processor_type": kind, **sizes}}
+    return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
 
 
 def qwen2_5_vl() -> Parts:

@@ -35,7 +35,7 @@ from .decoder import decoder_plan, embed_plan, probe
 from .deepstack import deepstack_inputs
 from .layouts import Layout, any_resolution_layout, framed_layout, image_layout, tile_layout
 from .layouts_patches import patch_layout, patch_rows_layout
-from .projector_prompt import image_token_id, placeholder, positions
+from .projector_prompt import image_token_id, placeholder, positions, video_modality
 from .projector_vision import vision_plans
 from .registry import Entry
 
@@ -59,6 +59,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     projector: str
     vision: str = ""
     towers: dict[str, LayoutName] = {}
+    videos: Literal["", "grid", "timed_frames", "pooled_frames", "labelled_frames"] = ""
     blocks: Literal["", "images"] = ""
 
 
@@ -102,12 +103,13 @@ class Projector:
             placeholder=placeholder(checkpoint, kind, tokens),
             geometry=list(layout.geometry),
         )
+        video = video_modality(checkpoint, wanted.videos, image)
         extras = [*([block_input(model, wanted.blocks)] if wanted.blocks else ()), *deepstack_inputs(model, layout.taps, hidden)]
         token_inputs = [TokenInput(name=BLOCK_IDS, kind="blocks", blocks=wanted.blocks)] if wanted.blocks else []
         token_inputs += [TokenInput(name=spec.name, kind="features") for spec in projector_plan.outputs[1:]]
         contract = GenerativeContract(
             family=self.name,
-            modalities=[image],
+            modalities=[image, *([video] if video is not None else [])],
             positions=placed,
             kv=kv,
             hidden_size=hidden,

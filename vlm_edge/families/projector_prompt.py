@@ -12,14 +12,23 @@ from vlm_edge_runtime.bundle.manifest import (
     CropsPlaceholder,
     FixedPlaceholder,
     GridPlaceholder,
+    Modality,
     MRopePositions,
     Placeholder,
     Positions,
     SequentialPositions,
     TilePlaceholder,
 )
-from vlm_edge_runtime.bundle.vision_layout import AnyResolutionPlaceholder, FramedTilesPlaceholder, PatchRowsPlaceholder
+from vlm_edge_runtime.bundle.vision_layout import (
+    AnyResolutionPlaceholder,
+    FramedTilesPlaceholder,
+    LabelledFramesPlaceholder,
+    PatchRowsPlaceholder,
+    PooledFramesPlaceholder,
+    TimedFramesPlaceholder,
+)
 from vlm_edge_runtime.errors import UnsupportedModelError
+from vlm_edge_runtime.preprocess import VIDEO_PROCESSORS
 
 
 def image_token_id(config: PreTrainedConfig) -> int:
@@ -40,6 +49,7 @@ def positions(config: PreTrainedConfig) -> Positions:
         merge_size=int(config.vision_config.spatial_merge_size),
         image_token_id=image_token_id(config),
         vision_start_token_id=int(config.vision_start_token_id),
+        tokens_per_second=getattr(config.vision_config, "tokens_per_second", None),
     )
 
 
@@ -138,6 +148,60 @@ def _patch_rows(checkpoint: Checkpoint, image_token: str, tokens: int) -> Placeh
     )
 
 
+def video_modality(checkpoint: Checkpoint, kind: str, image: Modality) -> Modality | None:
+    """Videos through the graphs of images, frame by frame; None where the checkpoint has no token or processor for them.
+
+    `kind`: how the registry says that a video stands in the prompt ("" is not at all).
+    """
+    config: Any = checkpoint.config
+    number = next((getattr(config, name, None) for name in ("video_token_id", "video_token_index")), None)
+    named = getattr(checkpoint.tokenizer, "video_token", None)
+    token = _token(checkpoint, number) if isinstance(number, int) else named
+    if not kind or token is None or str((checkpoint.video_processor or {}).get("video_processor_type")) not in VIDEO_PROCESSORS:
+        return None
+    # Where videos have no token of their own among the features', they are written in images'.
+    filled = number if isinstance(number, int) else image.token_id
+    return Modality(
+        kind="video",
+        graphs=image.graphs,
+        batch=image.batch if image.batch == "patches" else "tile",
+        token_id=filled,
+        placeholder=_VIDEO_PLACEHOLDERS[kind](checkpoint, token, image.placeholder),
+        geometry=image.geometry,
+    )
+
+
+def _pooled_frames(checkpoint: Checkpoint, token: str, image: Any) -> Placeholder:
+    return PooledFramesPlaceholder(image_token=token, side=image.side)
+
+
+def _timed_frames(checkpoint: Checkpoint, token: str, image: Any) -> Placeholder:
+    """Qwen3VLProcessor takes these two tokens."""
+    start, end = (
+        _known(
+            checkpoint, getattr(checkpoint.tokenizer, f"vision_{end}_token", f"<|vision_{end}|>"), f"{end}s a frame of a video"
+        )
+        for end in ("start", "end")
+    )
+    return TimedFramesPlaceholder(image_token=token, start_token=start, end_token=end, merge_size=image.merge_size)
+
+
+def _labelled_frames(checkpoint: Checkpoint, token: str, image: Any) -> Placeholder:
+    return LabelledFramesPlaceholder(
+        image_token=token,
+        frame_token=image.image_token,
+        start_token=image.start_token,
+        end_token=image.end_token,
+        tokens_per_frame=image.tokens_per_tile,
+    )
+
+
+_VIDEO_PLACEHOLDERS: dict[str, Callable[[Checkpoint, str, Any], Placeholder]] = {
+    "grid": lambda checkpoint, token, image: GridPlaceholder(image_token=token, merge_size=image.merge_size),
+    "pooled_frames": _pooled_frames,
+    "timed_frames": _timed_frames,
+    "labelled_frames": _labelled_frames,
+}
 _PLACEHOLDERS: dict[str, Callable[[Checkpoint, str, int], Placeholder]] = {
     "image": _fixed,
     "crops": _crops,

@@ -15,8 +15,10 @@ from .vision_layout import (
     AnyResolutionPlaceholder,
     FramedTilesPlaceholder,
     Geometry,
+    LabelledFramesPlaceholder,
     PatchRowsPlaceholder,
     PooledFramesPlaceholder,
+    TimedFramesPlaceholder,
 )
 
 SCHEMA_VERSION = 2
@@ -148,6 +150,8 @@ Placeholder = (
     | FramedTilesPlaceholder
     | PatchRowsPlaceholder
     | PooledFramesPlaceholder
+    | TimedFramesPlaceholder
+    | LabelledFramesPlaceholder
 )
 
 
@@ -164,11 +168,13 @@ class MRopePositions(_Struct, kw_only=True, tag="mrope", tag_field="kind"):
     """Qwen2-VL's M-RoPE: position_ids `[3, batch, sequence]` (time, height, width); text advances all three together,
 
     an image occupies a t × h × w block starting at the next free position (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    `tokens_per_second`: how far apart in time the steps of a video are (Qwen2.5-VL, arXiv 2502.13923, section 2.1.3); without it 1.
     """
 
     merge_size: int
     image_token_id: int
     vision_start_token_id: int
+    tokens_per_second: float | None = None
 
 
 Positions = SequentialPositions | MRopePositions

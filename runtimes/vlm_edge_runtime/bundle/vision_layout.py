@@ -54,6 +54,23 @@ class PooledFramesPlaceholder(_Placeholder, tag="pooled_frames"):
     side: int
 
 
+class TimedFramesPlaceholder(_Placeholder, tag="timed_frames"):
+    """Qwen3-VL's videos: `<1.5 seconds>{start_token}{image_token × tokens}{end_token}` for each time step of its grid."""
+
+    start_token: str
+    end_token: str
+    merge_size: int
+
+
+class LabelledFramesPlaceholder(_Placeholder, tag="labelled_frames"):
+    """InternVL's videos: `Frame1: {start_token}{frame_token × tokens_per_frame}{end_token}` for each, on its line."""
+
+    frame_token: str
+    start_token: str
+    end_token: str
+    tokens_per_frame: int
+
+
 class _Geometry(msgspec.Struct, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
     """Strict base of the geometry rules."""
 

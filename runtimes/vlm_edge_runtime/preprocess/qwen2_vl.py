@@ -78,7 +78,7 @@ class Qwen2VLImageProcessor(ImageProcessor):
         rows, columns = height // self.patch, width // self.patch
         return EncodedImage(
             {
-                "pixel_values": self._patchify(self.normalize(pixels)[0]),
+                "pixel_values": self.patchify(self.normalize(pixels)),
                 "position_ids": vision_position_ids(rows, columns, self.merge),
             },
             size,
@@ -86,15 +86,16 @@ class Qwen2VLImageProcessor(ImageProcessor):
             tokens=rows * columns // self.merge**2,
         )
 
-    def _patchify(self, planes: Floats) -> Floats:
-        channels, height, width = planes.shape
-        patch, merge = self.patch, self.merge
+    def patchify(self, frames: Floats) -> Floats:
+        """`[frames, C, H, W]` → `[steps · patches, C · t · p · p]`; the last frame fills up the last time step."""
+        patch, merge, depth = self.patch, self.merge, self.temporal_patch
+        frames = np.concatenate([frames, *[frames[-1:]] * (-len(frames) % depth)])
+        count, channels, height, width = frames.shape
         rows, columns = height // patch, width // patch
-        blocks = planes.reshape(channels, rows // merge, merge, patch, columns // merge, merge, patch)
-        # → block row, block column, row in block, column in block, channel, patch row, patch column
-        blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
-        frames = np.broadcast_to(blocks, (*blocks.shape[:5], self.temporal_patch, patch, patch))
-        return frames.reshape(rows * columns, channels * self.temporal_patch * patch * patch)
+        blocks = frames.reshape(count // depth, depth, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+        # → step, block row, block column, row in block, column in block, channel, frame, patch row, patch column
+        blocks = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        return blocks.reshape(count // depth * rows * columns, channels * depth * patch * patch)
 
 
 def vision_position_ids(rows: int, columns: int, merge: int) -> npt.NDArray[np.int64]:

@@ -15,6 +15,7 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 from .base import EncodedImage
 from .blip import BlipImageProcessor
 from .options import Config
+from .video_frames import FrameProcessor, InternVLVideoProcessor, Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
 
 # What a saved video processor says besides its image options, none of which touch the pixels of a frame.
 _OF_VIDEOS = frozenset({"video_processor_type", "do_sample_frames", "num_frames", "fps", "return_metadata", "video_metadata"})
@@ -75,6 +76,10 @@ VIDEO_PROCESSORS: dict[str, Callable[[Config], VideoProcessor]] = {
     "InstructBlipVideoVideoProcessor": InstructBlipVideoProcessor,
     "InstructBlipVideoImageProcessor": InstructBlipVideoProcessor,
     "BlipImageProcessor": InstructBlipVideoProcessor,
+    "LlavaOnevisionVideoProcessor": FrameProcessor,
+    "InternVLVideoProcessor": InternVLVideoProcessor,
+    "Qwen2VLVideoProcessor": Qwen2VLVideoProcessor,
+    "Qwen3VLVideoProcessor": Qwen3VLVideoProcessor,
 }
 """By the type that the saved options name. The last two are what checkpoints of older versions say."""
 

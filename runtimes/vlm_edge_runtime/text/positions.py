@@ -38,11 +38,13 @@ def position_ids(
         return every[:-1], int(every[-1])
     result = np.empty((3, len(ids)), np.int64)
     here = following = 0  # index of the next token, next free position
-    for start, block in _blocks(positions, ids, images, at):
+    for start, block, interval in _blocks(positions, ids, images, at):
         result[:, here:start] = np.arange(following, following + start - here)
         following += start - here
         here = start + int(np.prod(block))
-        result[:, start:here] = following + np.indices(block).reshape(3, -1)
+        steps, *squares = np.indices(block).reshape(3, -1)
+        # In float32 and cut off, as transformers does it.
+        result[:, start:here] = following + np.stack([(steps * np.float32(interval)).astype(np.int64), *squares])
         following += max(block[1], block[2])
     result[:, here:] = np.arange(following, following + len(ids) - here)
     return result, int(result.max()) + 1 if len(ids) else 0
@@ -50,8 +52,8 @@ def position_ids(
 
 def _blocks(
     positions: MRopePositions, ids: Ids, images: Sequence[ImageLayout], at: Sequence[Ids] | None
-) -> Iterator[tuple[int, tuple[int, int, int]]]:
-    """The index of each block's first token, and its size."""
+) -> Iterator[tuple[int, tuple[int, int, int], float]]:
+    """The index of each block's first token, its size, and how far apart its steps are in time."""
     blocks = [_block(image, positions.merge_size) for image in images]
     sizes = [int(np.prod(block)) for block in blocks]
     if at is None:
@@ -59,17 +61,25 @@ def _blocks(
         if len(tokens) != sum(sizes):
             raise PromptError(f"the prompt has {len(tokens)} image tokens and its {len(images)} images need {sum(sizes)}")
         at = np.split(tokens, np.cumsum(sizes)[:-1]) if sizes else []
-    for (time, height, width), size, own in zip(blocks, sizes, at, strict=True):
+    for image, (time, height, width), size, own in zip(images, blocks, sizes, at, strict=True):
         if len(own) != size:
             raise PromptError(f"an image has {len(own)} tokens in the prompt and needs {size}")
         breaks = np.flatnonzero(np.diff(own) != 1) + 1
         frames = np.split(own, breaks)
         if len(frames) == 1:
-            yield int(own[0]), (time, height, width)
+            yield int(own[0]), (time, height, width), _interval(positions, image)
         elif len(frames) == time and {len(frame) for frame in frames} == {height * width}:
-            yield from ((int(frame[0]), (1, height, width)) for frame in frames)
+            yield from ((int(frame[0]), (1, height, width), 1.0) for frame in frames)
         else:
             raise PromptError(f"an image of {size} tokens is interrupted by other tokens after {int(breaks[0])}")
+
+
+def _interval(positions: MRopePositions, image: ImageLayout) -> float:
+    """Positions between two time steps: 1, or by the clock for the videos of a model that counts seconds."""
+    seconds: float | None = getattr(image, "seconds_per_step", None)
+    if positions.tokens_per_second is None or seconds is None:
+        return 1.0
+    return float(np.float32(positions.tokens_per_second) * np.float32(seconds))
 
 
 def _block(image: ImageLayout, merge: int) -> tuple[int, int, int]:

@@ -8,8 +8,10 @@ from typing import Any
 from vlm_edge_runtime.bundle.vision_layout import (
     AnyResolutionPlaceholder,
     FramedTilesPlaceholder,
+    LabelledFramesPlaceholder,
     PatchRowsPlaceholder,
     PooledFramesPlaceholder,
+    TimedFramesPlaceholder,
 )
 from vlm_edge_runtime.errors import PromptError
 
@@ -48,6 +50,27 @@ def _pooled_frames(one: PooledFramesPlaceholder, video: Any) -> int:
     return int(video.tiles * (-(-one.side // 2)) ** 2 + 1)
 
 
+def _step_tokens(one: TimedFramesPlaceholder, video: Any) -> tuple[int, int]:
+    """Time steps, and tokens in each."""
+    if video.grid is None or len(video.timestamps) != video.grid[0]:
+        raise PromptError("the video has no grid of patches with times; the bundle's video processor does not fit its rule")
+    time, height, width = video.grid
+    return time, height * width // one.merge_size**2
+
+
+def _timed_text(one: TimedFramesPlaceholder, video: Any) -> str:
+    """Qwen3VLProcessor."""
+    _, tokens = _step_tokens(one, video)
+    frame = f"{one.start_token}{one.image_token * tokens}{one.end_token}"
+    return "".join(f"<{second:.1f} seconds>{frame}" for second in video.timestamps)
+
+
+def _labelled_text(one: LabelledFramesPlaceholder, video: Any) -> str:
+    """InternVLProcessor."""
+    frame = f"{one.start_token}{one.frame_token * one.tokens_per_frame}{one.end_token}"
+    return "\n".join(f"Frame{number}: {frame}" for number in range(1, video.tiles + 1))
+
+
 VISION_RULES: dict[type, tuple[Callable[[Any, Any], int], Callable[[Any, Any], str]]] = {
     AnyResolutionPlaceholder: (_any_resolution, _repeated(_any_resolution)),
     FramedTilesPlaceholder: (
@@ -55,6 +78,8 @@ VISION_RULES: dict[type, tuple[Callable[[Any, Any], int], Callable[[Any, Any], s
         lambda one, image: f"{one.start_token}{one.image_token * _framed_tokens(one, image)}{one.end_token}",
     ),
     PatchRowsPlaceholder: (lambda one, image: _rows(one, image)[0] * _rows(one, image)[1], _rows_text),
+    TimedFramesPlaceholder: (lambda one, video: _step_tokens(one, video)[0] * _step_tokens(one, video)[1], _timed_text),
+    LabelledFramesPlaceholder: (lambda one, video: video.tiles * one.tokens_per_frame, _labelled_text),
     PooledFramesPlaceholder: (_pooled_frames, _repeated(_pooled_frames)),
 }
 """For each, how many features one input has, and what it is in the text."""

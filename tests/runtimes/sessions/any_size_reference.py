@@ -6,6 +6,7 @@ joint ones do besides, writing out the placeholders, is their own methods where 
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 from transformers import AutoImageProcessor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.video_utils import VideoMetadata
 from transformers_reference import Reference
+
+from vlm_edge_runtime.preprocess import EncodedImage
 
 
 class AnySizeReference(Reference):
@@ -37,11 +43,44 @@ class AnySizeReference(Reference):
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).long()
         return found
 
+    def video_inputs(self, text: str, video: EncodedImage, metadata: VideoMetadata) -> dict[str, torch.Tensor]:
+        """What `generate` takes for a prompt with one video, given its preprocessed pixels and what is known of it."""
+        config = self.model.config
+        arrays, number = video.arrays["pixel_values"], getattr(config, "video_token_id", None)
+        token = self.tokenizer.video_token
+        pixels, stand_in = torch.from_numpy(arrays), SimpleNamespace(**self.own, video_token=token)
+        found: dict[str, Any] = {"pixel_values_videos": pixels[None] if self.kind == "llava_onevision" else pixels}
+        given: dict[str, Any] = {"pixel_values_videos": pixels[None], "video_metadata": [metadata]}
+        if self.kind.startswith("qwen"):
+            found["video_grid_thw"] = given["video_grid_thw"] = torch.tensor([video.grid])
+            stand_in.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+            stand_in.vision_start_token, stand_in.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+            stand_in._calculate_timestamps = Qwen3VLProcessor._calculate_timestamps.__get__(stand_in)
+        if self.kind == "qwen2_5_vl":
+            found["second_per_grid_ts"] = torch.tensor([2 / metadata.sampled_fps])
+        if self.kind == "internvl":
+            found = {"pixel_values": pixels}
+            stand_in.start_image_token, stand_in.end_image_token = (
+                self.tokenizer.start_image_token,
+                self.tokenizer.end_image_token,
+            )
+            stand_in.image_token, number = self.tokenizer.context_image_token, config.image_token_id
+        written = _VIDEO_WRITERS[self.kind].replace_video_token(stand_in, given, 0)
+        found |= dict(self.tokenizer(text.replace(token, written), return_tensors="pt"))
+        found.pop("token_type_ids", None)
+        if self.kind.startswith("qwen"):
+            found["mm_token_type_ids"] = 2 * (found["input_ids"] == number).long()
+        return found
+
+    @torch.inference_mode()
+    def generate_from(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> list[int]:
+        """Greedy new tokens."""
+        out = self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        return out[0, inputs["input_ids"].shape[1] :].tolist()
+
     @property
     def own(self) -> dict[str, Any]:
         """processor_config.json, by which the joint processor is made."""
-        import json
-
         file = self.folder / "processor_config.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
@@ -89,6 +128,13 @@ def _pixtral(reference: AnySizeReference, images: list[Any], token: str) -> tupl
     return found, written
 
 
+_VIDEO_WRITERS = {
+    "qwen2_vl": Qwen2_5_VLProcessor,
+    "qwen2_5_vl": Qwen2_5_VLProcessor,
+    "qwen3_vl": Qwen3VLProcessor,
+    "llava_onevision": LlavaOnevisionProcessor,
+    "internvl": InternVLProcessor,
+}
 _WRITERS = {
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
