@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from vlm_edge_runtime import DualEncoder, VisionLanguageModel, load
+from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.errors import ParityError
 
 from .examples import Example
 from .subject import Answer, Array, Floats, Prepared
+
+_SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"}
+"""What of generation_config.json counts in a comparison; both sides leave penalties, beams and forced tokens out."""
 
 
 class BundleGenerator:
@@ -25,25 +29,34 @@ class BundleGenerator:
             session.close()
             raise ParityError(f"{path} does not generate text.")
         self._session = session
+        bundle = open_bundle(path, verify=False)
+        known = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
+        self._controls = sorted(known.keys() - _SPECIAL_TOKENS)
 
     def close(self) -> None:
         self._session.close()
 
     def prepare(self, example: Example) -> Prepared:
         found = self._session.prepare(example.prompt, list(example.images))
-        return Prepared(found.token_ids, [one.arrays["pixel_values"] for one in found.inputs])
+        return Prepared(found.token_ids, [_pixels(one.arrays) for one in found.inputs], found.decoder_ids)
 
     def forced(self, example: Example, answer: Sequence[int]) -> Floats:
         return self._session.logits_along(example.prompt, list(example.images), answer)
 
     def greedy(self, example: Example, max_new_tokens: int) -> Answer:
         found = self._session.generate(
-            example.prompt, list(example.images), temperature=0.0, repetition_penalty=1.0, max_new_tokens=max_new_tokens
+            example.prompt, list(example.images), temperature=0.0, max_new_tokens=max_new_tokens, ignore_config=self._controls
         )
         return Answer(list(found.tokens), found.text)
 
     def words(self, tokens: Sequence[int]) -> list[str]:
         return [self._session.decode_tokens([token]) for token in tokens]
+
+
+def _pixels(arrays: Mapping[str, Array]) -> Array:
+    """The largest array of numbers that are no integers: the picture."""
+    found = [array for array in arrays.values() if np.issubdtype(array.dtype, np.floating)]
+    return max(found, key=lambda array: array.size) if found else np.zeros(0, np.float32)
 
 
 class BundleEncoder:

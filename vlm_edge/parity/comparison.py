@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlm_edge.progress import Progress, Silent
-from vlm_edge_runtime.bundle.manifest import DualEncoderContract, Manifest
+from vlm_edge_runtime.bundle.manifest import Contract, DualEncoderContract, GenerativeContract, Manifest
 from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle, read_manifest
 from vlm_edge_runtime.bundle.writer import now, update_manifest
 from vlm_edge_runtime.errors import BundleError, DeviceError, ParityError, TargetError
@@ -60,7 +60,7 @@ def compare(
     if max_new_tokens < 1:
         raise ParityError(f"max_new_tokens is {max_new_tokens}; at least 1 is needed to compare an answer.")
     dual = isinstance(manifest.contract, DualEncoderContract)
-    chosen = list(examples) if examples is not None else (built_in_pairs() if dual else built_in())
+    chosen = list(examples) if examples is not None else (built_in_pairs() if dual else _fitting(manifest.contract))
     if not chosen:
         raise ParityError("There are no examples: give at least one picture with a prompt.")
     request = _Request(path, manifest, chosen, dataset, max_new_tokens, accuracy_points, steps)
@@ -91,6 +91,14 @@ def compare(
     if store:
         _store(path, found)
     return found
+
+
+def _fitting(contract: Contract) -> list[Example]:
+    """The drawn examples that a model can take: as many pictures in one prompt as it may have."""
+    image = contract.modality("image") if isinstance(contract, GenerativeContract) else None
+    if image is None:
+        raise ParityError("The bundle reads no pictures, and the drawn examples have nothing else: give examples of your own.")
+    return [one for one in built_in() if image.most is None or len(one.images) <= image.most]
 
 
 @dataclass(slots=True)
@@ -249,13 +257,27 @@ def _reference(
                 f"{reference} is a '{original.model_type}', {path} was made from a '{manifest.model_type}' "
                 f"({manifest.source.name}): name the checkpoint that the bundle was exported from."
             )
-        return original, original, original.close
+        return original, original, original.close if dual else _reading(path, original)
     from .bundle_side import BundleEncoder, BundleGenerator
 
     side: Generator | Encoder = BundleEncoder(path, PORTABLE) if dual else BundleGenerator(path, PORTABLE)
     portable = PortableReference(open_bundle(path))
     side.name = portable.name
     return side, portable, side.close
+
+
+def _reading(path: Path, original: Any) -> Callable[[], None]:
+    """Lets the original call its processor as the bundle reads; returns how both are closed."""
+    from .bundle_side import BundleGenerator
+
+    portable = BundleGenerator(path, PORTABLE)
+    original.reads_like(portable.prepare)
+
+    def close() -> None:
+        portable.close()
+        original.close()
+
+    return close
 
 
 def _other_weights(manifest: Manifest, original: Any) -> str:

@@ -21,7 +21,7 @@ SCATTER = 12
 def compare_preprocessing(found: Sequence[Prepared], expected: Sequence[Prepared]) -> PreprocessingResult:
     """The same pixels (to rounding) and exactly the same tokens."""
     pixels = [_pixels(one.pixels, other.pixels) for one, other in zip(found, expected, strict=True)]
-    differ = sum(one.input_ids != other.input_ids for one, other in zip(found, expected, strict=True))
+    differ = sum(not one.reads_like(other) for one, other in zip(found, expected, strict=True))
     return preprocessing_result(pixels, differ)
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vlm_edge.export import checkpoint as checkpoints
 from vlm_edge.export.attention import attention_implementation
 from vlm_edge.export.checkpoint import Checkpoint, evaluating
 from vlm_edge.export.trace import quiet
 from vlm_edge.families.base import GraphPlan
+from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.errors import ParityError
 
 from .examples import Example
+from .reference_inputs import Ours, ReferenceInputs
 from .reference_processor import load_processor
 from .subject import Answer, Array, Floats, GraphCase, Prepared
 
@@ -37,8 +40,13 @@ class TorchReference:
         self._stack.enter_context(evaluating(self.model))
         self._stack.enter_context(attention_implementation(self.model, "eager"))
         with quiet():
+            split = family.split(self.checkpoint, entry)
             self.processor: Any = load_processor(source, self.checkpoint, trust_remote_code)
-            self.plans: dict[str, GraphPlan] = {plan.role: plan for plan in family.split(self.checkpoint, entry).graphs}
+            self.plans: dict[str, GraphPlan] = {plan.role: plan for plan in split.graphs}
+        self._said: dict[int, tuple[Example, list[int], Floats]] = {}
+        if isinstance(split.contract, GenerativeContract):
+            self._inputs = ReferenceInputs(self.checkpoint, self.processor, split.contract)
+            self._inputs.decoder_prompt = self._decoder_prompt
 
     def close(self) -> None:
         """Puts the model's attention and mode back."""
@@ -66,43 +74,55 @@ class TorchReference:
 
     # -- a model that answers
 
-    def inputs(self, example: Example) -> dict[str, Any]:
-        """What `model.generate` takes, from transformers' own processor and chat template."""
-        content = [*({"type": "image"} for _ in example.images), {"type": "text", "text": example.prompt}]
-        with quiet():
-            try:
-                text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            except ValueError as error:
-                raise ParityError(f"The checkpoint cannot make a prompt ({error}); does it lack a chat template?") from error
-            pictures = [image.convert("RGB") for image in example.images]
-            return dict(self.processor(images=pictures or None, text=[text], return_tensors="pt"))
+    def reads_like(self, ours: Ours) -> None:
+        """Lets a bundle's own reading of an example decide between the ways that a processor may be called in."""
+        self._inputs.ours = ours
 
     def prepare(self, example: Example) -> Prepared:
-        inputs = self.inputs(example)
-        pixels = [_array(inputs["pixel_values"])] if "pixel_values" in inputs else []
-        return Prepared([int(token) for token in inputs["input_ids"][0]], pixels)
+        inputs = self._inputs(example)
+        ids = [int(token) for token in inputs["input_ids"][0]] if "input_ids" in inputs else []
+        alone = (
+            [self._inputs(Example((image,), example.prompt)) for image in example.images] if len(example.images) > 1 else [inputs]
+        )
+        return Prepared(ids, [_pixels(one) for one in alone] if example.images else [], self._decoder_prompt(inputs))
 
     def forced(self, example: Example, answer: Sequence[int]) -> Floats:
-        inputs = self.inputs(example)
-        prompt = inputs["input_ids"].shape[1]
-        ids = torch.tensor([list(answer[:-1])], dtype=inputs["input_ids"].dtype)
-        extended = {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids], 1)}
-        for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-            if name in inputs:
-                tail = torch.full_like(ids, fill, dtype=inputs[name].dtype)
-                extended[name] = torch.cat([inputs[name], tail], 1)
-        with torch.no_grad(), quiet():
-            logits = self.model(**extended, use_cache=False).logits
-        found: Floats = _array(logits[0, prompt - 1 : prompt - 1 + len(answer)])
-        return found
+        said = self._said.get(id(example))
+        if said is not None and said[1] == list(answer):  # its own answer: its logits are known
+            return said[2]
+        return self._generate(self._inputs(example), len(answer), answer)[2]
 
     def greedy(self, example: Example, max_new_tokens: int) -> Answer:
-        inputs = self.inputs(example)
-        plain = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
-        with torch.no_grad(), quiet():
-            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, min_new_tokens=None, **plain)
-        tokens = [int(token) for token in out[0, inputs["input_ids"].shape[1] :]]
+        _, tokens, logits = self._generate(self._inputs(example), max_new_tokens)
+        self._said[id(example)] = (example, tokens, logits)
         return Answer(tokens, self.checkpoint.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _decoder_prompt(self, inputs: dict[str, Any]) -> list[int]:
+        """What the decoder begins with: what `generate` gives back in front of the first new token."""
+        return self._generate(inputs, 1)[0]
+
+    def _generate(
+        self, inputs: dict[str, Any], new: int, forced: Sequence[int] | None = None
+    ) -> tuple[list[int], list[int], Floats]:
+        """(what the decoder began with, new tokens, the logits before each of them float32 [tokens, vocabulary]).
+
+        `forced`: these tokens are taken whatever the model would say; the logits are the model's own all the same.
+        """
+        processors = LogitsProcessorList([] if forced is None else [_Forced(forced)])
+        with torch.no_grad(), quiet(), _plain_generation(self.model):
+            out = self.model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=new,
+                logits_processor=processors,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        tokens = [int(token) for token in out.sequences[0]]
+        steps = len(out.logits)
+        logits: Floats = _array(torch.stack([step[0] for step in out.logits]).float())
+        return tokens[: len(tokens) - steps], tokens[len(tokens) - steps :], logits
 
     def words(self, tokens: Sequence[int]) -> list[str]:
         return [self.checkpoint.tokenizer.decode([token]) for token in tokens]
@@ -140,6 +160,41 @@ class TorchReference:
             with torch.no_grad(), quiet():
                 rows.append(_unit(self.model.get_text_features(**{name: inputs[name] for name in wanted})))
         return np.concatenate(rows)
+
+
+class _Forced(LogitsProcessor):  # type: ignore[misc]
+    """Makes the next token of a given list the only one there is, step after step."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, next(self._tokens)] = 0
+        return chosen
+
+
+@contextmanager
+def _plain_generation(model: torch.nn.Module) -> Iterator[None]:
+    """Nothing of a generation configuration but its special tokens counts inside: no beams, penalties, forced tokens."""
+    parts: list[Any] = [
+        part for part in model.modules() if isinstance(getattr(part, "generation_config", None), GenerationConfig)
+    ]
+    before = [part.generation_config for part in parts]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    try:
+        for part, config in zip(parts, before, strict=True):
+            part.generation_config = GenerationConfig(**{name: getattr(config, name, None) for name in names})
+        yield
+    finally:
+        for part, config in zip(parts, before, strict=True):
+            part.generation_config = config
+
+
+def _pixels(inputs: dict[str, Any]) -> Array:
+    """The largest array of numbers that are no integers: the pictures."""
+    arrays = [_array(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    return max(arrays, key=lambda array: array.size) if arrays else np.zeros(0, np.float32)
 
 
 def _unit(features: Any) -> Floats:

@@ -14,15 +14,32 @@ from vlm_edge_runtime.errors import ParityError
 
 
 def load_processor(source: str, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The checkpoint's processor. Raises ParityError when it can be had neither whole nor from its parts."""
+    """The checkpoint's processor, whole where it can be had, else its image processor and tokenizer side by side.
+
+    Raises ParityError when there is not even an image processor.
+    """
+    why: Exception | None = None
     try:
-        return _auto("AutoProcessor").from_pretrained(source, trust_remote_code=trust_remote_code)
+        found = _auto("AutoProcessor").from_pretrained(source, trust_remote_code=trust_remote_code)
+        if getattr(found, "image_processor", None) is not None:
+            return found
     except (ImportError, OSError, ValueError) as error:
-        kind = str(checkpoint.config.model_type)
-        if kind not in _WITHOUT_VIDEO:
-            raise ParityError(f"The processor of {source} cannot be loaded: {error}") from error
-    images = _auto("AutoImageProcessor").from_pretrained(source, trust_remote_code=trust_remote_code)
-    return _WITHOUT_VIDEO[kind](images, checkpoint)
+        why = error
+    try:
+        images = _auto("AutoImageProcessor").from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        raise ParityError(f"The processor of {source} cannot be loaded: {why or error}") from error
+    return _WITHOUT_VIDEO.get(str(checkpoint.config.model_type), Apart)(images, checkpoint)
+
+
+class Apart:
+    """An image processor and a tokenizer without the class that joins them: it cannot be called."""
+
+    def __init__(self, images: Any, checkpoint: Checkpoint) -> None:
+        self.image_processor, self.tokenizer = images, checkpoint.tokenizer
+
+    def __call__(self, **given: Any) -> dict[str, Any]:
+        raise ParityError("The checkpoint has no joint processor that can be loaded here.")
 
 
 def _auto(name: str) -> Any:

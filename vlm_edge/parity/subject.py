@@ -18,10 +18,19 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An example as the model reads it. `pixels`: `pixel_values` of all its pictures, flattened per picture or tile."""
+    """An example as the model reads it. `pixels`: those of each picture, as the processor lays them out.
+
+    `input_ids`: the tokens of the prompt as a processor gives them; `decoder_ids`: what the decoder begins with, which may be
+    something else (an encoder reads the prompt; a model's `generate` rewrites it).
+    """
 
     input_ids: list[int]
     pixels: list[Array]
+    decoder_ids: list[int] = field(default_factory=list)
+
+    def reads_like(self, other: Prepared) -> bool:
+        """Whether both read the same tokens: the processor's, or (where one side has only those) the decoder's."""
+        return self.input_ids == other.input_ids or (bool(self.decoder_ids) and self.decoder_ids == other.decoder_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ class Samples:
                 found |= {name: array for name, array in given.items() if name in wanted}
         if "encoder_hidden_states" in wanted - found.keys() and (memory := self._memory(seed, rows, (*above, role))) is not None:
             found["encoder_hidden_states"] = memory
-        if modality is not None and modality.kind == "image" and wanted - found.keys() != {"pixel_values"}:
+        if modality is not None and modality.kind == "image" and wanted - found.keys() - {"pixel_values"}:
             arrays = self._picture(modality)
             found |= {name: array for name, array in arrays.items() if name in wanted and name not in found}
         return found
@@ -191,12 +191,15 @@ class Samples:
 def picture_arrays(bundle: Bundle, modality: Modality, picture: str | Path | Image.Image) -> Feeds:
     """A picture as the graphs of an image modality take it, preprocessed as the runtime would."""
     from vlm_edge_runtime.preprocess import load_image_processor
+    from vlm_edge_runtime.sessions.packing import geometry_arrays
 
     processor = load_image_processor(
         bundle.read_json("preprocessor_config.json"),
         bundle.read_json("processor_config.json") if bundle.has_file("processor_config.json") else None,
     )
-    return {name: np.asarray(array) for name, array in processor(picture).arrays.items()}
+    encoded = processor(picture)
+    arrays = encoded.arrays | geometry_arrays(modality.geometry, encoded)
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def modality_feeds(bundle: Bundle, role: str, pictures: Sequence[str | Path]) -> Iterator[Feeds]:
