@@ -32,6 +32,10 @@ from .console import echo_json, size, stderr, stdout, table
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
 @click.option("--min-p", type=click.FloatRange(0, 1))
 @click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True))
+@click.option("--num-beams", type=click.IntRange(1), help="Beam search over so many sequences; 1 turns the bundle's own off.")
+@click.option("--length-penalty", type=float, help="Beams: above 0 favours long answers, below 0 short ones.")
+@click.option("--no-repeat-ngram-size", type=click.IntRange(0), help="No sequence of so many tokens twice (0: off).")
+@click.option("--min-new-tokens", type=click.IntRange(0), help="Shortest answer.")
 @click.option("--seed", type=int, help="Same seed, same answer.")
 @click.option("--stop", multiple=True, help="End the answer before this text (repeatable).")
 @click.option("--raw", is_flag=True, help="Use the prompt as it is, without the chat template.")
@@ -104,6 +108,7 @@ def command(
                     "text": answer.text,
                     "tokens": answer.tokens,
                     "finish_reason": answer.finish_reason,
+                    **({} if answer.score is None else {"score": answer.score}),
                     "stats": session.stats.to_dict(),
                 }
             )
