@@ -170,7 +170,7 @@ class Qwen2VLVideoProcessor:
         padded = [*indices, *[indices[-1]] * (-len(indices) % depth)]
         # transformers averages the first and the last frame of each time step.
         times = tuple((padded[i] / rate + padded[i + depth - 1] / rate) / 2 for i in range(0, len(padded), depth))
-        sampled = len(indices) / len(frames) * rate
+        sampled = len(indices) / len(frames) * fps if fps else _DEFAULT_FPS
         return EncodedImage(
             {"pixel_values": images.patchify(images.normalize(*pixels)), "position_ids": places},
             size,

@@ -48,7 +48,7 @@ class AnySizeReference(Reference):
         config = self.model.config
         arrays, number = video.arrays["pixel_values"], getattr(config, "video_token_id", None)
         token = self.tokenizer.video_token
-        pixels, stand_in = torch.from_numpy(arrays), SimpleNamespace(**self.own, video_token=token)
+        pixels, stand_in = torch.from_numpy(arrays), SimpleNamespace(**{**self.own, "video_token": token})
         found: dict[str, Any] = {"pixel_values_videos": pixels[None] if self.kind == "llava_onevision" else pixels}
         given: dict[str, Any] = {"pixel_values_videos": pixels[None], "video_metadata": [metadata]}
         if self.kind.startswith("qwen"):

@@ -1,7 +1,7 @@
-"""Greedy answers about videos are transformers' answers: pooled frames, labelled frames, patches by the clock and with timestamps.
+"""Greedy answers about videos are transformers' answers: pooled frames, labelled frames, patches by the clock, timestamps.
 
-The pixels that transformers' models are given are those of our video processors, for theirs want torchvision; how frames are chosen
-and cut up is compared in the preprocessing tests.
+The pixels that transformers' models are given are those of our video processors, for theirs want torchvision; how frames are
+chosen and cut up is compared in the preprocessing tests.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from any_size_reference import AnySizeReference
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
+from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.errors import PromptError
 from vlm_edge_runtime.preprocess import load_video_processor
 
@@ -37,14 +38,15 @@ def text_of(name: str, question: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens(name, session, tiny_checkpoint) -> None:
     vlm, model = session(name, "portable"), AnySizeReference(tiny_checkpoint(name))
-    processor = load_video_processor(vlm.bundle)
+    processor = load_video_processor(open_bundle(vlm.path))
     for seed, (frames, height, width) in enumerate([(4, 40, 60), (7, 50, 30)]):
         video = clip(seed, frames, height, width)
         for question in ("what is in the picture?", "how many shapes are there?"):
             text = text_of(name, question)
             encoded = processor(video)
+            indices = processor.chosen(frames, None) if processor.sampling.on else list(range(frames))
             # A list of frames has no clock: transformers then takes 24 frames a second.
-            metadata = VideoMetadata(total_num_frames=frames, frames_indices=list(range(frames)))
+            metadata = VideoMetadata(total_num_frames=frames, frames_indices=indices)
             inputs = model.video_inputs(text, encoded, metadata)
             got = vlm.generate(text, videos=[video], max_new_tokens=NEW, raw=True)
             assert got.prompt_tokens == inputs["input_ids"].shape[1]
