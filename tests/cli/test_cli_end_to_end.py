@@ -45,6 +45,15 @@ def test_the_prompt_comes_from_standard_input(trained_bundle, scene):
     assert result["stats"]["prompt_tokens"] > 16
 
 
+def test_beams_from_the_command_line(trained_bundle, scene):
+    picture, answer = scene
+    rules = ["--num-beams", "3", "--length-penalty", "0.5", "--no-repeat-ngram-size", "9", "--min-new-tokens", "2"]
+    done = vlm_edge("run", trained_bundle("tiny-llava"), "-i", picture, "-p", "describe the image.", "--json", *rules)
+    result = json.loads(done.stdout)
+    assert result["text"].strip() == answer
+    assert result["score"] < 0
+
+
 def test_chat_keeps_its_history(trained_bundle, scene):
     picture, answer = scene
     lines = f"/image {picture}\ndescribe the image.\nis there a digit?\n/quit\n"
