@@ -27,8 +27,13 @@ class QFormerReference:
         if self.takes_videos:
             return self._video_inputs(texts, given)
         processor = AutoProcessor.from_pretrained(self.folder)
-        # Left for the decoder, right for the encoder and the Q-Former: how the checkpoint's tokenizers say.
-        return dict(processor(images=list(given), text=list(texts), return_tensors="pt", padding=True))
+        found = dict(processor(images=list(given), text=list(texts), return_tensors="pt", padding=True))
+        if "qformer_input_ids" in found:
+            # Padded on the right, as the instruction's tokenizer says. The processor pads by the language model's side; on the left
+            # the Q-Former would count the padding's positions, and a row's answer in a batch not be its answer alone.
+            questions = processor.qformer_tokenizer(list(texts), return_tensors="pt", padding=True)
+            found |= {f"qformer_{name}": questions[name] for name in ("input_ids", "attention_mask")}
+        return found
 
     def _video_inputs(self, texts: Sequence[str], videos: Sequence[Sequence[Image.Image]]) -> dict[str, torch.Tensor]:
         """As InstructBlipVideoProcessor's code has it; its class wants torchvision for the frames."""
