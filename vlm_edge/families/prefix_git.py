@@ -22,6 +22,7 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 from .base import Case, Part, int64
 from .blocks import NAME
 from .decoder import Arguments, ExtraInput
+from .layouts import pixels_of
 
 
 def refuse(config: PreTrainedConfig) -> None:
@@ -119,8 +120,8 @@ def _original_forward(parts: GitParts) -> Iterator[None]:
         given: dict[str, Any] = {"past_key_values": past_key_values, "position_ids": position_ids[:, prefix:], **kwargs}
         with ExitStack() as stack:
             if prefix:
-                config = model.config.vision_config
-                given["pixel_values"] = torch.zeros(len(block_ids), config.num_channels, config.image_size, config.image_size)
+                pixels = pixels_of(model.config.vision_config, "images")
+                given["pixel_values"] = torch.zeros(Case("", {"images": len(block_ids)}).shape(pixels))
                 given["attention_mask"] = attention_mask[:, prefix:]
                 handle = model.git.visual_projection.register_forward_hook(lambda *_: inputs_embeds[:, :prefix])
                 stack.callback(handle.remove)

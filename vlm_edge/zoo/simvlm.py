@@ -21,7 +21,6 @@ the patches is left out. Layers are those of ViT (arXiv 2010.11929): normalised 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +29,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, 
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -67,15 +66,6 @@ class SimVLMConfig(PreTrainedConfig):
     def image_tokens(self) -> int:
         """T_i: patches of one image."""
         return int((self.image_size // (4 * self.stem_stride)) ** 2)
-
-
-@dataclass
-class SimVLMOutput(ModelOutput):
-    """`logits [batch, tokens, vocabulary]`; `loss` when labels were given."""
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
 
 
 class ResidualUnit(nn.Module):
@@ -261,7 +251,7 @@ class SimVLMForConditionalGeneration(SimVLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
-    ) -> SimVLMOutput:
+    ) -> CausalLMOutputWithPast:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
@@ -286,7 +276,7 @@ class SimVLMForConditionalGeneration(SimVLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        return SimVLMOutput(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         first = bool(kwargs.get("is_first_iteration", False))
