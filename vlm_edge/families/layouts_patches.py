@@ -236,8 +236,6 @@ class _PatchedImage(torch.nn.Module):
     def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> Tensors:
         vision, size = self._vision[0], self._vision[0].patch_size
 
-        @merge_with_config_defaults
-        @capture_outputs
         def encode(self: Part, pixel_values: torch.Tensor, image_sizes: Any = None, **kwargs: Any) -> BaseModelOutput:
             patches = self.patch_conv(pixel_values.reshape(pixel_values.shape[0], -1, size, size)).flatten(1)
             hidden = self.ln_pre(patches[None])
@@ -245,7 +243,9 @@ class _PatchedImage(torch.nn.Module):
             found: BaseModelOutput = self.transformer(hidden, attention_mask=None, position_embeddings=rotary, **kwargs)
             return found
 
-        with overridden(vision, "forward", MethodType(encode, vision)):
+        # What it is wrapped in lets callers ask for hidden states of its layers.
+        wrapped = merge_with_config_defaults(capture_outputs(encode))
+        with overridden(vision, "forward", MethodType(wrapped, vision)):
             call = partial(self.model.get_image_features, pixel_values=pixel_values, image_sizes=[(size, size)])
             hidden = run_to(self.model, self._projector[0], call)
         return (hidden.reshape(-1, hidden.shape[-1]),)

@@ -36,6 +36,7 @@ from .deepstack import deepstack_inputs
 from .layouts import Layout, any_resolution_layout, framed_layout, image_layout, tile_layout
 from .layouts_patches import patch_layout, patch_rows_layout
 from .projector_prompt import image_token_id, placeholder, positions, video_modality
+from .projector_states import action_tokens, state_modality
 from .projector_vision import vision_plans
 from .registry import Entry
 
@@ -61,6 +62,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     towers: dict[str, LayoutName] = {}
     videos: Literal["", "grid", "timed_frames", "pooled_frames", "labelled_frames"] = ""
     blocks: Literal["", "images"] = ""
+    states: str = ""
 
 
 class Projector:
@@ -104,12 +106,13 @@ class Projector:
             geometry=list(layout.geometry),
         )
         video = video_modality(checkpoint, wanted.videos, image)
+        states = [state_modality(checkpoint, submodule(model, wanted.states, entry))] if wanted.states else []
         extras = [*([block_input(model, wanted.blocks)] if wanted.blocks else ()), *deepstack_inputs(model, layout.taps, hidden)]
         token_inputs = [TokenInput(name=BLOCK_IDS, kind="blocks", blocks=wanted.blocks)] if wanted.blocks else []
         token_inputs += [TokenInput(name=spec.name, kind="features") for spec in projector_plan.outputs[1:]]
         contract = GenerativeContract(
             family=self.name,
-            modalities=[image, *([video] if video is not None else [])],
+            modalities=[image, *([video] if video is not None else []), *(modality for modality, _ in states)],
             positions=placed,
             kv=kv,
             hidden_size=hidden,
@@ -119,12 +122,14 @@ class Projector:
             pad_token_id=checkpoint.pad_token_id(),
             bos_token_id=checkpoint.bos_token_id(),
             token_inputs=token_inputs,
+            actions=action_tokens(checkpoint),
         )
         more_cases = block_cases(text) if wanted.blocks else ()
         axes = 3 if isinstance(placed, MRopePositions) else 1
         graphs = (
             vision_plan,
             projector_plan,
+            *(plan for _, plan in states),
             embed_plan(model, hidden, vocabulary),
             decoder_plan(model, kv, hidden, vocabulary, context_length, rotary_axes=axes, extras=extras, more_cases=more_cases),
         )

@@ -49,8 +49,8 @@ def vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tup
 
     hidden, features = outcome(layout.cases[0])
     names = [f"deepstack.{number}" for number in range(len(layout.taps))]
-    rows_in = (layout.rows,) if flat else (layout.rows, hidden[0].shape[1])
-    rows_out = (layout.tokens_dim,) if layout.tokens_dim else (layout.rows, features[0].shape[1])
+    rows_in = (layout.rows,) if flat else (layout.rows, *hidden[0].shape[1:-1])
+    rows_out = (layout.tokens_dim,) if layout.tokens_dim else (layout.rows, *features[0].shape[1:-1])
     hidden_specs = tuple(
         float32(name, *rows_in, each.shape[-1])
         for name, each in zip(["image_hidden_states", *(f"{name}.hidden_states" for name in names)], hidden, strict=True)

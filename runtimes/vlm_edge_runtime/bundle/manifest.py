@@ -168,7 +168,7 @@ class MRopePositions(_Struct, kw_only=True, tag="mrope", tag_field="kind"):
     """Qwen2-VL's M-RoPE: position_ids `[3, batch, sequence]` (time, height, width); text advances all three together,
 
     an image occupies a t × h × w block starting at the next free position (Qwen2-VL, arXiv 2409.12191, section 2.1).
-    `tokens_per_second`: how far apart in time the steps of a video are (Qwen2.5-VL, arXiv 2502.13923, section 2.1.3); without it 1.
+    `tokens_per_second`: positions in a second of a video (Qwen2.5-VL, arXiv 2502.13923, section 2.1.3); without it a step is 1.
     """
 
     merge_size: int
@@ -279,6 +279,18 @@ class PromptFormat(_Struct, kw_only=True):
     replacements: dict[str, str] = {}
 
 
+class ActionTokens(_Struct, kw_only=True):
+    """Actions as tokens (RT-2, arXiv 2307.15818, section 3.2): each dimension is cut into `bins` of equal width, a token each.
+
+    Bin b is the token `first_token` + b; an action is one token per dimension, in order, between `low` and `high` of each.
+    """
+
+    first_token: int
+    bins: int
+    low: list[float]
+    high: list[float]
+
+
 class GenerativeContract(_Struct, kw_only=True, tag="generative", tag_field="contract"):
     """A model whose decoder writes: images (and other modalities) → features → decoder → tokens.
 
@@ -300,6 +312,7 @@ class GenerativeContract(_Struct, kw_only=True, tag="generative", tag_field="con
     prompt: PromptFormat = msgspec.field(default_factory=PromptFormat)
     memory: Memory | None = None
     token_inputs: list[TokenInput] = []
+    actions: ActionTokens | None = None
 
     def modality(self, kind: str) -> Modality | None:
         """The modality of that kind, if the model has it."""

@@ -89,7 +89,7 @@ class LlavaNextImageProcessor(ImageProcessor):
         """What the shared options do to each tile after it was cut."""
         options = self.options
         if options.do_resize:
-            frame = resize(frame, resized_size(options.size, *frame.shape[:2], self.name), options.resample)
+            frame = resize(frame, resized_size(options.size, frame.shape[0], frame.shape[1], self.name), options.resample)
         if options.do_center_crop:
             crop = options.crop_size
             assert crop is not None and crop.height and crop.width  # check() saw to it

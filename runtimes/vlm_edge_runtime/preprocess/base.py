@@ -34,7 +34,7 @@ class EncodedImage:
     `rows`, `columns`: the tiles it was split into, in reading order before the global view; both 0 when it was not split.
     `grid`: (t, h, w) in patches, where the model wants it.
     `tokens`: how many image tokens the language model will see, when the processor's own files tell.
-    `timestamps`: of a video, the second of each time step; `seconds_per_step`: how far these are apart. Both where the model asks.
+    `timestamps`: of a video, the second of each time step; `seconds_per_step`: how far they are apart; where the model asks.
     """
 
     arrays: dict[str, npt.NDArray[np.generic]]

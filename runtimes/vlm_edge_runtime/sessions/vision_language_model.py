@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import Bundle
+from vlm_edge_runtime.decode.actions import decode_actions
 from vlm_edge_runtime.decode.cancel import CancelLike
 from vlm_edge_runtime.decode.options import SamplingKeywords
 from vlm_edge_runtime.decode.result import Generation
 from vlm_edge_runtime.decode.stats import Counters, Stats
 from vlm_edge_runtime.engines.base import Engine
-from vlm_edge_runtime.errors import BundleError, GenerationCancelled, OptionError
+from vlm_edge_runtime.errors import BundleError, CapabilityError, GenerationCancelled, OptionError
 from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import Message
 
@@ -214,6 +215,16 @@ class VisionLanguageModel(Session):
         self._check_open()
         self._parts.prompts.require_template()
         return Conversation(self, system, options)
+
+    def decode_actions(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The actions in an answer's tokens, float32 `[actions, dimensions]`, by the bundle's action tokens.
+
+        Raises CapabilityError when the model has none, PromptError when the answer breaks off inside an action.
+        """
+        rule = self._parts.contract.actions
+        if rule is None:
+            raise CapabilityError(f"{self.path} has no action tokens: its answers are text.")
+        return decode_actions(rule, tokens)
 
     def cancel(self) -> None:
         """Ends every running generation of this session after its current step. Safe from any thread.
