@@ -9,7 +9,7 @@ Graphs: `vision_encoder`, `resampler` or `projector`, `cross_kv`, `embed_tokens`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from transformers import PreTrainedConfig
@@ -43,7 +43,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
 
     kind: Literal["perceiver", "tiles"]
     image_token: str
-    sees: Literal["latest_image", "images_before"]
+    sees: Literal["last_medium", "last_run"]
     prompt: str
     fence: str = ""
 
@@ -84,17 +84,27 @@ class GatedCrossAttention:
             eos_token_ids=checkpoint.eos_token_ids(),
             pad_token_id=checkpoint.pad_token_id(),
             bos_token_id=checkpoint.bos_token_id(),
-            prompt=PromptFormat(template=wanted.prompt, add_special_tokens=False),
+            prompt=_prompt(wanted.prompt, checkpoint.tokenizer),
             memory=Memory(
                 source="features",
                 mask="tokens",
                 hidden_size=parts.source_width,
                 entries_per_image=parts.entries_per_image,
             ),
-            token_inputs=[TokenInput(name=MASK, kind="media", decode="last", rule=wanted.sees)],
+            token_inputs=[
+                TokenInput(name=MASK, kind="media", decode="last", rule=wanted.sees, end=checkpoint.tokenizer.eos_token_id)
+            ],
         )
         embed = embed_plan(model, parts.hidden, parts.vocabulary)
         return Split((*parts.features, parts.cross_kv, embed, parts.decoder), contract)
+
+
+def _prompt(template: str, tokenizer: Any) -> PromptFormat:
+    """What the model's processor writes around a text, in code."""
+    bos = str(tokenizer.bos_token)
+    adds = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    template = template.replace("{begin}", bos if adds else "").replace("{bos}", bos)
+    return PromptFormat(template=template, add_special_tokens=False)
 
 
 def _placeholder(wanted: Options) -> Placeholder:

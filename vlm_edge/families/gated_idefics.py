@@ -35,7 +35,11 @@ def idefics(model: Part, context_length: int) -> Gated:
     with _one_blind_image(model, latents, width):
         kv, hidden, vocabulary = probe(model)
     graphs = [vision, *([resampler] if resampler else [])]
-    extras = [_mask_input(), *(sources.static(i, part) for i in range(len(sources.layers)) for part in ("key", "value"))]
+    extras = [
+        _mask_input(),
+        _real_input(latents),
+        *(sources.static(i, part) for i in range(len(sources.layers)) for part in ("key", "value")),
+    ]
     sizes = {"images": _IMAGES, "source": _IMAGES * latents}
     reading = _Reading(model, sources)
     decoder = decoder_plan(reading, kv, hidden, vocabulary, context_length, extras=extras, sizes=sizes)
@@ -169,6 +173,24 @@ def _mask_input() -> ExtraInput:
     return ExtraInput(spec, sample, enter, enter)
 
 
+def _real_input(latents: int) -> ExtraInput:
+    """`encoder_attention_mask`: which entries are real, where rows have fewer images than others and are filled up.
+
+    No token sees an image that its row does not have, so this changes nothing; it says that filling up does no harm.
+    """
+    spec = int64("encoder_attention_mask", "batch", "source")
+
+    def sample(case: Case) -> torch.Tensor:
+        return torch.ones(case.sizes["batch"], case.sizes["images"] * latents, dtype=torch.long)
+
+    @contextmanager
+    def enter(model: Part, value: torch.Tensor, arguments: Arguments) -> Iterator[None]:
+        arguments["real"] = value
+        yield
+
+    return ExtraInput(spec, sample, enter, enter)
+
+
 class _Reading(torch.nn.Module):
     """The model as `decoder_plan` calls it: its gated layers read keys and values that are given.
 
@@ -198,19 +220,22 @@ class _Reading(torch.nn.Module):
 
         return replace(plan, reference=reference)
 
-    def forward(self, static: dict[str, torch.Tensor], image_attention_mask: torch.Tensor, **arguments: Any) -> Any:
+    def forward(
+        self, static: dict[str, torch.Tensor], real: torch.Tensor, image_attention_mask: torch.Tensor, **arguments: Any
+    ) -> Any:
         sources = self._sources[0]
         shape = (image_attention_mask.shape[0], image_attention_mask.shape[2], sources.latents, sources.width)
         name = "perceiver_embeddings" if self.config.use_resampler else "image_encoder_embeddings"
         if self._vectors is not None:
             return self.model(image_attention_mask=image_attention_mask, **{name: self._vectors.view(shape)}, **arguments)
-        with _reading(sources, static):
+        with _reading(sources, static, real):
             return self.model(image_attention_mask=image_attention_mask, **{name: torch.zeros(shape)}, **arguments)
 
 
 @contextmanager
-def _reading(sources: _Sources, static: dict[str, torch.Tensor]) -> Iterator[None]:
+def _reading(sources: _Sources, static: dict[str, torch.Tensor], real: torch.Tensor) -> Iterator[None]:
     """Inside, the gated layers attend to given keys and values instead of projecting images' vectors."""
+    filling = torch.where(real[:, None, None].bool(), torch.zeros(()), torch.full((), torch.finfo(torch.float32).min))
     for number, layer in enumerate(sources.layers):
         key, value = (static[f"cross_key_values.{number}.{part}"] for part in ("key", "value"))
 
@@ -228,7 +253,8 @@ def _reading(sources: _Sources, static: dict[str, torch.Tensor]) -> Iterator[Non
             query = module.q_proj(hidden_states).view(batch, tokens, module.num_heads, module.head_dim).transpose(1, 2)
             if module.qk_layer_norms:
                 query = module.q_layer_norm(query)
-            output, _ = attention(module, query, _key, _value, attention_mask, scaling=module.scaling, is_causal=False)
+            mask = filling if attention_mask is None else torch.minimum(attention_mask, filling)
+            output, _ = attention(module, query, _key, _value, mask, scaling=module.scaling, is_causal=False)
             return module.o_proj(output.reshape(batch, tokens, -1)), None
 
         setattr(layer, "forward", MethodType(forward, layer))  # noqa: B010 (mypy refuses to assign to a method)

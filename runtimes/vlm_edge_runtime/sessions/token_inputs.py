@@ -52,9 +52,8 @@ class TokenInputs:
         if each.kind == "features":
             return self._features(each.name, row, start, end, features)
         memory = [one for one in row.placed if one.modality.joins == "memory"]
-        tokens = MediaTokens(
-            row.ids, [one.medium for one in memory], [one.at for one in memory], self._specs[each.name].shape[2:]
-        )
+        media, at = [one.medium for one in memory], [one.at for one in memory]
+        tokens = MediaTokens(row.ids, media, at, self._specs[each.name].shape[2:], each.end)
         return RULES[each.rule](tokens)[start:end]
 
     def _features(
