@@ -69,7 +69,8 @@ class CrossAttention:
                 f"This '{entry.model_type}' reads its question as a header drawn onto the image (is_vqa), and drawing text is "
                 "not carried: use a checkpoint that captions."
             )
-        flags = [getattr(text, name, True) for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder")]
+        flags = [getattr(text, name, False) for name in ("is_decoder", "is_encoder_decoder")]
+        flags.append(getattr(text, "add_cross_attention", True))  # who has no such switch has the layers anyway
         if not any(flags):
             raise UnsupportedModelError(
                 f"The decoder '{text.model_type}' of this '{entry.model_type}' has no cross-attention (is_decoder and "

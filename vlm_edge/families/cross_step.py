@@ -59,6 +59,10 @@ class CrossDecoder(torch.nn.Module):
         self.width = width
         names = inspect.signature(model.forward).parameters
         self._whole = "decoder_inputs_embeds" in names
+        if not self._whole and "encoder_hidden_states" not in names:
+            raise UnsupportedModelError(
+                f"The decoder '{model.config.model_type}' has no cross-attention: it cannot read an encoder."
+            )
         self._positioned = "position_ids" in names and not self._whole
         self._offset = position_offset(model) if self._positioned else 0
         self.sizes = self._probe()
