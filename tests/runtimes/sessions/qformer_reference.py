@@ -29,8 +29,8 @@ class QFormerReference:
         processor = AutoProcessor.from_pretrained(self.folder)
         found = dict(processor(images=list(given), text=list(texts), return_tensors="pt", padding=True))
         if "qformer_input_ids" in found:
-            # Padded on the right, as the instruction's tokenizer says. The processor pads by the language model's side; on the left
-            # the Q-Former would count the padding's positions, and a row's answer in a batch not be its answer alone.
+            # Padded on the right, as its tokenizer says. The processor pads by the language model's side; on the left
+            # the Q-Former counts the padding as positions, and a row's answer in a batch is not its answer alone.
             questions = processor.qformer_tokenizer(list(texts), return_tensors="pt", padding=True)
             found |= {f"qformer_{name}": questions[name] for name in ("input_ids", "attention_mask")}
         return found
