@@ -3,7 +3,8 @@
 Processors differ in how they want to be called: with a text that has been through a chat template, with the plain question, with
 image tokens in front of it, with text and pictures interleaved; some have no joint processor at all. Each documented way is
 tried; the one whose tokens are those that the bundle reads is used. Where none gives them, the first that works is, and
-the comparison of tokens says that they differ.
+the comparison of tokens says that they differ. Where the processor cannot be called at all (its class wants packages that are not
+there), the reference reads the tokens of the bundle, with pictures from transformers' image processor.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vlm_edge_runtime.text.placeholders import placeholder_token
 from .examples import Example
 from .subject import Prepared
 
+_BY_PARTS = "tokens of the bundle"
 Inputs = dict[str, Any]
 Ours = Callable[[Example], Prepared]
 """How a bundle reads an example."""
@@ -49,6 +51,8 @@ class ReferenceInputs:
         first: Inputs | None = None
         ways = sorted(self._ways(example), key=lambda way: way[0] != self._way)  # the way that worked before, first
         for name, call in ways:
+            if name == _BY_PARTS and first is not None:
+                continue  # the processor can be called: that its tokens are others is for the comparison to say
             try:
                 with quiet():
                     made = call()
@@ -86,7 +90,7 @@ class ReferenceInputs:
             yield "written out", lambda: self._joint(written, pictures, add_special_tokens=False)
             yield "interleaved", lambda: dict(joint(text=[[*pictures, example.prompt]], return_tensors="pt"))
         if self.ours is not None:
-            yield "tokens of the bundle", lambda: self._by_parts(example, pictures)
+            yield _BY_PARTS, lambda: self._by_parts(example, pictures)
 
     def _joint(self, text: str, pictures: list[Image.Image], **more: Any) -> Inputs:
         call = partial(self._processor, text=[text], return_tensors="pt", **more)
@@ -112,10 +116,21 @@ class ReferenceInputs:
         image = self._contract.modality("image")
         known = _parameters(model)
         made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        made |= self._instruction(example)
         for name in ("mm_token_type_ids", "token_type_ids"):
             if name in known and image is not None and image.token_id is not None:
                 made[name] = (ids == image.token_id).long()
         return {name: value for name, value in made.items() if name in known}
+
+    def _instruction(self, example: Example) -> Inputs:
+        """The prompt in the tokens of the tokenizers that read it beside the decoder's."""
+        made: Inputs = {}
+        for one in (modality.instruction for modality in self._contract.modalities):
+            if one is not None:
+                tokenizer = self._checkpoint.extra_tokenizers[one.tokenizer.removesuffix(".json")]
+                told = tokenizer(example.prompt, return_tensors="pt")
+                made |= {f"{one.prefix}{name}": told[name] for name in ("input_ids", "attention_mask")}
+        return made
 
     def _images(self, pictures: list[Image.Image]) -> Inputs:
         processor = getattr(self._processor, "image_processor", None)
