@@ -31,6 +31,7 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import Case, GraphPlan, Part, Split, float32, options, submodule
 from .cross_decoder import CrossDecoder, cross_decoder_plan, cross_kv_plan, encoder_plan
+from .cross_recurrent import NO_CACHE, Recurrent, recurrent_plans
 from .cross_vision import VISIONS, vision_plans
 from .decoder import ExtraInput, as_argument, embed_plan
 from .registry import Entry
@@ -49,6 +50,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     encoder: str = ""
     joins: Literal["memory", "tokens"] = "memory"
     image: Literal["whole", "patches"] = "whole"
+    recurrent: bool = False
     prompt: str = "{text}"
     special_tokens: bool = False
     start: str = ""
@@ -80,6 +82,8 @@ class CrossAttention:
     def split(self, checkpoint: Checkpoint, entry: Entry) -> Split:
         model, wanted = checkpoint.model, options(entry, Options)
         part = submodule(model, wanted.decoder, entry)
+        if wanted.recurrent:
+            return self._recurrent(checkpoint, wanted, recurrent_plans(checkpoint, submodule(model, wanted.vision, entry), part))
         if wanted.head:
             part = _WithHead(part, submodule(model, wanted.head, entry))
         vision = vision_plans(
@@ -121,6 +125,24 @@ class CrossAttention:
             ),
         )
         return Split(graphs, contract)
+
+    def _recurrent(self, checkpoint: Checkpoint, wanted: Options, found: Recurrent) -> Split:
+        vision = found.vision
+        contract = GenerativeContract(
+            family=self.name,
+            modalities=[_image(checkpoint, wanted, [plan.role for plan in vision.plans], vision.tokens)],
+            positions=SequentialPositions(),
+            kv=NO_CACHE,
+            hidden_size=found.hidden,
+            vocab_size=found.vocabulary,
+            context_length=_longest(checkpoint.config, checkpoint),
+            eos_token_ids=checkpoint.eos_token_ids(),
+            pad_token_id=checkpoint.pad_token_id(),
+            bos_token_id=checkpoint.bos_token_id(),
+            prompt=_prompt(checkpoint, wanted),
+            memory=Memory(source="features", mask="none", hidden_size=vision.width),
+        )
+        return Split(found.plans, contract)
 
 
 class _WithHead(torch.nn.Module):
