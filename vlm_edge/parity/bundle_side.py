@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlm_edge_runtime import DualEncoder, VisionLanguageModel, load
+from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.errors import ParityError
 
@@ -32,20 +34,28 @@ class BundleGenerator:
         bundle = open_bundle(path, verify=False)
         known = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
         self._controls = sorted(known.keys() - _SPECIAL_TOKENS)
+        contract = bundle.manifest.contract
+        # A model of videos alone sees a picture as a video that stands still.
+        self._videos = isinstance(contract, GenerativeContract) and contract.modality("image") is None
+
+    def _seen(self, example: Example) -> dict[str, Any]:
+        if self._videos:
+            return {"images": None, "videos": [[image] for image in example.images]}
+        return {"images": list(example.images)}
 
     def close(self) -> None:
         self._session.close()
 
     def prepare(self, example: Example) -> Prepared:
-        found = self._session.prepare(example.prompt, list(example.images))
+        found = self._session.prepare(example.prompt, **self._seen(example))
         return Prepared(found.token_ids, [_pixels(one.arrays) for one in found.inputs], found.decoder_ids)
 
     def forced(self, example: Example, answer: Sequence[int]) -> Floats:
-        return self._session.logits_along(example.prompt, list(example.images), answer)
+        return self._session.logits_along(example.prompt, answer_tokens=answer, **self._seen(example))
 
     def greedy(self, example: Example, max_new_tokens: int) -> Answer:
         found = self._session.generate(
-            example.prompt, list(example.images), temperature=0.0, max_new_tokens=max_new_tokens, ignore_config=self._controls
+            example.prompt, temperature=0.0, max_new_tokens=max_new_tokens, ignore_config=self._controls, **self._seen(example)
         )
         return Answer(list(found.tokens), found.text)
 

@@ -25,6 +25,8 @@ def load_processor(source: str, checkpoint: Checkpoint, trust_remote_code: bool)
             return found
     except (ImportError, OSError, ValueError) as error:
         why = error
+    if checkpoint.video_processor and not checkpoint.image_processor:
+        return Apart(_Stills(checkpoint.video_processor), checkpoint)
     try:
         images = _auto("AutoImageProcessor").from_pretrained(source, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
@@ -40,6 +42,24 @@ class Apart:
 
     def __call__(self, **given: Any) -> dict[str, Any]:
         raise ParityError("The checkpoint has no joint processor that can be loaded here.")
+
+
+class _Stills:
+    """InstructBlipVideoVideoProcessor for pictures: each is a video of as many equal frames as the model's processor counts on.
+
+    It is BLIP's image processor on every frame, in a class that wants torchvision.
+    """
+
+    frames = 4
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        images = _auto("BlipImageProcessorPil")
+        known = {name: value for name, value in options.items() if hasattr(images, name) and value is not None}
+        self._images = images(**known)
+
+    def __call__(self, images: Any, return_tensors: str) -> dict[str, Any]:
+        pixels = self._images(images=images, return_tensors=return_tensors)["pixel_values"]
+        return {"pixel_values": pixels[:, None].repeat(1, self.frames, 1, 1, 1)}
 
 
 def _auto(name: str) -> Any:
