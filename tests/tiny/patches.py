@@ -114,9 +114,25 @@ def mistral3() -> Parts:
     return _rows(config, t.Mistral3ForConditionalGeneration, words, 2)
 
 
+def lighton_ocr() -> Parts:
+    """LightOnOCR: Pixtral's encoder and Mistral 3's merger before a Qwen 3, with no rows in the prompt."""
+    words = tokenizer(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], image_token="[IMG]")
+    text = text_config("qwen3")
+    text.max_position_embeddings = 512
+    config = t.LightOnOcrConfig(
+        vision_config=_pixtral_vision(),
+        text_config=text,
+        image_token_id=words.convert_tokens_to_ids("[IMG]"),
+        spatial_merge_size=2,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    return _rows(config, t.LightOnOcrForConditionalGeneration, words, 2)
+
+
 CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "pixtral": pixtral,
     "mistral3": mistral3,
+    "lighton_ocr": lighton_ocr,
 }

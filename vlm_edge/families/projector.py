@@ -12,7 +12,7 @@ two; the call of its projector is the seam between them. How an image enters dif
 - `framed_tiles`: tiles and the whole image, one after another in one frame;
 - `patches`: an image of any size is one row of patches, in blocks that become one token; what depends on its size (the height and
   width index of each patch, windows, resampled positions) is computed on the host;
-- `patch_rows`: so it is, in reading order, and the prompt shows its rows.
+- `patch_rows`: so it is, in reading order, and the prompt shows its rows; `patch_grid`: the prompt does not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .projector_states import action_tokens, state_modality
 from .projector_vision import vision_plans
 from .registry import Entry
 
-LayoutName = Literal["image", "crops", "tiles", "any_resolution", "framed_tiles", "patches", "patch_rows"]
+LayoutName = Literal["image", "crops", "tiles", "any_resolution", "framed_tiles", "patches", "patch_rows", "patch_grid"]
 LAYOUTS: dict[LayoutName, tuple[Callable[[Part, Part, torch.nn.Module], Layout], Literal["image", "tile", "patches"]]] = {
     "image": (image_layout, "image"),
     "crops": (image_layout, "tile"),
@@ -49,6 +49,7 @@ LAYOUTS: dict[LayoutName, tuple[Callable[[Part, Part, torch.nn.Module], Layout],
     "framed_tiles": (framed_layout, "tile"),
     "patches": (patch_layout, "patches"),
     "patch_rows": (patch_rows_layout, "patches"),
+    "patch_grid": (patch_rows_layout, "patches"),
 }
 """How each enters, and what one input is to the first graph (`Modality.batch`)."""
 

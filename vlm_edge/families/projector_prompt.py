@@ -148,6 +148,10 @@ def _patch_rows(checkpoint: Checkpoint, image_token: str, tokens: int) -> Placeh
     )
 
 
+def _patch_grid(checkpoint: Checkpoint, image_token: str, tokens: int) -> Placeholder:
+    return GridPlaceholder(image_token=image_token, merge_size=int(getattr(checkpoint.config, "spatial_merge_size", 1)))
+
+
 def video_modality(checkpoint: Checkpoint, kind: str, image: Modality) -> Modality | None:
     """Videos through the graphs of images, frame by frame; None where the checkpoint has no token or processor for them.
 
@@ -210,4 +214,5 @@ _PLACEHOLDERS: dict[str, Callable[[Checkpoint, str, int], Placeholder]] = {
     "framed_tiles": _framed,
     "patches": _grid,
     "patch_rows": _patch_rows,
+    "patch_grid": _patch_grid,
 }
