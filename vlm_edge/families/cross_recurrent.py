@@ -124,7 +124,7 @@ class _Step(torch.nn.Module):
 
 
 def _decoder(decoder: Part, sizes: _Sizes) -> GraphPlan:
-    """The graph `decoder`: embeddings, the image and the states → logits, `attention [batch, sequence, source]`, the new states."""
+    """The graph `decoder`: embeddings, image and states → logits, `attention [batch, sequence, source]`, the new states."""
     inputs = (
         float32("inputs_embeds", "batch", "sequence", sizes.hidden),
         float32("encoder_hidden_states", "batch", "source", sizes.width),

@@ -19,7 +19,7 @@ from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle
 from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
 
-from .pipeline import Inputs, Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder
+from .pipeline import Inputs, Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder, lower_recurrent_decoder
 from .precision import Kind, bundle_roles, kind_of, resolve_precision, stored_as
 from .samples import Feeds, Samples, modality_feeds
 from .selfcheck import FP32_TOLERANCE, Difference, check_decoder, check_encoder
@@ -128,6 +128,8 @@ def _lower(
         if not isinstance(contract, GenerativeContract):
             raise TargetError(f"{bundle.path}: a decoder in family {bundle.manifest.family} is not known to {target.name}.")
         weights = {"precision": words["decoder"], "head": words["lm_head"]}
+        if not contract.kv.layers:
+            return lower_recurrent_decoder(model, **weights, block_size=block_size, options=target.options)
         try:
             return lower_decoder(
                 model, **weights, context_length=contract.context_length, block_size=block_size, options=target.options
@@ -201,11 +203,14 @@ def _check(bundle: Bundle, role: str, words: dict[str, str], path: Path, samples
 
 
 def _kv(bundle: Bundle, decoder: GraphEntry | None) -> KVLayout | None:
-    """The cache as the built decoder keeps it: in a shared buffer where the graph was lowered to one, else growing."""
+    """The cache as the built decoder keeps it: in a shared buffer where the graph was lowered to one, else growing.
+
+    A decoder without layers that cache has nothing that could grow.
+    """
     layout = bundle.kv
     if layout is None:
         return None
-    shared = decoder is not None and is_shared([spec.name for spec in decoder.inputs])
+    shared = decoder is not None and (not layout.layers or is_shared([spec.name for spec in decoder.inputs]))
     return msgspec.structs.replace(layout, shared_buffer=shared)
 
 

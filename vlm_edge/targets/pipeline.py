@@ -105,6 +105,25 @@ def lower_growing_decoder(
     return Lowered(model, changes)
 
 
+def lower_recurrent_decoder(
+    model: ir.Model, *, precision: str, head: str, block_size: int = 32, options: Options | None = None
+) -> Lowered:
+    """A decoder that keeps states instead of a KV cache: last-token logits, weights in `precision`.
+
+    Weights inside its loop over tokens stay as they are.
+    """
+    steps: list[GraphPass] = [
+        Cleanup(),
+        GemmToMatMul(),
+        CancelLayout(),
+        LastTokenLogits(),
+        FuseSkipNorm(),
+        Cleanup(),
+        *_decoder_weights(precision, head, block_size, options or Options()),
+    ]
+    return Lowered(model, run_passes(model, steps))
+
+
 def _decoder_weights(precision: str, head: str, block_size: int, options: Options) -> list[GraphPass]:
     if precision == head == "fp32":
         return []
