@@ -25,7 +25,8 @@ PROMPTS = [
 IMAGES = [noise(1, 50, 60), noise(2, 90, 40)]
 FAST = ["git", "paligemma2", "simvlm", "gemma3"]
 ALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in ("paligemma", "gemma3-narrow"))]
-LOWERED = ["portable", "cpu-fp32"]
+BUILDS = ["portable", "cpu-fp32"]
+LOWERED = [pytest.param("portable", marks=pytest.mark.slow), "cpu-fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def reference(tiny_checkpoint):
     return make
 
 
-@pytest.mark.parametrize("build", LOWERED)
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("name", ALL)
 def test_greedy_tokens(name, build, session, reference) -> None:
     """Eight prompts about each of two images; later prompts find the image, and what can be reused of it, in the caches."""
