@@ -79,11 +79,12 @@ class KVLayout(_Struct, kw_only=True):
 
 
 class FixedPlaceholder(_Struct, kw_only=True, tag="fixed", tag_field="kind"):
-    """Every image becomes the same number of image tokens (LLaVA: `<image>` × tokens_per_image), after the text `before`."""
+    """Every image becomes the same number of image tokens (LLaVA: `<image>` × tokens_per_image), between two texts."""
 
     image_token: str
     tokens_per_image: int
     before: str = ""
+    after: str = ""
 
 
 class TilePlaceholder(_Struct, kw_only=True, tag="tiles", tag_field="kind"):

@@ -9,12 +9,14 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 from .any_resolution import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
 from .base import ImageProcessor
 from .blip import BlipImageProcessor
+from .chameleon import ChameleonImageProcessor
 from .clip import ClipImageProcessor, LlavaImageProcessor
 from .donut import DonutImageProcessor
 from .gemma3 import Gemma3ImageProcessor
 from .got_ocr2 import GotOcr2ImageProcessor
 from .idefics import IdeficsImageProcessor
 from .idefics3 import Idefics3ImageProcessor
+from .janus import JanusImageProcessor
 from .mllama import MllamaImageProcessor
 from .options import Config
 from .pix2struct import Pix2StructImageProcessor
@@ -42,6 +44,8 @@ PROCESSORS: dict[str, type[ImageProcessor]] = {
     "LlavaOnevisionImageProcessor": LlavaOnevisionImageProcessor,
     "GotOcr2ImageProcessor": GotOcr2ImageProcessor,
     "PixtralImageProcessor": PixtralImageProcessor,
+    "ChameleonImageProcessor": ChameleonImageProcessor,
+    "JanusImageProcessor": JanusImageProcessor,
 }
 
 

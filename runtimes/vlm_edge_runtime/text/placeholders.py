@@ -93,7 +93,7 @@ def _repeated(placeholder: Any, image: ImageLayout) -> str:
 
 
 def _fixed_text(placeholder: FixedPlaceholder, image: ImageLayout) -> str:
-    return placeholder.before + placeholder.image_token * placeholder.tokens_per_image
+    return placeholder.before + placeholder.image_token * placeholder.tokens_per_image + placeholder.after
 
 
 def _crops_text(placeholder: CropsPlaceholder, image: ImageLayout) -> str:
