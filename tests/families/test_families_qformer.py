@@ -157,6 +157,14 @@ def test_other_kinds_of_layers_are_refused_before_loading() -> None:
         registry.load("qformer").refuse(config, registry.lookup("blip-2"))
 
 
+def test_retrieval_checkpoints_are_refused_before_loading() -> None:
+    """transformers would load them with a language model of random weights."""
+    config = Blip2Config(image_token_index=5)
+    config.architectures = ["Blip2ForImageTextRetrieval"]
+    with pytest.raises(UnsupportedModelError, match="Blip2ForImageTextRetrieval, which has no language model"):
+        registry.load("qformer").refuse(config, registry.lookup("blip-2"))
+
+
 def test_embeddings_narrower_than_the_features_are_refused(tiny_checkpoint) -> None:
     """OPT-350m's manner: token embeddings of another width than the layers; transformers' own scatter fails on it."""
     folder = tiny_checkpoint("blip2-opt")

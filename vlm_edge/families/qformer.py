@@ -61,6 +61,12 @@ class QFormer:
                 f"The text model '{text.model_type}' has layers of the kind {', '.join(sorted(kinds))}; only full and sliding "
                 "attention can be carried."
             )
+        classes = getattr(config, "architectures", None) or []
+        if classes and not any(name.endswith("ForConditionalGeneration") for name in classes):
+            raise UnsupportedModelError(
+                f"This '{entry.model_type}' is a {', '.join(classes)}, which has no language model that writes: "
+                "…ForConditionalGeneration is expected."
+            )
         for wanted in options(entry, Options).inputs:
             _token_id(config, wanted.kind)
 
