@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers as t
+from tokenizers import processors
 from torch import Tensor
 
 from benchmarks.train import tokenizer as tokenizers
@@ -49,9 +49,7 @@ class Student:
 def _words(seed: int, special: list[str], **named: str) -> Any:
     """A byte-level BPE on the scenes' corpus; `<s>` begins a text."""
     bare = tokenizers._byte_level(["<unk>", "<s>", "</s>", "<pad>", *special], seed)
-    bare.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
+    bare.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
     return t.PreTrainedTokenizerFast(
         tokenizer_object=bare,
         unk_token="<unk>",
@@ -207,9 +205,3 @@ STUDENTS: dict[str, Student] = {
         _texts,
     ),
 }
-
-
-def logits(model: Any, arguments: dict[str, Any]) -> Tensor:
-    """The model's logits without a cache."""
-    out: Tensor = model(**arguments, use_cache=False).logits
-    return out

@@ -1,7 +1,7 @@
 """Train one of the students (benchmarks/train/students.py) from nothing, save it in float16 and measure it.
 
-Next-token loss on the answer, and a loss that is dropped afterwards: linear probes on the tokens that show the image must name each
-cell's shape, colour and digit, without which the eyes learn an order of magnitude more slowly. Float32 throughout.
+Next-token loss on the answer, and a loss that is dropped afterwards: linear probes on the tokens that show the image must name
+each cell's shape, colour and digit, without which the eyes learn an order of magnitude more slowly. Float32 throughout.
 
     python -m benchmarks.train.teach paligemma
     python -m benchmarks.train.teach idefics --minutes 5 --out /tmp/idefics
@@ -84,11 +84,11 @@ class Lessons:
         length = max(len(before) + len(answer) for before, answer in rows)
         ids = torch.full((len(rows), length), self.words.pad_token_id)
         labels, mask, prefix = torch.full_like(ids, IGNORED), torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
-        for i, (before, answer) in enumerate(rows):
-            end = len(before) + len(answer)
-            ids[i, :end] = torch.tensor([*before, *answer])
-            labels[i, len(before) : end] = torch.tensor(answer)
-            mask[i, :end], prefix[i, : len(before)] = 1, True
+        for i, (asked_ids, told_ids) in enumerate(rows):
+            start, end = len(asked_ids), len(asked_ids) + len(told_ids)
+            ids[i, :end] = torch.tensor([*asked_ids, *told_ids])
+            labels[i, start:end] = torch.tensor(told_ids)
+            mask[i, :end], prefix[i, :start] = 1, True
         batch = {"input_ids": ids, "attention_mask": mask, "prefix": prefix, "labels": labels}
         batch["pixel_values"] = torch.from_numpy(np.stack(pixels))
         return batch, {key: torch.tensor([target[key] for target in targets]) for key in targets[0]}

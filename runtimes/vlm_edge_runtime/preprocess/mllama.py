@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from vlm_edge_runtime.errors import UnsupportedModelError
 
@@ -60,7 +61,7 @@ class MllamaImageProcessor(ImageProcessor):
         tiles = planes.reshape(channels, rows, side, columns, side).transpose(1, 3, 0, 2, 4)
         values = np.zeros((1, self._tiles, channels, side, side), np.float32)
         values[0, : rows * columns] = tiles.reshape(rows * columns, channels, side, side)
-        arrays = {
+        arrays: dict[str, npt.NDArray[np.generic]] = {
             "pixel_values": values,
             "aspect_ratio_ids": np.array([self.arrangements.index((rows, columns)) + 1], np.int64),
             "aspect_ratio_mask": (np.arange(self._tiles) < rows * columns).astype(np.int64)[None],
