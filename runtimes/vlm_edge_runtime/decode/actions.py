@@ -27,5 +27,5 @@ def decode_actions(rule: ActionTokens, tokens: Sequence[int]) -> npt.NDArray[np.
             f"the answer has {len(bins)} action tokens, and an action is {len(low)} of them: it breaks off inside one. "
             "Allow more new tokens (max_new_tokens)."
         )
-    values = low + (bins.reshape(-1, len(low)) + 0.5) * (high - low) / rule.bins
+    values: npt.NDArray[np.float64] = low + (bins.reshape(-1, len(low)) + 0.5) * (high - low) / rule.bins
     return values.astype(np.float32)

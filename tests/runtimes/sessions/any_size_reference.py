@@ -128,6 +128,12 @@ def _pixtral(reference: AnySizeReference, images: list[Any], token: str) -> tupl
     return found, written
 
 
+def _lighton_ocr(reference: AnySizeReference, images: list[Any], token: str) -> tuple[dict[str, Any], list[str]]:
+    found, _ = _pixtral(reference, images, token)
+    side = reference.own["patch_size"] * reference.own["spatial_merge_size"]
+    return found, [token * int(height // side * (width // side)) for height, width in found["image_sizes"].tolist()]
+
+
 _VIDEO_WRITERS = {
     "qwen2_vl": Qwen2_5_VLProcessor,
     "qwen2_5_vl": Qwen2_5_VLProcessor,
@@ -142,4 +148,5 @@ _WRITERS = {
     "internvl": _internvl,
     "llava": _pixtral,
     "mistral3": _pixtral,
+    "lighton_ocr": _lighton_ocr,
 }

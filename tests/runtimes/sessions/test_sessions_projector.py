@@ -9,6 +9,9 @@ import pytest
 from any_size_reference import AnySizeReference
 from PIL import Image
 
+from vlm_edge_runtime.bundle.vision_layout import InterpolationGeometry, WindowGeometry
+from vlm_edge_runtime.sessions import packing
+
 NEW = 8
 PROMPTS = [
     "what is in the picture?",
@@ -23,7 +26,7 @@ PROMPTS = [
 SIZES = [(37, 95), (130, 41)]
 """(height, width): tiles beside and above each other, with padding; windows that are cut off."""
 FAST = ["llava_next", "qwen2_5_vl", "qwen3_vl"]
-SLOW = ["llava_next-siglip", "llava_onevision", "internvl", "internvl-qwen3", "pixtral", "mistral3"]
+SLOW = ["llava_next-siglip", "llava_onevision", "internvl", "internvl-qwen3", "pixtral", "mistral3", "lighton_ocr"]
 NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
@@ -92,6 +95,32 @@ def test_a_kept_prefix_ends_inside_an_image(name, session, reference) -> None:
         assert got.tokens == model.generate(model.render(asked(prompt, 1)), [image], NEW)
     assert vlm.stats.image_cache_misses == 0
     assert vlm.stats.reused_tokens > 0
+
+
+PLANTED = {
+    "qwen2_5_vl": (WindowGeometry, "window_ids", np.zeros_like),
+    "qwen3_vl": (InterpolationGeometry, "interpolation_weights", lambda weights: np.roll(weights, 1, axis=0)),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_mistake_in_the_geometry_shows(name, session, monkeypatch) -> None:
+    """Patches that see the whole picture, or positions that are one patch off, give other numbers than the right ones."""
+    kind, array, spoil = PLANTED[name]
+    right = packing._GEOMETRY[kind]
+
+    def wrong(rule, height: int, width: int):
+        arrays = right(rule, height, width)
+        return {**arrays, array: spoil(arrays[array])}
+
+    def answer() -> list[float]:
+        vlm = session(name, "portable")  # with empty caches
+        given = {"images": [picture(8, 80, 60)], "max_new_tokens": 3, "logprobs": 0, "ignore_eos": True}
+        return vlm.generate(asked(PROMPTS[0], 1), **given).logprobs
+
+    before = answer()
+    monkeypatch.setitem(packing._GEOMETRY, kind, wrong)
+    assert np.abs(np.subtract(answer(), before)).max() > 1e-2
 
 
 @pytest.mark.slow
