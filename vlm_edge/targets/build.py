@@ -19,7 +19,15 @@ from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle
 from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
 
-from .pipeline import Inputs, Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder, lower_recurrent_decoder
+from .pipeline import (
+    Inputs,
+    Lowered,
+    lower_decoder,
+    lower_embedding,
+    lower_encoder,
+    lower_growing_decoder,
+    lower_recurrent_decoder,
+)
 from .precision import Kind, bundle_roles, kind_of, resolve_precision, stored_as
 from .samples import Feeds, Samples, modality_feeds
 from .selfcheck import FP32_TOLERANCE, Difference, check_decoder, check_encoder
