@@ -169,7 +169,7 @@ class CoCaForCausalLM(GPT2LMHeadModel):
         for block in self.transformer.h[: self.config.unimodal_layers]:
             states = block(states, attention_mask=mask)
         last = attention_mask.sum(-1) - 1
-        return self.text_projection(self.cls_norm(states[torch.arange(len(states)), last]))
+        return self.text_projection(self.cls_norm(states[torch.arange(states.shape[0]), last]))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from .image_output import ImageOutput
 from .vision_layout import (
     AnyResolutionPlaceholder,
     FramedTilesPlaceholder,
@@ -298,6 +299,7 @@ class GenerativeContract(_Struct, kw_only=True, tag="generative", tag_field="con
     `family` names the fusion family for people; nothing is decided by it. The decoder graph's inputs besides `inputs_embeds`,
     `attention_mask`, `position_ids` and the cache are told apart by their dimensions: one with a `sequence` has a value per
     token (see TokenInput), `state.{i}` is recurrent (`present_state.{i}` follows it), any other is static for a row.
+    `contrast`: how it also compares images with texts (CoCa), where it does.
     """
 
     family: str
@@ -314,6 +316,8 @@ class GenerativeContract(_Struct, kw_only=True, tag="generative", tag_field="con
     memory: Memory | None = None
     token_inputs: list[TokenInput] = []
     actions: ActionTokens | None = None
+    image_output: ImageOutput | None = None
+    contrast: DualEncoderContract | None = None
 
     def modality(self, kind: str) -> Modality | None:
         """The modality of that kind, if the model has it."""
@@ -340,6 +344,9 @@ class DualEncoderContract(_Struct, kw_only=True, tag="dual_encoder", tag_field="
     """vision_encoder → `image_embeds`, text_encoder → `text_embeds` (both *not* yet normalised to unit length).
 
     `text_padding`: CLIP pads to the longest text and masks; SigLIP always pads to `text_length` and has no mask.
+    `end_token_id`: a token that ends every text, after what the tokenizer adds; it counts among `text_length`.
+    `image_graphs`: roles that run one after another from `pixel_values` to `image_embeds`; within a GenerativeContract they go
+    on from what the image modality's graphs give.
     """
 
     family: str = "dual_encoder"
@@ -348,6 +355,8 @@ class DualEncoderContract(_Struct, kw_only=True, tag="dual_encoder", tag_field="
     text_length: int
     text_padding: Literal["longest", "max_length"]
     pad_token_id: int
+    end_token_id: int | None = None
+    image_graphs: list[str] = msgspec.field(default_factory=lambda: ["vision_encoder"])
 
 
 Contract = GenerativeContract | DualEncoderContract
