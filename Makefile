@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ENV := $(VENV)/.installed
+# Two processes, each test file in one of them: what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -24,13 +26,13 @@ demo: $(ENV)  ## export the shipped trained model, lower it to 4-bit, describe p
 	$(BIN)/python -m benchmarks.demo
 
 test: $(ENV)  ## the fast tests (a few minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(ENV)  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-all: $(ENV)  ## all tests in one run, so that exported bundles are shared
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 lint: $(ENV)  ## ruff and mypy
 	$(BIN)/ruff check .

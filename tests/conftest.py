@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the network
 
 import pytest
+from filelock import FileLock
 
 from vlm_edge_runtime.errors import BundleError
 
@@ -35,7 +36,7 @@ def _few_threads() -> None:
     if importlib.util.find_spec("torch") is not None:
         import torch
 
-        torch.set_num_threads(2)
+        torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")
@@ -79,12 +80,13 @@ def portable_bundle(bundle_cache: Path, tiny_checkpoint: Callable[[str], Path]) 
         weights = [source / "model.safetensors", source / "config.json"] if source.parent == TRAINED else []
         made_from = _hash(*weights, *_family_files(source)) + source.name
         folder = bundle_cache / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:12]}.vlm"
-        if not folder.exists():
-            from vlm_edge.export import export
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # another process may be making it
+            if not folder.exists():
+                from vlm_edge.export import export
 
-            scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
-            export(source, scratch, overwrite=True)
-            _place(scratch, folder)
+                scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+                export(source, scratch, overwrite=True)
+                _place(scratch, folder)
         return folder
 
     return make
