@@ -1,4 +1,4 @@
-"""Checkpoints of family `early_fusion`: Chameleon, CM3Leon."""
+"""Checkpoints of family `early_fusion`: Chameleon, CM3Leon, Janus."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers as t
 
-from .common import IMAGE, TEXT, VOCABULARY, Parts, generating, tokenizer
+from .common import HEADS, IMAGE, LAYERS, PATCH, TEMPLATE, TEXT, VOCABULARY, WIDTH, Parts, generating, tokenizer
 
 CODES = 32
 TOKENS = 16
@@ -58,8 +58,52 @@ def cm3leon() -> Parts:
     return codes(CM3LeonConfig, CM3LeonForConditionalGeneration, BREAK, BREAK, None)
 
 
+def janus() -> Parts:
+    """Janus: reads images through a vision encoder, writes them in 16 codes of a codebook of its own."""
+    words = tokenizer(
+        ["<image_placeholder>", "<begin_of_image>", "<end_of_image>"],
+        image_token="<image_placeholder>",
+        boi_token="<begin_of_image>",
+        eoi_token="<end_of_image>",
+    )
+    vision = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": IMAGE,
+        "patch_size": PATCH,
+        "mlp_ratio": 2.0,
+        "projection_dim": WIDTH,
+        "num_image_tokens": TOKENS,
+    }
+    codebook = {
+        "embed_dim": 8,
+        "num_embeddings": 2 * CODES,
+        "latent_channels": 16,
+        "base_channels": 32,
+        "channel_multiplier": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "projection_dim": WIDTH,
+        "image_token_embed_dim": WIDTH,
+    }
+    config = t.JanusConfig(
+        text_config=t.LlamaConfig(**TEXT, tie_word_embeddings=True),
+        vision_config=vision,
+        vq_config=codebook,
+        image_token_id=words.convert_tokens_to_ids("<image_placeholder>"),
+        tie_word_embeddings=True,
+    )
+    images = t.JanusImageProcessorPil(size={"height": IMAGE, "width": IMAGE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    model = generating(t.JanusForConditionalGeneration(config))
+    model.generation_config.guidance_scale = 5.0
+    model.generation_config.generation_kwargs = {"boi_token_id": words.convert_tokens_to_ids("<begin_of_image>")}
+    processor = {"processor_class": "JanusProcessor", "num_image_tokens": TOKENS}
+    return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<image_placeholder>\n'")
+
+
 CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "chameleon": chameleon,
     "chameleon-swin": lambda: chameleon(swin_norm=True),
     "cm3leon": cm3leon,
+    "janus": janus,
 }

@@ -6,7 +6,7 @@ registry's line:
 - `codes`: a VQ tokenizer (2203.13131) gives each patch the nearest entry of its codebook, and those are tokens of the text's own
   vocabulary: `image_tokenizer`, `embed_tokens`, `decoder`. Chameleon's decoder normalises queries and keys, and its logits
   never name an image's token (transformers writes the type's minimum there, and so does the graph): it answers in text.
-- `features`: a vision encoder and a projector, as in family `projector`: `vision_encoder`, `projector`, `embed_tokens`, `decoder`.
+- `features`: a vision encoder and a projector as in family `projector`: `vision_encoder`, `projector`, `embed_tokens`, `decoder`.
 
 With `output` the decoder also writes images, token by token; see early_fusion_output. Of the two models in transformers that do,
 Janus is carried and Emu3 is not: Janus writes its codes with an embedding and a head of its own over one decoder and decodes them
@@ -29,6 +29,7 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 from .base import GraphPlan, Part, Split, options, submodule
 from .decoder import decoder_plan, embed_plan, probe
 from .early_fusion_codes import image_tokenizer_plan, without_image_tokens
+from .early_fusion_output import image_output, image_output_plans, with_hidden
 from .layouts import image_layout
 from .projector_prompt import image_token_id
 from .projector_vision import vision_plans
@@ -53,7 +54,8 @@ def _read_codes(model: Part, wanted: Options, entry: Entry) -> tuple[list[GraphP
 
 def _read_features(model: Part, wanted: Options, entry: Entry) -> tuple[list[GraphPlan], int]:
     projector = submodule(model, wanted.projector, entry)
-    vision, mapped, tokens = vision_plans(model, projector, image_layout(model, model, projector))
+    reader = model.model  # Janus's outer class does not pass get_image_features on
+    vision, mapped, tokens = vision_plans(model, projector, image_layout(reader, reader, projector))
     return [vision, mapped], tokens
 
 
@@ -91,6 +93,9 @@ class EarlyFusion:
         decoder = decoder_plan(model, kv, hidden, vocabulary, context_length)
         if wanted.images == "codes":
             decoder = without_image_tokens(decoder, model)
+        writing = image_output_plans(model, hidden) if wanted.output else []
+        if wanted.output:
+            decoder = with_hidden(decoder, model)
         contract = GenerativeContract(
             family=self.name,
             modalities=[_modality(checkpoint, wanted, [plan.role for plan in reading], tokens)],
@@ -103,8 +108,9 @@ class EarlyFusion:
             pad_token_id=checkpoint.pad_token_id(),
             bos_token_id=checkpoint.bos_token_id(),
             prompt=_prompt(checkpoint, wanted),
+            image_output=image_output(checkpoint, _frame_token(checkpoint, "boi", wanted.frame[0])) if wanted.output else None,
         )
-        return Split((*reading, embed_plan(model, hidden, vocabulary), decoder), contract)
+        return Split((*reading, embed_plan(model, hidden, vocabulary), decoder, *writing), contract)
 
 
 def _modality(checkpoint: Checkpoint, wanted: Options, graphs: list[str], tokens: int) -> Modality:

@@ -35,7 +35,7 @@ class CM3LeonConfig(ChameleonConfig):
     max_position_embeddings: int = 4096
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.vq_config is None:
+        if getattr(self, "vq_config", None) is None:
             self.vq_config = ChameleonVQVAEConfig(
                 resolution=IMAGE_SIZE, num_embeddings=CODES, channel_multiplier=[1, 2, 2, 4], num_res_blocks=2
             )
