@@ -95,6 +95,23 @@ def test_limits_and_several_ends(limit, eos) -> None:
             model.generation_config.eos_token_id = EOS
 
 
+def test_many_likely_ends() -> None:
+    """Most of the best continuations are ends: enough others must stand by, and only the first ones may finish."""
+    bias = {(token,): 9.0 for token in MANY_EOS}
+    for seed, prompt in enumerate(prompts(5)):
+        options = BeamOptions(3, 2.0, "never", num_return_sequences=3)
+        found = ours(toy_model(seed % 3), prompt, options, 8, MANY_EOS, [SequenceBias(tuple(bias.items()))])
+        same(found, theirs(toy_model(seed % 3), prompt, options, 8, MANY_EOS, sequence_bias=bias))
+
+
+def test_enough_continuations_stand_by() -> None:
+    """Three ends are the best tokens of all: both beams still go on, with the best others."""
+    search = BeamSearch(BeamOptions(2), np.array([9]), 5, (0, 1, 2))
+    logits = np.array([[9, 8, 7, 6, 5, 4, 3, 2]] * 2, np.float32)
+    search.advance(logits)
+    assert search.tokens.tolist() == [3, 4] and search.sources.tolist() == [0, 0]
+
+
 CONTROLLED = [
     ({"no_repeat_ngram_size": 2}, lambda start, limit: [NoRepeatNGram(2)]),
     ({"repetition_penalty": 1.7}, lambda start, limit: [RepetitionPenalty(1.7)]),

@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import transformers
 from session_pictures import noise
 from transformers_reference import Reference
 
@@ -218,3 +219,41 @@ def test_the_file_asks_for_beams(portable_bundle, tmp_path, reference) -> None:
         assert vlm.generate("what is it?", images=image, num_beams=1).tokens == greedy
         with pytest.raises(OptionError, match="1 … 3"):
             vlm.generate("what is it?", images=image, num_return_sequences=4)
+
+
+CAPTIONERS = {
+    "florence2": {
+        "num_beams": 3, "no_repeat_ngram_size": 3, "forced_bos_token_id": 7, "forced_eos_token_id": 3, "early_stopping": True,
+        "min_length": 6, "max_length": 12, "encoder_no_repeat_ngram_size": 1,
+    },
+    "vit-gpt2": {"num_beams": 4, "max_length": 16, "length_penalty": 0.3, "num_return_sequences": 2},
+    "blip-caption": {"num_beams": 5, "max_length": 14, "min_length": 8, "repetition_penalty": 1.2, "begin_suppress_tokens": [9]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAPTIONERS)
+def test_captioners_as_they_ship(name, portable_bundle, tiny_checkpoint, tmp_path) -> None:
+    """Lengths count the decoder's tokens; beams share one memory; the first and the last token are forced."""
+    source, folder, asked = tiny_checkpoint(name), tmp_path / "captions.vlm", CAPTIONERS[name]
+    shutil.copytree(portable_bundle(name), folder)
+    _rewrite(folder, "generation_config.json", {"max_new_tokens": None} | asked)
+    image, question = noise(8), "" if name == "vit-gpt2" else "a photo of"
+    if name == "florence2":
+        kind, inputs = transformers.AutoModelForImageTextToText, transformers.AutoProcessor.from_pretrained(source)
+        given = dict(inputs(images=image, text=question, return_tensors="pt"))
+    elif name == "blip-caption":
+        kind, inputs = transformers.BlipForConditionalGeneration, transformers.AutoProcessor.from_pretrained(source)
+        given = dict(inputs(images=image, text=question, return_tensors="pt"))
+    else:
+        kind, inputs = transformers.AutoModelForImageTextToText, transformers.AutoImageProcessor.from_pretrained(source)
+        given = dict(inputs(image, return_tensors="pt"))
+    model = kind.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        out = model.generate(**given, do_sample=False, return_dict_in_generate=True, output_scores=True, **asked)
+    lengths = (out.beam_indices >= 0).sum(1).tolist()
+    start = out.sequences.shape[1] - max(lengths)
+    rows = [row[start : start + length] for row, length in zip(out.sequences.tolist(), lengths, strict=True)]
+    with load(folder, build="portable") as vlm:
+        found = vlm.generate(question, images=image)
+        same(found, list(zip(rows, out.sequences_scores.tolist(), strict=True)))
+        assert len(found.tokens) > 1
