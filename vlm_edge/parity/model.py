@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -184,7 +185,19 @@ def _pixels(found: Sequence[Array], expected: Sequence[Array]) -> Distance:
         return Distance()
     if not found or not expected:
         return apart("pictures on one side only")
+    if len(found) == len(expected):
+        expected = [_in_patches(one, other) for one, other in zip(expected, found, strict=True)]
     return distance(np.concatenate([one.reshape(-1) for one in found]), np.concatenate([one.reshape(-1) for one in expected]))
+
+
+def _in_patches(picture: Array, like: Array) -> Array:
+    """A picture `[…, channels, height, width]` in rows of patches, where the bundle's processor gives those (Pixtral)."""
+    if like.ndim != 2 or picture.ndim < 4 or picture.size != like.size:
+        return picture
+    channels, height, width = picture.shape[-3:]
+    side = math.isqrt(like.shape[1] // channels)
+    squares = picture.reshape(channels, height // side, side, width // side, side).transpose(1, 3, 0, 2, 4)
+    return squares.reshape(like.shape)
 
 
 def _forced(subject: Generator, example: Example, tokens: Sequence[int], reference: Floats) -> Floats:
