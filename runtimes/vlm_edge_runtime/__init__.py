@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .decode.result import FinishReason, Generation
     from .decode.stats import Counters, Stats
     from .sessions.base import Session
+    from .sessions.contrastive_captioner import ContrastiveCaptioner
     from .sessions.conversation import Conversation
     from .sessions.dual_encoder import DualEncoder, EmbeddingStats, LabelScore, Similarity
     from .sessions.load import load
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CancelToken": ".decode.cancel",
+    "ContrastiveCaptioner": ".sessions.contrastive_captioner",
     "Conversation": ".sessions.conversation",
     "Counters": ".decode.stats",
     "DualEncoder": ".sessions.dual_encoder",
@@ -68,6 +70,7 @@ __all__ = [
     "CancelToken",
     "CapabilityError",
     "ContextLengthError",
+    "ContrastiveCaptioner",
     "Conversation",
     "Counters",
     "DeviceError",

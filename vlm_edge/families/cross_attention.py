@@ -30,6 +30,7 @@ from vlm_edge_runtime.bundle.manifest import (
 from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import Case, GraphPlan, Part, Split, float32, options, submodule
+from .cross_contrast import contrast_plans
 from .cross_decoder import CrossDecoder, cross_decoder_plan, cross_kv_plan, encoder_plan
 from .cross_recurrent import NO_CACHE, Recurrent, recurrent_plans
 from .cross_vision import VISIONS, vision_plans
@@ -51,6 +52,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     joins: Literal["memory", "tokens"] = "memory"
     image: Literal["whole", "patches"] = "whole"
     recurrent: bool = False
+    contrast: bool = False
     prompt: str = "{text}"
     special_tokens: bool = False
     start: str = ""
@@ -98,12 +100,18 @@ class CrossAttention:
         sizes = decoder.sizes
         masked = bool(wanted.encoder) or vision.tokens == 0
         context = _longest(part.config, checkpoint) - position_offset(part)
+        further, contrast = (
+            contrast_plans(checkpoint, submodule(model, wanted.vision, entry), part, vision.features, context)
+            if wanted.contrast
+            else ((), None)
+        )
         graphs = (
             *vision.plans,
             *encoders,
             cross_kv_plan(decoder),
             embed_plan(decoder, sizes.hidden, sizes.vocabulary),
             cross_decoder_plan(decoder, context, masked=masked),
+            *further,
         )
         contract = GenerativeContract(
             family=self.name,
@@ -123,6 +131,7 @@ class CrossAttention:
                 hidden_size=width,
                 source_length=_longest(encoder.config, checkpoint) if encoders else None,
             ),
+            contrast=contrast,
         )
         return Split(graphs, contract)
 

@@ -12,7 +12,7 @@ from vlm_edge_runtime.bundle.reader import PORTABLE, open_bundle, read_manifest
 from vlm_edge_runtime.engines.base import EngineOptions
 from vlm_edge_runtime.errors import BundleError, DeviceError, OptionError, TargetError
 
-from .registry import SESSIONS
+from .registry import SESSIONS, session_kind
 
 if TYPE_CHECKING:
     from .dual_encoder import DualEncoder
@@ -66,7 +66,7 @@ def load(
     # Here and not above: they load ONNX Runtime, which a caller that only wants the errors' names need not have.
     from vlm_edge_runtime.engines import open_engine
 
-    module, name = SESSIONS[manifest.session]
+    module, name = SESSIONS[session_kind(manifest)]
     session_class = getattr(importlib.import_module(module), name)
     engine = open_engine(bundle, device, EngineOptions(threads=threads, spin=spin))
     given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes, "image_options": image_options}

@@ -7,20 +7,30 @@ from vlm_edge_runtime.bundle.manifest import GenerativeContract, Manifest
 SESSIONS: dict[str, tuple[str, str]] = {
     "generative": ("vlm_edge_runtime.sessions.vision_language_model", "VisionLanguageModel"),
     "dual_encoder": ("vlm_edge_runtime.sessions.dual_encoder", "DualEncoder"),
+    "contrastive": ("vlm_edge_runtime.sessions.contrastive_captioner", "ContrastiveCaptioner"),
 }
-"""A contract's tag → (module, class). Modules are imported when a bundle of the family is loaded."""
+"""What kind of session → (module, class). Modules are imported when a bundle of the family is loaded."""
 
+_WRITES = ("generate", "stream", "chat", "cancel", "embed_image", "count_tokens", "prepare", "logits_along", "decode_tokens")
+_COMPARES = ("embed_text", "similarity", "classify")
 METHODS: dict[str, tuple[str, ...]] = {
-    "generative": ("generate", "stream", "chat", "cancel", "embed_image", "count_tokens", "prepare", "logits_along", "decode_tokens"),
-    "dual_encoder": ("embed_image", "embed_text", "similarity", "classify"),
+    "generative": _WRITES,
+    "dual_encoder": ("embed_image", *_COMPARES),
+    "contrastive": (*_WRITES, "image_vectors", *_COMPARES),
 }
 """What can be asked of each."""
+
+
+def session_kind(manifest: Manifest) -> str:
+    """The key of SESSIONS: the contract's tag, or "contrastive" for a generative one that also compares."""
+    contract = manifest.contract
+    return "contrastive" if isinstance(contract, GenerativeContract) and contract.contrast is not None else manifest.session
 
 
 def methods(manifest: Manifest) -> tuple[str, ...]:
     """What can be asked of one bundle: its contract's methods, less those that need what it does not have."""
     contract, files = manifest.contract, {ref.file for ref in manifest.files}
-    found = METHODS[manifest.session]
+    found = METHODS[session_kind(manifest)]
     if isinstance(contract, GenerativeContract):
         lacks = {"embed_image"} if contract.modality("image") is None else set()
         # Some checkpoints keep their template among the tokenizer's settings.
