@@ -161,6 +161,7 @@ CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "vit-bert": lambda: vision_encoder_decoder("vit", "bert"),
     "deit-roberta": lambda: vision_encoder_decoder("deit", "roberta", width=32),
     "deit-trocr": lambda: vision_encoder_decoder("deit", "trocr", width=32, cross_attention_hidden_size=32, scale_embedding=True),
+    "vit-trocr-sines": lambda: vision_encoder_decoder("vit", "trocr", use_learned_position_embeddings=False),
     "vit-bart": lambda: vision_encoder_decoder("vit", "bart", scale_embedding=True),
     "donut-mbart": lambda: vision_encoder_decoder("donut", "mbart"),
     "florence2": florence2,

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from vlm_edge.export.attention import PastCache, StaticLayer, attention_implementation
-from vlm_edge.export.patches.positions import position_offset, positions
+from vlm_edge.export.patches.positions import counts_ids, position_offset, positions
 from vlm_edge_runtime.bundle.manifest import KVLayout
 from vlm_edge_runtime.errors import UnsupportedModelError
 
@@ -65,6 +65,7 @@ class CrossDecoder(torch.nn.Module):
             )
         self._positioned = "position_ids" in names and not self._whole
         self._offset = position_offset(model) if self._positioned else 0
+        self._told = counts_ids(model)
         self.sizes = self._probe()
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -117,7 +118,12 @@ class CrossDecoder(torch.nn.Module):
             arguments |= {"inputs_embeds": embeddings, "attention_mask": mask}
             if self._positioned and position_ids is not None:
                 arguments["position_ids"] = position_ids + self._offset
-        return self.model(**arguments)
+        if not self._told:
+            return self.model(**arguments)
+        if position_ids is None:
+            position_ids = torch.arange(embeddings.shape[1])[None]
+        with positions(self.model, position_ids, mask):
+            return self.model(**arguments)
 
     def _step(
         self,

@@ -19,20 +19,35 @@ def position_offset(model: torch.nn.Module) -> int:
     return 0
 
 
+def counts_ids(model: torch.nn.Module) -> bool:
+    """Whether a model finds positions from token ids alone: on embeddings it fails unless they are given (TrOCR's sines).
+
+    Such a table is neither parameter nor buffer, and from_pretrained leaves it without numbers; it gets them here.
+    """
+    found = False
+    for module in model.modules():
+        known = inspect.signature(module.forward).parameters
+        sines = type(module).__name__.endswith("SinusoidalPositionalEmbedding")
+        if sines and "input_ids" in known and not {"inputs_embeds", "position_ids"} & set(known):
+            found, each = True, cast(Any, module)
+            if each.weights.is_meta:
+                each.weights = each.get_embedding(each.weights.shape[0], each.embedding_dim, each.padding_idx)
+    return found
+
+
 @contextmanager
 def positions(model: torch.nn.Module, position_ids: torch.Tensor, attention_mask: torch.Tensor) -> Iterator[None]:
     """Inside, what would count positions from the cache's length uses those given: `[batch, sequence]`, from 0 for every row.
 
     Learned positions are looked up by them; a relative bias (T5) is that of each key's number among the row's real tokens.
     """
-    changed: list[tuple[torch.nn.Module, str]] = []
+    changed: list[tuple[torch.nn.Module, str, Any]] = []
 
     def looked_up(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.nn.functional.embedding(position_ids + getattr(module, "offset", 0), module.weight)
 
     def computed(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        table = module.weights
-        return table[position_ids + module.padding_idx + 1]
+        return torch.nn.functional.embedding(position_ids + module.padding_idx + 1, module.weights)
 
     def bias(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         keys = attention_mask.cumsum(-1) - 1
@@ -53,10 +68,10 @@ def positions(model: torch.nn.Module, position_ids: torch.Tensor, attention_mask
         elif type(module).__name__.endswith("PositionalEmbedding"):
             replaced = ("forward", looked_up if isinstance(module, torch.nn.Embedding) else computed)
         if replaced is not None:
+            changed.append((module, replaced[0], module.__dict__.get(replaced[0])))
             setattr(module, replaced[0], MethodType(replaced[1], module))
-            changed.append((module, replaced[0]))
     try:
         yield
     finally:
-        for module, name in changed:
-            delattr(module, name)
+        for module, name, before in changed:
+            delattr(module, name) if before is None else setattr(module, name, before)
