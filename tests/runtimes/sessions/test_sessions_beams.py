@@ -248,6 +248,7 @@ def test_captioners_as_they_ship(name, portable_bundle, tiny_checkpoint, tmp_pat
         kind, inputs = transformers.AutoModelForImageTextToText, transformers.AutoImageProcessor.from_pretrained(source)
         given = dict(inputs(image, return_tensors="pt"))
     model = kind.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    model.generation_config.max_new_tokens = None
     with torch.inference_mode():
         out = model.generate(**given, do_sample=False, return_dict_in_generate=True, output_scores=True, **asked)
     lengths = (out.beam_indices >= 0).sum(1).tolist()
