@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .sessions.contrastive_captioner import ContrastiveCaptioner
     from .sessions.conversation import Conversation
     from .sessions.dual_encoder import DualEncoder, EmbeddingStats, LabelScore, Similarity
+    from .sessions.image_tokens import GeneratedImage
     from .sessions.load import load
     from .sessions.prepared import PreparedInput, PreparedPrompt
     from .sessions.stream import TextStream
@@ -52,6 +53,7 @@ _LAZY = {
     "DualEncoder": ".sessions.dual_encoder",
     "EmbeddingStats": ".sessions.dual_encoder",
     "FinishReason": ".decode.result",
+    "GeneratedImage": ".sessions.image_tokens",
     "Generation": ".decode.result",
     "LabelScore": ".sessions.dual_encoder",
     "Manifest": ".bundle.manifest",
@@ -77,6 +79,7 @@ __all__ = [
     "DualEncoder",
     "EmbeddingStats",
     "FinishReason",
+    "GeneratedImage",
     "Generation",
     "GenerationCancelled",
     "ImageError",

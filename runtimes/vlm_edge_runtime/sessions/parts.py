@@ -22,6 +22,8 @@ from .token_inputs import TokenInputs
 
 ATTENTION = "attention"
 """The decoder's further output that `return_attention` gives."""
+IMAGE_OPTIONS = ("guidance_scale", "generation_kwargs")
+"""What `generation_config.json` of a model that writes images says of those; its text is generated without."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,6 +69,8 @@ def assemble(
     token_inputs = TokenInputs(contract.token_inputs, inputs.tokens)
     prompts = PromptBuilder(bundle, contract, modalities, memory, token_inputs)
     config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
+    if contract.image_output is not None:
+        config = {key: value for key, value in config.items() if key not in IMAGE_OPTIONS}
     return Parts(
         path=bundle.path,
         contract=contract,

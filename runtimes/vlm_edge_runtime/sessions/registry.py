@@ -11,7 +11,18 @@ SESSIONS: dict[str, tuple[str, str]] = {
 }
 """What kind of session → (module, class). Modules are imported when a bundle of the family is loaded."""
 
-_WRITES = ("generate", "stream", "chat", "cancel", "embed_image", "count_tokens", "prepare", "logits_along", "decode_tokens")
+_WRITES = (
+    "generate",
+    "stream",
+    "generate_image",
+    "chat",
+    "cancel",
+    "embed_image",
+    "count_tokens",
+    "prepare",
+    "logits_along",
+    "decode_tokens",
+)
 _COMPARES = ("embed_text", "similarity", "classify")
 METHODS: dict[str, tuple[str, ...]] = {
     "generative": _WRITES,
@@ -33,6 +44,7 @@ def methods(manifest: Manifest) -> tuple[str, ...]:
     found = METHODS[session_kind(manifest)]
     if isinstance(contract, GenerativeContract):
         lacks = {"embed_image"} if contract.modality("image") is None else set()
+        lacks |= {"generate_image"} if contract.image_output is None else set()
         # Some checkpoints keep their template among the tokenizer's settings.
         lacks |= {"chat"} if files.isdisjoint({"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}) else set()
         found = tuple(name for name in found if name not in lacks)

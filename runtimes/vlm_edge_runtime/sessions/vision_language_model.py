@@ -25,6 +25,7 @@ from vlm_edge_runtime.text import Message
 from .base import Session, missing_method
 from .conversation import Conversation
 from .forced import logits_along
+from .image_tokens import GeneratedImage, ImageKeywords, image_prompt, write_image
 from .inputs import Given, as_given, as_list, as_rows
 from .kv_plan import KVPlan
 from .media import Medium
@@ -209,6 +210,25 @@ class VisionLanguageModel(Session):
         """
         given = as_given({"image": images, "video": videos, "audio": audio, "state": states})
         return self._stream(prompt, given, None, raw=raw, cancel=cancel, return_attention=return_attention, **options)
+
+    def generate_image(
+        self, prompt: Prompt, *, raw: bool = False, cancel: CancelLike | None = None, **options: Unpack[ImageKeywords]
+    ) -> GeneratedImage:
+        """The image that the model writes after a prompt (a text or messages, as for `generate`). Options: see `ImageKeywords`.
+
+        Raises CapabilityError when the model writes text only, and as `generate`.
+        """
+        self._check_open()
+        cancels = self._cancels
+        ids = image_prompt(self._parts, prompt, raw)
+
+        def between(count: int) -> None:
+            if self._cancels != cancels or (cancel is not None and cancel.is_set()):
+                raise GenerationCancelled(f"cancelled after {count} codes of an image, which show nothing yet.")
+
+        with self._turn:
+            self._check_open()
+            return write_image(self._parts, ids, between, options)
 
     def chat(self, system: str | None = None, **options: Unpack[SamplingKeywords]) -> Conversation:
         """A conversation with a history. Raises PromptError when the bundle has no chat template."""
