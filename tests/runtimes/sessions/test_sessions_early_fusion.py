@@ -1,4 +1,7 @@
-"""Chameleon and CM3Leon answer as transformers does, token for token; an image's codes are the tokenizer's own."""
+"""Chameleon, CM3Leon and Janus answer as transformers does, token for token; an image's codes are the tokenizer's own.
+
+The images that Janus writes: test_sessions_image_output.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from session_pictures import noise
-from transformers import AutoModelForImageTextToText, AutoProcessor, ChameleonProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, ChameleonProcessor, JanusProcessor
 
 from vlm_edge.families import registry
 
@@ -24,7 +27,8 @@ QUESTIONS = [
     "USER: which colour? ASSISTANT:",
     "two photos of the sea, of a house",
 ]
-NAMES = ["chameleon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cm3leon", "chameleon-swin"))]
+CODES = ["chameleon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cm3leon", "chameleon-swin"))]
+NAMES = [*CODES, "janus"]
 PICTURES = [noise(1, 50, 40), noise(2, 33, 64)]
 
 
@@ -35,13 +39,16 @@ class EarlyFusionReference:
         registry.lookup("cm3leon")  # imports the zoo's model
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         found = AutoProcessor.from_pretrained(folder)
-        self.processor = found if isinstance(found, ChameleonProcessor) else ChameleonProcessor.from_pretrained(folder)
-        self.completes = self.processor.tokenizer.sep_token is None
+        known = isinstance(found, (ChameleonProcessor, JanusProcessor))
+        self.processor = found if known else ChameleonProcessor.from_pretrained(folder)
+        self.raw = isinstance(self.processor, JanusProcessor)  # Chameleon's processor writes more than it is given
+        self.options = {} if self.raw else {"return_for_text_completion": self.processor.tokenizer.sep_token is None}
+
+    def prompt(self, question: str, images: int) -> str:
+        return self.processor.image_token * images + question
 
     def inputs(self, text: str, images) -> dict[str, torch.Tensor]:
-        return dict(
-            self.processor(text=text, images=list(images) or None, return_for_text_completion=self.completes, return_tensors="pt")
-        )
+        return dict(self.processor(text=text, images=list(images) or None, return_tensors="pt", **self.options))
 
     @torch.inference_mode()
     def generate(self, text: str, images) -> list[int]:
@@ -70,8 +77,9 @@ def test_greedy_tokens(name, build, session, reference) -> None:
     cases += [(PICTURES, "compare both, please!"), (PICTURES[:1] * 2, "are they the same?"), ([], "how are you?")]
     answers = set()
     for images, question in cases:
-        expected = model.generate("<image>" * len(images) + question, images)
-        got = vlm.generate(question, images=images, max_new_tokens=NEW)
+        text = model.prompt(question, len(images))
+        expected = model.generate(text, images)
+        got = vlm.generate(text if model.raw else question, images=images, max_new_tokens=NEW, raw=model.raw)
         assert got.tokens == expected, (len(images), question)
         answers.add(tuple(expected))
     assert len(answers) > len(QUESTIONS)  # the pictures matter
@@ -82,13 +90,14 @@ def test_greedy_tokens(name, build, session, reference) -> None:
 def test_rows_of_a_batch(name, build, session, reference) -> None:
     vlm, model = session(name, build), reference(name)
     images = [[PICTURES[1]], PICTURES, []]
-    got = vlm.generate(QUESTIONS[:3], images=images, max_new_tokens=NEW)
-    for one, question, own in zip(got, QUESTIONS, images, strict=False):
-        assert one.tokens == model.generate("<image>" * len(own) + question, own)
+    texts = [model.prompt(question, len(own)) for question, own in zip(QUESTIONS, images, strict=False)]
+    got = vlm.generate(texts if model.raw else QUESTIONS[:3], images=images, max_new_tokens=NEW, raw=model.raw)
+    for one, text, own in zip(got, texts, images, strict=True):
+        assert one.tokens == model.generate(text, own)
 
 
 @pytest.mark.parametrize("build", ["portable", "cpu-fp32", "cpu-int4"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CODES)
 def test_codes_are_the_tokenizers_own(name, build, session, reference) -> None:
     """Also in a quantised build, whose image tokenizer stays as it is."""
     vlm, model = session(name, build), reference(name)
@@ -101,7 +110,7 @@ def test_codes_are_the_tokenizers_own(name, build, session, reference) -> None:
     np.testing.assert_array_equal(np.stack(got), expected.numpy())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CODES)
 def test_an_answer_names_no_image_token(name, session, reference) -> None:
     """Four bits answer, and no logit of theirs allows an image's token."""
     vlm, model = session(name, "cpu-int4"), reference(name)
