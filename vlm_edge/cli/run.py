@@ -19,7 +19,10 @@ from .console import echo_json, size, stderr, stdout, table
 @click.option("--image", "-i", "images", multiple=True, help="Picture file (repeatable; several make a multi-image prompt).")
 @click.option("--prompt", "-p", help="The question; '-' reads it from standard input.")
 @click.option("--chat", is_flag=True, help="A conversation: one question a line, /image FILE adds a picture, /quit ends.")
-@click.option("--labels", help="Dual encoders (CLIP, SigLIP): comma-separated labels to rank the picture against.")
+@click.option(
+    "--labels",
+    help="Where images are compared with texts (CLIP, SigLIP, CoCa): comma-separated labels to rank the picture against.",
+)
 @click.option("--template", default="a photo of a {}", show_default=True, help="How a label becomes a sentence.")
 @click.option("--build", help="Which build to run (default: the bundle's first for this device; 'portable' is the reference).")
 @click.option("--device", default="auto", show_default=True, help="cpu or auto.")
@@ -75,7 +78,7 @@ def command(
     vlm-edge run tiny-llava.vlm --image scene.png --chat
     vlm-edge run tiny-clip.vlm --image scene.png --labels "red circle,blue square"
     """
-    from vlm_edge_runtime import DualEncoder, load
+    from vlm_edge_runtime import ContrastiveCaptioner, DualEncoder, load
 
     if prompt == "-":
         prompt = sys.stdin.read().strip()
@@ -90,11 +93,13 @@ def command(
         verify=not no_verify,
     )
     with session:
-        if isinstance(session, DualEncoder):
+        if isinstance(session, DualEncoder) or (labels and isinstance(session, ContrastiveCaptioner)):
             _classify(session, images, labels or prompt, template, as_json)
             return
         if labels:
-            raise click.UsageError(f"--labels is for dual encoders; {bundle} generates text: use --prompt.")
+            raise click.UsageError(
+                f"--labels is for bundles that compare images with texts; {bundle} generates text: use --prompt."
+            )
         options = {key: value for key, value in sampling.items() if value not in (None, ())}
         raw = bool(options.pop("raw", False))
         if chat:
@@ -178,7 +183,7 @@ def _chat(session: Any, images: tuple[str, ...], first: str | None, options: dic
 
 def _classify(session: Any, images: tuple[str, ...], labels: str | None, template: str, as_json: bool) -> None:
     if not images or not labels:
-        raise PromptError("this bundle is a dual encoder: pass at least one --image, and --labels 'first,second,…'.")
+        raise PromptError("this bundle compares images with texts: pass at least one --image, and --labels 'first,second,…'.")
     names = [name.strip() for name in labels.split(",") if name.strip()]
     results = {image: session.classify(image, names, template=template) for image in images}
     if as_json:

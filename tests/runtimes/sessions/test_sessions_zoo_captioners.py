@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -120,6 +121,16 @@ def test_where_it_looked(build: str, session: Any, reference: Any, pictures: lis
         assert found.attention.shape == (len(found.tokens), model.model.config.places)
         np.testing.assert_allclose(found.attention, expected.numpy(), rtol=0, atol=1e-5)
         assert np.abs(found.attention[0] - found.attention[-1]).max() > 1e-3
+
+
+def test_the_state_is_kept_by_the_loop_in_c(session: Any) -> None:
+    """A build of a decoder without a KV cache has nothing that grows; its loop over tokens survives quantised weights."""
+    for build in ("cpu-fp32", "cpu-int4"):
+        vlm = session("show_attend_tell", build)
+        assert vlm.build.kv.shared_buffer and vlm.build.kv.layers == 0
+        assert vlm.memory()["kv_capacity"] == 0
+    kinds = [node.op_type for node in onnx.load(vlm.path / vlm.build.graphs["decoder"].model.file).graph.node]
+    assert "Scan" in kinds and "MatMulNBits" in kinds
 
 
 @torch.no_grad()
