@@ -82,7 +82,9 @@ def without_image_tokens(plan: GraphPlan, model: Part) -> GraphPlan:
     before = plan.compared
 
     def compared(case: Case, inputs: Tensors) -> Tensors:
-        masks = before(case, inputs) or (torch.ones(1, dtype=torch.bool),) * len(plan.outputs)
+        masks = before(case, inputs) or tuple(
+            torch.ones(1, *[1] * (len(spec.shape) - 1), dtype=torch.bool) for spec in plan.outputs
+        )
         return (masks[0] & ~images, *masks[1:])
 
     return replace(plan, module=Decoder(_TextAnswers(model, images)), compared=compared)
