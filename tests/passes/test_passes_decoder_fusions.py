@@ -17,6 +17,7 @@ from vlm_edge.passes.last_token import LastTokenLogits
 from vlm_edge.passes.layout import CancelLayout
 from vlm_edge.passes.pack_qkv import PackQKV
 from vlm_edge.passes.recompose_rotary import RecomposeRotary
+from vlm_edge.quantize.weight_only import logits_product
 
 TOLERANCE = 1e-4
 CONTEXT = 96
@@ -111,6 +112,23 @@ def test_last_token(shape):
     assert changes[3].counts["rows picked"] == 2, "the attention's result and the residual stream"
     assert changes[3].counts["nodes on the last row only"] >= 8, "the last feed-forward block too"
     assert_same(shape, model)
+
+
+def test_last_token_before_a_head_whose_words_are_masked_and_scaled():
+    """Chameleon hides its image tokens, Cohere scales its logits: still one row of the vocabulary, not the prompt's."""
+    random = np.random.default_rng(0)
+    sketch = Sketch()
+    x = sketch.input("x", ["b", "s", 8])
+    matrix = sketch.weight("head", random.standard_normal((8, 6)).astype(np.float32))
+    logits = sketch.node("MatMul", [x, matrix], shape=["b", "s", 6])
+    scaled = sketch.node("Mul", [logits, sketch.weight("scale", np.float32(0.0625))], shape=["b", "s", 6])
+    hidden = [sketch.weight("hidden", np.array([0, 1, 0, 0, 1, 0], np.bool_)), sketch.weight("least", np.float32(-1e30))]
+    sketch.output("logits", sketch.node("Where", [*hidden, scaled], shape=["b", "s", 6]))
+    model, feed = sketch.model(), {"x": random.standard_normal((2, 5, 8)).astype(np.float32)}
+    wanted = run(model, feed)["logits"]
+    assert logits_product(model.graph).op_type == "MatMul"
+    assert LastTokenLogits().apply(model).counts["nodes on the last row only"] == 3
+    assert largest_difference(run(model, feed)["logits"], wanted[:, -1:]) < 1e-6
 
 
 def test_last_token_when_the_head_is_not_rowwise():

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import click
 import msgspec
 from rich.padding import Padding
 
-from vlm_edge_runtime.bundle.manifest import Build, GraphEntry, Manifest, ParityRecord
+from vlm_edge_runtime.bundle.manifest import Build, Dim, GraphEntry, Manifest, ParityRecord, TensorSpec
 from vlm_edge_runtime.bundle.reader import check_files, open_bundle, read_manifest
 
 from .console import echo_json, size, stdout, table
+from .contract_rows import contract_rows
 
 _VERDICT = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "red"}
 
@@ -75,10 +75,8 @@ def _head(path: Path, manifest: Manifest, verified: bool) -> None:
     drawn.add_row("family", f"{manifest.family} ({manifest.model_type}, {manifest.source.architecture})")
     drawn.add_row("source", f"{manifest.source.name} @ {manifest.source.revision[:16]}")
     drawn.add_row("exported", f"{manifest.created} with " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()))
-    contract: dict[str, Any] = msgspec.to_builtins(manifest.contract)
-    for key, value in contract.items():
-        if key != "family":
-            drawn.add_row(key, ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+    for title, text in contract_rows(manifest.contract):
+        drawn.add_row(title, text)
     drawn.add_row("files", ", ".join(ref.file for ref in manifest.files))
     drawn.add_row("hashes", "[green]all checked[/]" if verified else "not checked (pass --verify)")
     stdout.print(drawn)
@@ -101,13 +99,14 @@ def _graphs(name: str, graphs: dict[str, GraphEntry], build: Build | None) -> No
 
 
 def _signature(graph: GraphEntry) -> str:
-    def side(specs: list[Any]) -> str:
-        cache = [spec for spec in specs if spec.name.startswith(("past_key_values.", "present."))]
-        plain = [f"{s.name}\\[{','.join(map(str, s.shape))}]" for s in specs if s not in cache]
-        if cache:
-            first = cache[0]
-            plain.append(f"{len(cache)} × {first.name.split('.')[0]}\\[{','.join(map(str, first.shape))}]")
-        return " ".join(plain)
+    def side(specs: list[TensorSpec]) -> str:
+        groups: dict[tuple[str, tuple[Dim, ...]], int] = {}
+        for spec in specs:  # `present.0.key`, `deepstack.2`: one entry for all layers
+            groups[spec.name.split(".")[0], spec.shape] = groups.get((spec.name.split(".")[0], spec.shape), 0) + 1
+        return " ".join(
+            f"{f'{count} × ' if count > 1 else ''}{name}\\[{','.join(map(str, shape))}]"
+            for (name, shape), count in groups.items()
+        )
 
     return f"{side(graph.inputs)} → {side(graph.outputs)}"
 

@@ -69,6 +69,9 @@ def compare(
         note = _other_weights(manifest, side) if reference is not None else ""
         said.append(side.name)
     try:
+        if examples is None and not dual:
+            request.examples, left_out = _answerable(side, request.examples)
+            note = " ".join(filter(None, [note, left_out]))
         expected = _expect_vectors(request, side) if dual else _expect_answers(request, side)
         reports = []
         for name in names:
@@ -84,7 +87,7 @@ def compare(
         reference=side.name,
         created=now(),
         builds=reports,
-        examples=views(chosen),
+        examples=views(request.examples),
         note=note,
         versions=_versions(torch=reference is not None),
     )
@@ -99,6 +102,21 @@ def _fitting(contract: Contract) -> list[Example]:
     if image is None:
         raise ParityError("The bundle reads no pictures, and the drawn examples have nothing else: give examples of your own.")
     return [one for one in built_in() if image.most is None or len(one.images) <= image.most]
+
+
+def _answerable(side: Generator, examples: Sequence[Example]) -> tuple[list[Example], str]:
+    """The drawn examples that the reference takes, and what was left out. Raises ParityError when it takes none."""
+    kept, said = [], ""
+    for one in examples:
+        try:
+            side.prepare(one)
+            kept.append(one)
+        except ParityError as error:
+            said = said or f"Left out: {len(one.images)} pictures in one prompt, which the reference does not take ({error})."
+            refused = error
+    if not kept:
+        raise refused
+    return kept, said
 
 
 @dataclass(slots=True)

@@ -110,15 +110,19 @@ class TorchReference:
         """
         processors = LogitsProcessorList([] if forced is None else [_Forced(forced)])
         with torch.no_grad(), quiet(), _plain_generation(self.model):
-            out = self.model.generate(
-                **inputs,
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=new,
-                logits_processor=processors,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+            try:
+                out = self.model.generate(
+                    **inputs,
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=new,
+                    logits_processor=processors,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+            except (RuntimeError, ValueError, TypeError) as error:  # what transformers raises for inputs it cannot join
+                said = " ".join(str(error).split())[:200]
+                raise ParityError(f"The reference's `generate` refuses the example: {said}") from error
         tokens = [int(token) for token in out.sequences[0]]
         steps = len(out.logits)
         logits: Floats = _array(torch.stack([step[0] for step in out.logits]).float())

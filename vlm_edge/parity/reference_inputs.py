@@ -56,11 +56,12 @@ class ReferenceInputs:
             try:
                 with quiet():
                     made = call()
+                known = name == self._way and self._rewritten
+                same = known or self.ours is None or self._same_tokens(made, self.ours(example))
             except Exception as error:  # a way that this processor has not: whatever it raises, the next one is tried
                 said = said or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 continue
-            known = name == self._way and self._rewritten
-            if known or self.ours is None or self._same_tokens(made, self.ours(example)):
+            if same:
                 self._way = name
                 return made
             first = first or made
@@ -81,16 +82,33 @@ class ReferenceInputs:
         template, joint = self._checkpoint.chat_template, self._processor
         tokens = [placeholder_token(one.placeholder) for one in self._contract.modalities]
         mark = next((token for token in tokens if token), "")
+        if self._by_decoder and self.ours is not None:
+            yield _BY_PARTS, lambda: self._by_parts(example, pictures)
         if template:
-            yield "chat template", lambda: self._joint(_rendered(joint, self._checkpoint, example), pictures)
+            yield "chat template", lambda: self._of_messages(example, pictures)
         elif joint is not None:
             yield "text", lambda: self._joint(example.prompt, pictures)
             yield "image tokens, text", lambda: self._joint(mark * len(pictures) + example.prompt, pictures)
+            completion = {"return_for_text_completion": True}  # without the mark that ends a turn (Chameleon's processor)
+            yield "to be completed", lambda: self._joint(mark * len(pictures) + example.prompt, pictures, **completion)
             written = self._contract.prompt.template.replace("{images}", mark * len(pictures)).replace("{text}", example.prompt)
             yield "written out", lambda: self._joint(written, pictures, add_special_tokens=False)
             yield "interleaved", lambda: dict(joint(text=[[*pictures, example.prompt]], return_tensors="pt"))
-        if self.ours is not None:
+        if self.ours is not None and not self._by_decoder:
             yield _BY_PARTS, lambda: self._by_parts(example, pictures)
+
+    def _of_messages(self, example: Example, pictures: list[Image.Image]) -> Inputs:
+        """A text that the template begins with the first special token gets no second one, as in `apply_chat_template`."""
+        text = _rendered(self._processor, example)
+        begin = self._checkpoint.tokenizer.bos_token
+        return self._joint(text, pictures, **({"add_special_tokens": False} if begin and text.startswith(begin) else {}))
+
+    @property
+    def _by_decoder(self) -> bool:
+        """Whether an image encoder feeds a decoder that reads the prompt, whose tokens then go to `generate` by no processor."""
+        memory = self._contract.memory
+        encodes = bool(getattr(self._checkpoint.model.config, "is_encoder_decoder", False))
+        return encodes and memory is not None and memory.source == "features"
 
     def _joint(self, text: str, pictures: list[Image.Image], **more: Any) -> Inputs:
         call = partial(self._processor, text=[text], return_tensors="pt", **more)
@@ -106,12 +124,8 @@ class ReferenceInputs:
         assert self.ours is not None  # what made this a way
         ours, model = self.ours(example), self._checkpoint.model
         made = self._images(pictures) if pictures else {}
-        memory = self._contract.memory
-        by_decoder = (
-            bool(getattr(model.config, "is_encoder_decoder", False)) and memory is not None and memory.source == "features"
-        )
-        ids = torch.tensor([ours.decoder_ids if by_decoder else ours.input_ids])
-        if by_decoder:
+        ids = torch.tensor([ours.decoder_ids if self._by_decoder else ours.input_ids])
+        if self._by_decoder:
             return {**made, "decoder_input_ids": ids} if ids.numel() else made
         image = self._contract.modality("image")
         known = _parameters(model)
@@ -136,10 +150,11 @@ class ReferenceInputs:
         processor = getattr(self._processor, "image_processor", None)
         if processor is None:
             raise ParityError(f"{self._checkpoint.source.name} has no image processor.")
-        return dict(processor(images=pictures, return_tensors="pt", **_image_options(self._checkpoint)))
+        more = {} if self._by_decoder else _image_options(self._checkpoint)
+        return dict(processor(images=pictures, return_tensors="pt", **more))
 
 
-def _rendered(processor: Any, checkpoint: Checkpoint, example: Example) -> str:
+def _rendered(processor: Any, example: Example) -> str:
     content = [*({"type": "image"} for _ in example.images), {"type": "text", "text": example.prompt}]
     messages = [{"role": "user", "content": content}]
     if processor is None or not hasattr(processor, "apply_chat_template"):

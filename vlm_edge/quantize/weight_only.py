@@ -25,7 +25,26 @@ from vlm_edge.passes.graph import (
 
 from .blockwise import BlockFormat, Codes, Floats, choose_scales, pack, quantize
 
-_AFTER_HEAD = frozenset({"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Gather", "Squeeze"})
+_AFTER_HEAD = frozenset(
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Tanh",
+        "Cast",
+        "Identity",
+        "Gather",
+        "Squeeze",
+        "Where",
+        "Max",
+        "Min",
+        "Clip",
+        "Slice",
+        "Reshape",
+    }
+)
+"""What may stand between the head and the logits: bias, scale, soft-cap, words that must not come."""
 
 
 class WeightOnlyMatMul(GraphPass):
@@ -91,10 +110,7 @@ def logits_product(graph: ir.Graph) -> ir.Node | None:
         if node.op_type == "MatMul":
             return node if is_weight(node.inputs[1]) else None
         computed = [v for v in node.inputs if v is not None and not is_weight(v)]
-        if (
-            node.op_type not in {"Add", "Sub", "Mul", "Div", "Tanh", "Cast", "Identity", "Gather", "Squeeze"}
-            or len(computed) != 1
-        ):
+        if node.op_type not in _AFTER_HEAD or len(computed) != 1:
             return None
         value = computed[0]
     return None
