@@ -182,17 +182,29 @@ def _compare_text(
 def _pixels(found: Sequence[Array], expected: Sequence[Array]) -> Distance:
     """All pixels of an example in the order of its pictures; the two sides may batch them differently.
 
-    A side that fills a picture up with zeros at its end, to a fixed number of patches or tiles, says no more than one that does not.
+    Zeros with which one side fills a picture up, to a fixed number of patches or tiles, say nothing.
     """
     if not found and not expected:
         return Distance()
     if not found or not expected:
         return apart("pictures on one side only")
+    if len(found) == len(expected):
+        expected = [_in_patches(one, other) for one, other in zip(expected, found, strict=True)]
     ours, theirs = ([one.reshape(-1) for one in side] for side in (found, expected))
     if len(ours) == len(theirs):
         ends = [min(len(one), len(other)) for one, other in zip(ours, theirs, strict=True)]
         ours, theirs = ([_up_to(one, end) for one, end in zip(side, ends, strict=True)] for side in (ours, theirs))
     return distance(np.concatenate(ours), np.concatenate(theirs))
+
+
+def _in_patches(picture: Array, like: Array) -> Array:
+    """A picture `[…, channels, height, width]` in rows of patches, where the bundle's processor gives those (Pixtral)."""
+    if like.ndim != 2 or picture.ndim < 4 or picture.size != like.size:
+        return picture
+    channels, height, width = picture.shape[-3:]
+    side = math.isqrt(like.shape[1] // channels)
+    squares = picture.reshape(channels, height // side, side, width // side, side).transpose(1, 3, 0, 2, 4)
+    return squares.reshape(like.shape)
 
 
 def _up_to(pixels: Array, end: int) -> Array:
