@@ -96,8 +96,12 @@ def _alone(case: GraphCase, row: int, entry: GraphEntry) -> dict[str, Array]:
 def _compare_rows(graph: ort.InferenceSession, entry: GraphEntry, case: GraphCase) -> Iterator[tuple[str, Distance]]:
     for row, skipped in enumerate(padding_of(case.feeds)):
         found = run(graph, lower_row(case, row, entry), entry.role)
+        past = case.feeds["attention_mask"].shape[1] - case.feeds["inputs_embeds"].shape[1]
+        per_token, _ = split_inputs(entry.outputs)
         wanted = {
-            name: array[row : row + 1, :, skipped:] if name.startswith("present.") else array[row : row + 1]
+            name: array[row : row + 1, :, skipped:]
+            if name.startswith("present.")
+            else array[row : row + 1, max(skipped - past, 0) if name in per_token else 0 :]
             for name, array in case.expected.items()
         }
         yield from ((name, apart("the output is missing")) for name in wanted if name not in found)
