@@ -1,5 +1,6 @@
 """Building a whole bundle for the CPU targets."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -8,8 +9,8 @@ import shutil
 import numpy as np
 import onnx_ir as ir
 import pytest
-from sketch_bundle import SHAPE, encoder, projector_contract, write_bundle
-from small_decoder import feeds
+from sketch_bundle import SHAPE, embedding, encoder, projector_contract, write_bundle
+from small_decoder import decoder, feeds
 from small_graphs import largest_difference
 
 from vlm_edge.targets.build import build
@@ -79,6 +80,22 @@ def test_each_graph_by_itself(vlm_bundle):
     graph = ir.load(open_bundle(vlm_bundle, build="mixed").graph_path("decoder")).graph
     assert [node.op_type for node in graph].count("MatMul") == 1, "the head stays fp32"
     assert {node.attributes["block_size"].as_int() for node in graph if node.op_type == "MatMulNBits"} == {16}
+
+
+def test_a_decoder_that_no_shared_buffer_fits(tmp_path):
+    """Its mask is none the fused kernel draws: the cache grows as in the portable graph, and the build says so."""
+    shape = dataclasses.replace(SHAPE, mask="prefix")
+    graphs = {"embed_tokens": embedding(shape.vocab, shape.width), "decoder": decoder(shape)}
+    contract = projector_contract(shape)
+    contract.modalities = []
+    path = write_bundle(tmp_path / "prefix.vlm", graphs, contract)
+    for target in ("cpu-fp32", "cpu-int4"):
+        made = build(path, target)
+        assert not made.kv.shared_buffer and made.options["decoder.kv_cache"] == "growing"
+        assert "attention_mask" in [spec.name for spec in made.graphs["decoder"].inputs]
+        notes = json.loads((path / "builds" / target / "report.json").read_text())["decoder"]["passes"][-1]["notes"]
+        assert "the cache grows at every token" in notes[0] and "prefix mask" in notes[0]
+    assert "decoder" in made.graphs and made.graphs["decoder"].precision == "int4"
 
 
 def test_same_input_same_bytes(vlm_bundle):

@@ -1,0 +1,75 @@
+"""`compare` on checkpoints of every family: transformers' own processor, `generate` and logits against the bundle's."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from vlm_edge.parity import compare
+from vlm_edge.parity.reference import TorchReference
+from vlm_edge.parity.reference_inputs import ReferenceInputs
+from vlm_edge.parity.subject import Prepared
+from vlm_edge.targets.build import build
+from vlm_edge_runtime.bundle.manifest import GenerativeContract
+from vlm_edge_runtime.bundle.reader import read_manifest
+
+FAST = ("florence2", "idefics")
+"""A prompt that the processor rewrites for an encoder; pictures between texts. The rest of the families in the slow run."""
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny.CHECKPOINTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sound_bundle_passes(name, portable_bundle, tiny_checkpoint, tmp_path):
+    path = shutil.copytree(portable_bundle(name), tmp_path / f"{name}.vlm")
+    contract = read_manifest(path).contract
+    if isinstance(contract, GenerativeContract) and contract.modality("image") is None:
+        pytest.skip("it reads no pictures, and the drawn examples have nothing else")
+    build(path, "cpu-fp32")
+    report = compare(path, tiny_checkpoint(name), max_new_tokens=6)
+    assert {one.name: one.verdict for one in report.builds} == {"portable": "PASS", "cpu-fp32": "PASS"}, report.rows()
+    assert report.exit_code == 0 and (report.examples or not isinstance(contract, GenerativeContract))
+
+
+def test_a_reference_is_forced_along_any_answer(tiny_checkpoint):
+    """Along its own answer it gives the logits it had; along another one those that follow that one's tokens."""
+    from vlm_edge.parity.examples import built_in
+
+    original = TorchReference(str(tiny_checkpoint("llava-llama")))
+    try:
+        example = built_in()[0]
+        answer = original.greedy(example, 4)
+        own = original.forced(example, answer.tokens)
+        assert own.argmax(-1).tolist() == answer.tokens
+        other = [answer.tokens[0], (answer.tokens[1] + 1) % own.shape[1], *answer.tokens[2:]]
+        forced = original.forced(example, other)
+        np.testing.assert_allclose(forced[:2], own[:2], atol=1e-4)
+        assert np.abs(forced[2] - own[2]).max() > 1e-2
+    finally:
+        original.close()
+
+
+def test_the_decoders_tokens_count_where_generate_rewrites_the_prompt():
+    one = Prepared([1, 5, 2], [], [9, 5])
+    assert one.reads_like(Prepared([1, 5, 2], [])) and one.reads_like(Prepared([7], [], [9, 5]))
+    assert not one.reads_like(Prepared([1, 5], [], [9])) and not one.reads_like(Prepared([7], []))
+    assert not Prepared([1], []).reads_like(Prepared([2], []))
+
+
+def test_a_processor_that_takes_nothing_is_named(tiny_checkpoint):
+    from vlm_edge.parity.examples import built_in
+    from vlm_edge_runtime.errors import ParityError
+
+    original = TorchReference(str(tiny_checkpoint("llava-llama")))
+    try:
+
+        def refuse(**given):
+            raise ValueError("no pictures today")
+
+        inputs = ReferenceInputs(original.checkpoint, refuse, original._inputs._contract)
+        with pytest.raises(ParityError, match="in no known way"):
+            inputs(built_in()[0])
+    finally:
+        original.close()
