@@ -73,10 +73,10 @@ def prompts(count):
 @pytest.mark.parametrize("beams", [2, 3, 5])
 def test_same_sequences_and_scores(beams, length_penalty, early_stopping) -> None:
     lengths = set()
-    for seed, prompt in enumerate(prompts(6)):
+    for seed, prompt in enumerate(prompts(3)):
         options = BeamOptions(beams, length_penalty, early_stopping, num_return_sequences=1 + seed % beams)
-        found = ours(toy_model(seed % 3), prompt, options, 14)
-        same(found, theirs(toy_model(seed % 3), prompt, options, 14))
+        found = ours(toy_model(seed % 3), prompt, options, 12)
+        same(found, theirs(toy_model(seed % 3), prompt, options, 12))
         lengths |= {len(one.tokens) for one in found}
     assert len(lengths) > 1 or length_penalty > 0  # some end early, unless length is rewarded
 

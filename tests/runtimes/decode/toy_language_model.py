@@ -41,6 +41,7 @@ class ToyState:
         self._texts: list[list[int]] = [[] for _ in range(batch)]
         self._pending: list[int | None] = [None] * batch
         self._armed = [False] * batch
+        self._known: dict[tuple[int, ...], np.ndarray] = {}
         self.runs = 0
 
     @property
@@ -54,9 +55,21 @@ class ToyState:
         assert self._texts[row]
         self._armed[row] = True
 
-    @torch.inference_mode()
     def logits(self, row: int) -> np.ndarray:
-        return self._model(torch.tensor([self._texts[row]])).logits[0, -1].float().numpy()
+        return self._read([row])[0]
+
+    @torch.inference_mode()
+    def _read(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Logits that follow these rows; what was read once is remembered."""
+        missing: dict[int, set[tuple[int, ...]]] = {}
+        for row in rows:
+            if tuple(self._texts[row]) not in self._known:
+                missing.setdefault(len(self._texts[row]), set()).add(tuple(self._texts[row]))
+        for texts in missing.values():
+            ordered = sorted(texts)
+            logits = self._model(torch.tensor(ordered), logits_to_keep=1).logits[:, -1].float().numpy()
+            self._known |= dict(zip(ordered, logits, strict=True))
+        return [self._known[tuple(self._texts[row])].copy() for row in rows]
 
     def push(self, row: int, token: int) -> None:
         assert self._armed[row]
@@ -71,6 +84,7 @@ class ToyState:
                 assert token is not None, "an armed row would run the engine's own token"
                 self._texts[row].append(token)
                 self._pending[row] = None
+        self._read([row for row, armed in enumerate(self._armed) if armed])
         return [RowTokens(tokens=[0] if armed else []) for armed in self._armed]
 
     def truncate(self, row: int, length: int) -> None:
