@@ -7,11 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from planted import copy, edit_graph, set_weight
 
-from vlm_edge.parity import compare
+from vlm_edge.parity import bisect_bundle, compare
+from vlm_edge.parity.probe import label
 from vlm_edge.parity.reference import TorchReference
 from vlm_edge.parity.reference_inputs import ReferenceInputs
 from vlm_edge.parity.subject import Prepared
+from vlm_edge.passes.graph import is_weight
 from vlm_edge.targets.build import build
 from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import read_manifest
@@ -73,3 +76,37 @@ def test_a_processor_that_takes_nothing_is_named(tiny_checkpoint):
             inputs(built_in()[0])
     finally:
         original.close()
+
+
+PLANTED = [
+    ("idefics", "resampler", None),
+    ("idefics", "cross_kv", None),
+    ("idefics", "decoder", "cpu-fp32"),
+    ("paligemma2", "decoder", "cpu-fp32"),
+    pytest.param("blip2-t5", "qformer", "cpu-fp32", marks=pytest.mark.slow),
+    pytest.param("blip2-t5", "encoder", None, marks=pytest.mark.slow),
+    pytest.param("qwen3_vl", "vision_encoder", "cpu-fp32", marks=pytest.mark.slow),
+    pytest.param("show_attend_tell", "cross_kv", None, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name,role,target", PLANTED)
+def test_a_fault_is_found_in_any_graph(name, role, target, portable_bundle, tiny_checkpoint, tmp_path):
+    """A weight in the middle of the graph is negated; bisecting names its node."""
+    path = copy(portable_bundle(name), tmp_path)
+    if target:
+        build(path, target)
+    planted: list[str] = []
+
+    def spoil(model):
+        nodes = [n for n in model.graph if n.op_type in ("MatMul", "Gemm") and is_weight(n.inputs[1])]
+        node = nodes[len(nodes) // 2]
+        set_weight(node.inputs[1], -node.inputs[1].const_value.numpy())
+        planted.append(label(node))
+
+    edit_graph(path, role, spoil, build=target)
+    report = compare(path, tiny_checkpoint(name), builds=[target or "portable"], max_new_tokens=4, store=False)
+    assert report.verdict == "FAIL" and role in [one.role for one in report.builds[0].graphs if one.verdict == "FAIL"]
+    culprits = {one.graph: one for one in bisect_bundle(path, tiny_checkpoint(name), report)}
+    found = culprits[role]
+    assert planted[0] in (found.node, *found.candidates), str(found)

@@ -18,7 +18,7 @@ from vlm_edge_runtime.errors import ParityError
 
 from .metrics import Array, Distance, worst
 from .pairs import compare_values, pair_values
-from .probe import Probe, label, scope_of
+from .probe import Probe, label, reads, scope_of
 from .report import short
 
 CHUNK = 48
@@ -113,9 +113,9 @@ def _before(probe: Probe, node: ir.Node, seen: Mapping[str, Distance]) -> tuple[
     between: list[ir.Node] = []
     waiting, visited = [node], {node}
     while waiting:
-        for value in waiting.pop().inputs:
-            source = value.producer() if value is not None else None
-            if value is None or source is None or source in visited or probe.is_constant(source):
+        for value in reads(waiting.pop()):
+            source = value.producer()
+            if source is None or source in visited or probe.is_constant(source):
                 continue
             if (found := seen.get(str(value.name))) is not None:
                 known.append(found)

@@ -108,6 +108,16 @@ def scope_of(node: ir.Node) -> str:
     return names[-1] if names else ""
 
 
+def reads(node: ir.Node) -> list[ir.Value]:
+    """What a node reads: its inputs, and what the graphs in its attributes (branches, loop bodies) take from around them."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = list(attribute.as_graph().all_nodes())
+            values += [value for one in inner for value in one.inputs if value is not None and value.producer() not in inner]
+    return list(dict.fromkeys(values))
+
+
 def label(node: ir.Node) -> str:
     """A node's name, or what it computes where it has none."""
     return node.name or f"{node.op_type} of {node.outputs[0].name}"

@@ -281,8 +281,11 @@ def _token_values(kind: str, shape: tuple[int, ...], spec: TensorSpec, random: n
             ids[:, 1 : half + 1] = 1
             ids[:, half + 2 :] = 2
         return ids
-    if kind == "media":
-        return (random.random(shape) < 0.7).astype(dtype)
+    if kind == "media":  # the first of several tokens sees none, the last one at least the first image
+        seen = (random.random(shape) < 0.7).astype(dtype)
+        seen[:, 0] = 0
+        seen[:, -1, 0] = 1
+        return seen
     return random.standard_normal(shape).astype(dtype)
 
 
