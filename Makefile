@@ -47,7 +47,7 @@ native: $(ENV)  ## rebuild the C extension in place
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 coverage: $(ENV)  ## verify every system and write the coverage table (families/coverage.json, README.md)
-	$(BIN)/python -m pytest -m 'slow or not slow' tests/coverage --write-coverage
+	$(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests/coverage --write-coverage
 	$(BIN)/python -m benchmarks.coverage_table
 
 asan: $(ENV)  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from filelock import FileLock
 
 from vlm_edge.families import coverage
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "tests"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,8 +44,9 @@ def keep(request: pytest.FixtureRequest) -> Callable[[str, coverage.CheckpointRe
         if not wanted:
             return
         known = {name for one in coverage.systems() for name in one.checkpoints}
-        found = {key: value for key, value in (coverage.results() | {name: result}).items() if key in known}
-        text = msgspec.json.format(msgspec.json.encode(dict(sorted(found.items()))), indent=2)
-        coverage.RESULTS.write_bytes(text + b"\n")
+        with FileLock(CACHE / "coverage.lock"):  # the tests run in several processes
+            found = {key: value for key, value in (coverage.results() | {name: result}).items() if key in known}
+            text = msgspec.json.format(msgspec.json.encode(dict(sorted(found.items()))), indent=2)
+            coverage.RESULTS.write_bytes(text + b"\n")
 
     return write

@@ -106,8 +106,8 @@ class TilePlaceholder(_Struct, kw_only=True, tag="tiles", tag_field="kind"):
 class CropsPlaceholder(_Struct, kw_only=True, tag="crops", tag_field="kind"):
     """Gemma 3: `{before}{soft_token × tokens_per_image}{after}` takes the place of `image_token`.
 
-    An image that was also cut into crops (rows × columns of them, after the whole image in its batch) is `crops`, in which `{image}`
-    is the whole image's frame and `{crops}` one frame per crop, blanks between.
+    An image that was also cut into crops (rows × columns of them, after the whole image in its batch) is `crops`, in which
+    `{image}` is the whole image's frame and `{crops}` one frame per crop, blanks between.
     """
 
     image_token: str
@@ -268,9 +268,9 @@ class PromptFormat(_Struct, kw_only=True):
     `template`: `{images}` stands for one placeholder per image, `{text}` for the text. `add_special_tokens`: whether the
     tokenizer adds its own around the result. `apart`: the placeholders that the prompt begins with are no part of the text, and
     stand before the tokenizer's own special tokens (BLIP-2). `start_tokens`: token ids that the decoder begins with: before the
-    prompt where the decoder reads it (`start` "before"), only where that prompt is empty (`start` "instead"), or alone where an encoder
-    reads the prompt. `replacements`: a task word → the text that takes the place of the whole prompt it stands in; `{input}`
-    there stands for the rest of the prompt without outer white space, and without `{input}` there must be no rest.
+    prompt where the decoder reads it (`start` "before"), only where that prompt is empty (`start` "instead"), or alone where an
+    encoder reads the prompt. `replacements`: a task word → the text that takes the place of the whole prompt it stands in;
+    `{input}` there stands for the rest of the prompt without outer white space, and without `{input}` there must be no rest.
     """
 
     template: str = "{images}{text}"
