@@ -134,7 +134,7 @@ CONTROLLED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "processors"), CONTROLLED, ids=str)
+@pytest.mark.parametrize(("options", "processors"), CONTROLLED, ids=[str(options) for options, _ in CONTROLLED])
 def test_with_processors(options, processors) -> None:
     for seed, prompt in enumerate(prompts(4)):
         beams = BeamOptions(2 + seed % 3, 1.0, early_stopping=bool(seed % 2), num_return_sequences=2)
