@@ -33,6 +33,8 @@ class BundleGenerator:
         self._session = session
         bundle = open_bundle(path, verify=False)
         known = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
+        memory = getattr(bundle.manifest.contract, "memory", None)
+        self._decoder_reads = memory is None or memory.source != "encoder"
         self._controls = sorted(known.keys() - _SPECIAL_TOKENS)
         contract = bundle.manifest.contract
         # A model of videos alone sees a picture as a video that stands still.
@@ -48,7 +50,8 @@ class BundleGenerator:
 
     def prepare(self, example: Example) -> Prepared:
         found = self._session.prepare(example.prompt, **self._seen(example))
-        return Prepared(found.token_ids, [_pixels(one.arrays) for one in found.inputs], found.decoder_ids)
+        pixels = [_pixels(one.arrays) for one in found.inputs]
+        return Prepared(found.token_ids, pixels, found.decoder_ids if self._decoder_reads else [])
 
     def forced(self, example: Example, answer: Sequence[int]) -> Floats:
         return self._session.logits_along(example.prompt, answer_tokens=answer, **self._seen(example))

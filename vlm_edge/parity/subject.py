@@ -20,8 +20,8 @@ Floats = npt.NDArray[np.float32]
 class Prepared:
     """An example as the model reads it. `pixels`: those of each picture, as the processor lays them out.
 
-    `input_ids`: the tokens of the prompt as a processor gives them; `decoder_ids`: what the decoder begins with, which may be
-    something else (an encoder reads the prompt; a model's `generate` rewrites it).
+    `input_ids`: the tokens of the prompt as a processor gives them; `decoder_ids`: those that the decoder begins with, where it
+    reads the prompt (a model's `generate` may rewrite what the processor gave).
     """
 
     input_ids: list[int]
