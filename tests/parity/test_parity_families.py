@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny
 from planted import copy, edit_graph, set_weight
 
 from vlm_edge.parity import bisect_bundle, compare
@@ -20,11 +19,10 @@ from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import read_manifest
 
 FAST = ("florence2", "idefics")
-"""A prompt that the processor rewrites for an encoder; pictures between texts. The rest of the families in the slow run."""
-OTHERWISE = {"gemma3-crops": "transformers' joint processor overrides the saved do_pan_and_scan by its own default"}
-NAMES = [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny.CHECKPOINTS if name not in OTHERWISE
-]
+"""A prompt that the processor rewrites for an encoder; pictures between texts. Every system is compared in tests/coverage."""
+SLOW = ("llava-gemma2", "blip2-qwen2", "instructblip-t5", "deit-roberta", "internvl-qwen3", "idefics-plain")
+"""Variants that stand for no system there."""
+NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import tiny
 from PIL import Image
 
+from vlm_edge.families import coverage
 from vlm_edge.passes.graph import is_weight
 from vlm_edge.targets.build import build
 from vlm_edge.targets.precision import bundle_roles
@@ -21,7 +22,10 @@ from vlm_edge_runtime.bundle.reader import Bundle, open_bundle
 
 FAST = ("llava-llama", "paligemma2", "florence2", "idefics", "clip")
 """Causal, blocks, an encoder before the decoder, images seen token by token; the rest of the families in the slow run."""
-NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in tiny.CHECKPOINTS]
+COVERED = {one.checkpoint for one in coverage.systems()} - set(FAST)
+"""Built and compared with PyTorch in tests/coverage already."""
+VARIANTS = [name for name in tiny.CHECKPOINTS if name not in COVERED]
+NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ def test_four_bits(bundle, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiny.CHECKPOINTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_eight_bits(bundle, name):
     quantised(bundle(name), "cpu-int8")
 
