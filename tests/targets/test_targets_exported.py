@@ -59,7 +59,7 @@ def test_full_precision(bundle, name):
         return
     cached = sum(node.op_type == "Attention" and len(node.inputs) > 5 for node in decoder(open_bundle(path)))
     assert cached == contract.kv.layers, "every cached layer of the portable decoder is one Attention"
-    assert made.kv.shared_buffer == (cached > 0)
+    assert made.kv.shared_buffer, "nothing grows: the C loop runs it"
     lowered = decoder(open_bundle(path, build="cpu-fp32"))
     assert operators(lowered).count("GroupQueryAttention") == cached
     outside = [node.op_type for node in lowered]

@@ -57,7 +57,7 @@ class ReferenceInputs:
                 with quiet():
                     made = call()
                 if name != _BY_PARTS and self._overlooks(name, made, example):
-                    raise ParityError("The processor overlooks all pictures but the first.")
+                    raise ParityError("The processor makes no room for several pictures.")
                 known = name == self._way and self._rewritten
                 same = known or self.ours is None or self._same_tokens(made, self.ours(example))
             except Exception as error:  # a way that this processor has not: whatever it raises, the next one is tried
@@ -74,13 +74,13 @@ class ReferenceInputs:
         )
 
     def _overlooks(self, name: str, made: Inputs, example: Example) -> bool:
-        """Whether several pictures get no more image tokens than the first one alone (BLIP-2's processor makes room for one)."""
+        """Whether several pictures get other image tokens than all of them alone (BLIP-2's processor makes room for one)."""
         image = self._contract.modality("image")
         if len(example.images) < 2 or image is None or image.token_id is None or image.token_id not in (ids := _ids(made)):
             return False
         with quiet():
-            alone = dict(self._ways(Example(example.images[:1], example.prompt)))[name]()
-        return ids.count(image.token_id) == _ids(alone).count(image.token_id)
+            alone = [dict(self._ways(Example((picture,), example.prompt)))[name]() for picture in example.images]
+        return ids.count(image.token_id) != sum(_ids(one).count(image.token_id) for one in alone)
 
     def _same_tokens(self, made: Inputs, ours: Prepared) -> bool:
         if _ids(made) == ours.input_ids:
