@@ -32,4 +32,4 @@ def test_training_learns(name: str) -> None:
     losses: list[float] = []
     train(STUDENTS[name], 0, 12, None, lambda step, seconds, found: losses.append(found["text"]))
     assert all(math.isfinite(loss) for loss in losses)
-    assert losses[-1] < 0.9 * losses[0]
+    assert sum(losses[-3:]) < sum(losses[:3])

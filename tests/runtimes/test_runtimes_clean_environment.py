@@ -79,4 +79,4 @@ def test_what_needs_pytorch_says_so(device, tmp_path):
 @pytest.mark.slow
 def test_listings_work_on_a_device(device):
     assert "cpu-int4" in _run(device, "vlm-edge", "targets").stdout
-    assert "llava" in _run(device, "vlm-edge", "families").stdout
+    assert "LLaVA" in _run(device, "vlm-edge", "families").stdout

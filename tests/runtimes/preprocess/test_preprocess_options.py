@@ -54,7 +54,7 @@ def test_tokens_of_a_fixed_grid() -> None:
     ("config", "message"),
     [
         ({}, "names no image_processor_type"),
-        ({"image_processor_type": "MllamaImageProcessor"}, "'MllamaImageProcessor' is not known"),
+        ({"image_processor_type": "FuyuImageProcessor"}, "'FuyuImageProcessor' is not known"),
         ({"image_processor_type": "Qwen2_5_VLImageProcessor"}, "nearest is Qwen2VLImageProcessor"),
         (CLIP | {"offset": True}, "not known here and may change the pixels: offset=True"),
         (CLIP | {"do_sharpen": True, "gamma": 2.2}, "do_sharpen=True, gamma=2.2"),
