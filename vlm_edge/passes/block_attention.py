@@ -40,7 +40,8 @@ class BlockAttention(GraphPass):
 
     Measured (ONNX Runtime 1.31, 24 layers, 4 KV heads of 64, a busy machine): a step inside `If` writes in place as outside of
     it and costs about 2 µs more a layer with a buffer of 256 slots; with 4,096 slots it took 0.70 ms against 0.42, where a
-    copy of that cache would take 13. A prefill of 300 tokens is as fast as GroupQueryAttention's. Running GroupQueryAttention always and only choosing the result would double the prefill.
+    copy of that cache would take 13. A prefill of 300 tokens is as fast as GroupQueryAttention's. Running GroupQueryAttention
+    always and only choosing the result would double the prefill.
 
     Only one row at a time may have blocks in a step after a past, as for GroupQueryAttention itself.
     """
