@@ -121,6 +121,7 @@ def qwen2_vl() -> Parts:
 
 CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "llava-llama": lambda: llava("llama"),
+    "llava-opt": lambda: llava("opt", tower="siglip", layer=-1, strategy="full"),
     "llava-gpt2": lambda: llava("gpt2", strategy="full"),
     "llava-qwen2": lambda: llava("qwen2", layer=[-2, -1]),
     "llava-qwen3": lambda: llava("qwen3"),
