@@ -31,14 +31,11 @@ from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import Case, GraphPlan, Part, Split, float32, options, submodule
 from .cross_contrast import contrast_plans
-from .cross_decoder import CrossDecoder, cross_decoder_plan, cross_kv_plan, encoder_plan
+from .cross_decoder import CrossDecoder, cross_decoder_plan, cross_kv_plan, encoder_plan, longest_text
 from .cross_recurrent import NO_CACHE, Recurrent, recurrent_plans
 from .cross_vision import VISIONS, vision_plans
 from .decoder import ExtraInput, as_argument, embed_plan
 from .registry import Entry
-
-_CONTEXT = 512
-"""Longest text of a decoder that has no table of positions and whose tokenizer names no limit: what T5 was trained on."""
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -99,7 +96,7 @@ class CrossAttention:
         decoder = CrossDecoder(part, width)
         sizes = decoder.sizes
         masked = bool(wanted.encoder) or vision.tokens == 0
-        context = _longest(part.config, checkpoint) - position_offset(part)
+        context = longest_text(part.config, checkpoint) - position_offset(part)
         further, contrast = (
             contrast_plans(checkpoint, submodule(model, wanted.vision, entry), part, vision.features, context)
             if wanted.contrast
@@ -129,7 +126,7 @@ class CrossAttention:
                 source="encoder" if encoders else "features",
                 mask="source" if masked else "none",
                 hidden_size=width,
-                source_length=_longest(encoder.config, checkpoint) if encoders else None,
+                source_length=longest_text(encoder.config, checkpoint) if encoders else None,
             ),
             contrast=contrast,
         )
@@ -144,7 +141,7 @@ class CrossAttention:
             kv=NO_CACHE,
             hidden_size=found.hidden,
             vocab_size=found.vocabulary,
-            context_length=_longest(checkpoint.config, checkpoint),
+            context_length=longest_text(checkpoint.config, checkpoint),
             eos_token_ids=checkpoint.eos_token_ids(),
             pad_token_id=checkpoint.pad_token_id(),
             bos_token_id=checkpoint.bos_token_id(),
@@ -257,15 +254,6 @@ def _task_words(checkpoint: Checkpoint, name: str) -> dict[str, str]:
     images = transformers.CLIPImageProcessorPil(image_seq_length=1)  # any will do: it is not used
     processor = getattr(transformers, name)(image_processor=images, tokenizer=checkpoint.tokenizer)
     return {**processor.task_prompts_without_inputs, **processor.task_prompts_with_input}
-
-
-def _longest(config: Any, checkpoint: Checkpoint) -> int:
-    """How many tokens a text model takes: its table of positions, else its tokenizer's limit."""
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(found := getattr(config, name, None), int) and found > 1:
-            return found
-    limit = int(min(getattr(checkpoint.tokenizer, "model_max_length", _CONTEXT), 1 << 20))
-    return limit if limit < 1 << 20 else _CONTEXT
 
 
 FAMILY = CrossAttention()

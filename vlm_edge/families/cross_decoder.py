@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
+
+from vlm_edge.export.checkpoint import Checkpoint
 
 from .base import Case, GraphPlan, Part, Tensors, float32, int64
 from .cross_step import CrossDecoder, Sizes
@@ -161,3 +164,19 @@ def _source_cases(*, padded: bool, **more: int) -> tuple[Case, ...]:
         Case(f"batch {batch}, source {source}{f', {end} padded' if end else ''}", {"batch": batch, "source": source, **more}, end)
         for batch, source, end in rows
     )
+
+
+_CONTEXT = 512
+"""Longest text of a decoder that has no table of positions and whose tokenizer names no limit: what T5 was trained on."""
+
+
+def positions_table(config: Any) -> int | None:
+    """How long a text model's table of positions is; None where its positions are relative."""
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 1 else None
+
+
+def longest_text(config: Any, checkpoint: Checkpoint) -> int:
+    """How many tokens a text model takes: its table of positions, else its tokenizer's limit."""
+    limit = positions_table(config) or int(min(getattr(checkpoint.tokenizer, "model_max_length", _CONTEXT), 1 << 20))
+    return limit if limit < 1 << 20 else _CONTEXT

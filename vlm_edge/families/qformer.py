@@ -27,16 +27,13 @@ from vlm_edge_runtime.bundle.manifest import (
 from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import GraphPlan, Part, Split, options, submodule
-from .cross_decoder import CrossDecoder, cross_decoder_plan, cross_kv_plan, encoder_plan
+from .cross_decoder import CrossDecoder, cross_decoder_plan, cross_kv_plan, encoder_plan, longest_text, positions_table
 from .decoder import decoder_plan, embed_plan, probe
 from .qformer_branch import Branch, Input, branch, branch_plans
 from .registry import Entry
 
 TOKENIZER = "qformer_tokenizer"
 """The name under which InstructBlipProcessor saves the tokenizer of instructions."""
-
-_CONTEXT = 512
-"""Longest text of a decoder that has no table of positions and whose tokenizer names no limit: what T5 was trained on."""
 
 
 class Options(msgspec.Struct, forbid_unknown_fields=True):
@@ -116,31 +113,19 @@ def _encoder_decoder(text: Part, checkpoint: Checkpoint) -> Text:
     encoder, embedding = text.get_encoder(), text.get_input_embeddings()
     width = int(text.config.d_model)
     decoder = CrossDecoder(text, width)
-    sizes, context = decoder.sizes, _longest(text.config, checkpoint)
+    sizes, context = decoder.sizes, longest_text(text.config, checkpoint)
     graphs = (
         encoder_plan(encoder, embedding, sizes.hidden, width),
         cross_kv_plan(decoder),
         embed_plan(decoder, sizes.hidden, sizes.vocabulary),
         cross_decoder_plan(decoder, context, masked=True),
     )
-    memory = Memory(source="encoder", mask="source", hidden_size=width, source_length=_positions(text.config))
+    memory = Memory(source="encoder", mask="source", hidden_size=width, source_length=positions_table(text.config))
     return graphs, _named(sizes.kv, sizes.hidden, sizes.vocabulary, context), memory, [_start(text)]
 
 
 def _named(kv: KVLayout, hidden: int, vocabulary: int, context: int) -> dict[str, Any]:
     return {"kv": kv, "hidden_size": hidden, "vocab_size": vocabulary, "context_length": context}
-
-
-def _positions(config: Any) -> int | None:
-    """How long a table of positions an encoder-decoder has; None where positions are relative."""
-    found = getattr(config, "max_position_embeddings", None)
-    return int(found) if isinstance(found, int) and found > 1 else None
-
-
-def _longest(config: Any, checkpoint: Checkpoint) -> int:
-    """How many tokens the decoder writes at most: its table of positions, else its tokenizer's limit."""
-    limit = _positions(config) or int(min(getattr(checkpoint.tokenizer, "model_max_length", _CONTEXT), 1 << 20))
-    return limit if limit < 1 << 20 else _CONTEXT
 
 
 def _start(text: Part) -> int:

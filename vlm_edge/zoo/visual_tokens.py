@@ -62,7 +62,7 @@ class VisualTokensForCausalLM(VisualTokensPreTrainedModel, GenerationMixin):
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """`pooler_output [images, tokens, hidden]`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what an image becomes: define get_image_features")
 
     def other_features(self, **inputs: Any) -> list[tuple[int, torch.Tensor]]:
         """(token, features `[…, hidden]`) of what enters besides images."""

@@ -13,14 +13,15 @@ from vlm_edge_runtime.engines.base import Engine
 from vlm_edge_runtime.errors import BundleError
 from vlm_edge_runtime.preprocess import ImageLike
 
-from .common_space import CommonSpace, EmbeddingStats, LabelScore, Similarity
+from .common_space import CommonSpace, EmbeddingStats
+from .compares import Compares
 from .media import Array, Encoded, Features, Floats, Medium
 from .modalities import Modalities
 from .modality_graphs import wanted
 from .vision_language_model import VisionLanguageModel
 
 
-class ContrastiveCaptioner(VisionLanguageModel):
+class ContrastiveCaptioner(Compares, VisionLanguageModel):
     """A vision-language model whose bundle also has vectors of images and texts in one space. Made by `load()`.
 
     An image is encoded once for both: what its caption was written from is what its vector is made of. Vectors of images share
@@ -47,26 +48,6 @@ class ContrastiveCaptioner(VisionLanguageModel):
         """
         self._check_open()
         return self._space.embed_image(images, normalize=normalize)
-
-    def embed_text(self, texts: str | Sequence[str], *, normalize: bool = True) -> Floats:
-        """Vectors float32 `[texts, dim]` of one text or several, of unit length unless `normalize` is off.
-
-        Raises ContextLengthError for a text longer than the text encoder reads, PromptError for what is no text.
-        """
-        self._check_open()
-        return self._space.embed_text(texts, normalize=normalize)
-
-    def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Similarity:
-        """Logits and probabilities of every image with every text. Errors as `image_vectors` and `embed_text`."""
-        self._check_open()
-        return self._space.similarity(images, texts)
-
-    def classify(
-        self, image: ImageLike, labels: Sequence[str], template: str | Sequence[str] = "a photo of a {}"
-    ) -> list[LabelScore]:
-        """The labels, the likeliest first; as `DualEncoder.classify`."""
-        self._check_open()
-        return self._space.classify(image, labels, template)
 
     def memory(self) -> dict[str, int]:
         """Bytes: as `VisionLanguageModel.memory`, and `text_cache` (the kept vectors of texts)."""

@@ -11,8 +11,9 @@ from vlm_edge_runtime.engines.base import Engine
 from vlm_edge_runtime.errors import BundleError
 from vlm_edge_runtime.preprocess import ImageLike
 
-from .base import Session, missing_method
+from .base import missing_method
 from .common_space import CommonSpace, EmbeddingStats, LabelScore, Similarity, sigmoid, softmax, unit_length
+from .compares import Compares
 from .lru import ByteLRU
 from .media import Floats, MediaStore
 from .modality_graphs import ModalityGraphs
@@ -21,7 +22,7 @@ from .readers import ImageReader
 __all__ = ["DualEncoder", "EmbeddingStats", "LabelScore", "Similarity", "sigmoid", "softmax", "unit_length"]
 
 
-class DualEncoder(Session):
+class DualEncoder(Compares):
     """Embeds images and texts, and compares them. Made by `load()`. Safe to use from several threads.
 
     Vectors of images are cached by content, those of texts by text.
@@ -62,30 +63,6 @@ class DualEncoder(Session):
         """
         self._check_open()
         return self._space.embed_image(images, normalize=normalize)
-
-    def embed_text(self, texts: str | Sequence[str], *, normalize: bool = True) -> Floats:
-        """Vectors float32 `[texts, dim]` of one text or several, of unit length unless `normalize` is off.
-
-        Raises ContextLengthError for a text longer than the text encoder reads, PromptError for what is no text.
-        """
-        self._check_open()
-        return self._space.embed_text(texts, normalize=normalize)
-
-    def similarity(self, images: ImageLike | Sequence[ImageLike], texts: str | Sequence[str]) -> Similarity:
-        """Logits and probabilities of every image with every text. Errors as `embed_image` and `embed_text`."""
-        self._check_open()
-        return self._space.similarity(images, texts)
-
-    def classify(
-        self, image: ImageLike, labels: Sequence[str], template: str | Sequence[str] = "a photo of a {}"
-    ) -> list[LabelScore]:
-        """The labels, the likeliest first.
-
-        `template` makes a sentence of each label; several are averaged (prompt ensembling, arXiv 2103.00020, section 3.1.4).
-        Raises PromptError for no labels, a template without `{}`; and the errors of `similarity`.
-        """
-        self._check_open()
-        return self._space.classify(image, labels, template)
 
     def memory(self) -> dict[str, int]:
         """Bytes: `weights` (the build's graph files), `image_cache` and `text_cache` (what is kept now)."""
