@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vlm_edge.parity.metrics import UNBOUNDED, compare_step, distance, first_choice, kl_divergence, log_softmax, worst
+from vlm_edge.parity.metrics import (
+    UNBOUNDED,
+    compare_step,
+    distance,
+    first_choice,
+    kl_divergence,
+    largest_value,
+    log_softmax,
+    worst,
+)
 from vlm_edge.parity.tolerance import EXIT_CODES, loosest, overall, tolerance
 
 FLOATS = hnp.arrays(np.float32, st.integers(1, 20), elements=st.floats(-1e3, 1e3, width=32))
@@ -124,3 +133,9 @@ def test_the_worst_verdict_is_the_whole_and_has_an_exit_code_of_its_own():
     assert overall(["PASS", "AMBIGUOUS"]) == "AMBIGUOUS"
     assert overall(["AMBIGUOUS", "FAIL", "PASS"]) == "FAIL"
     assert EXIT_CODES == {"PASS": 0, "FAIL": 1, "AMBIGUOUS": 2}
+
+
+def test_the_size_of_logits_leaves_out_fillers_and_infinities():
+    """Chameleon hides image tokens by the smallest float: a near tie must not be measured by that."""
+    assert largest_value([-3.4e38, 2.0, -5.0, np.inf, np.nan]) == 5.0
+    assert largest_value([-3.4e38]) == 0.0

@@ -71,6 +71,12 @@ def distance(found: npt.ArrayLike, expected: npt.ArrayLike, mask: npt.ArrayLike 
     return Distance(max_abs=largest, relative=min(relative, UNBOUNDED), cosine=cosine)
 
 
+def largest_value(values: npt.ArrayLike) -> float:
+    """max |values|, leaving out infinities and fillers of masks; 0 where nothing is left."""
+    sizes = np.abs(np.asarray(values, np.float64))
+    return float(sizes[sizes < _MASKED].max(initial=0.0))
+
+
 def worst(distances: Iterable[Distance]) -> Distance:
     """The largest of each number and the first note."""
     each = list(distances)

@@ -10,7 +10,7 @@ import numpy as np
 from vlm_edge_runtime.errors import ParityError
 
 from .examples import Example
-from .metrics import UNBOUNDED, Distance, apart, compare_step, distance, worst
+from .metrics import UNBOUNDED, Distance, apart, compare_step, distance, largest_value, worst
 from .report import ForcedResult, LogitsResult, PreprocessingResult, TextResult, short
 from .subject import Answer, Array, Floats, Generator, Prepared
 from .tolerance import PREPROCESSING, Tolerance, Verdict
@@ -59,7 +59,7 @@ def compare_logits(
     results: list[ForcedResult] = []
     for i, (example, answer, reference) in enumerate(zip(examples, answers, expected, strict=True)):
         found = _forced(subject, example, answer.tokens, reference)
-        near = tolerance.near_tie(float(np.abs(reference[np.isfinite(reference)]).max(initial=0.0)))
+        near = tolerance.near_tie(largest_value(reference))
         steps = [compare_step(row, other, near) for row, other in zip(reference, found, strict=True)]
         results.append(
             ForcedResult(example=i, words=subject.words(answer.tokens), steps=steps, scatter=_scatter(reference, found))
@@ -158,7 +158,7 @@ def _compare_text(
     if at < len(reference.tokens) and at < len(answer.tokens):
         row = np.asarray(logits[at], np.float64)
         margin = float(row[reference.tokens[at]] - row[answer.tokens[at]])
-        near = tolerance.near_tie(float(np.abs(row[np.isfinite(row)]).max(initial=0.0)))
+        near = tolerance.near_tie(largest_value(row))
         note = f"diverges at token {at}, where the reference prefers its own by {short(margin)} logits"
         if margin <= near:
             verdict, note = "AMBIGUOUS", note + ": a near tie"
