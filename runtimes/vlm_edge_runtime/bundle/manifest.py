@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from .engine_profile import EngineProfile
 from .image_output import ImageOutput
 from .vision_layout import (
     AnyResolutionPlaceholder,
@@ -22,7 +23,8 @@ from .vision_layout import (
     TimedFramesPlaceholder,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""3: builds may hold engines (`Build.engines`). A manifest of an older schema is read as it is."""
 
 Dim = int | str
 """A fixed size, or the name of a dynamic dimension (`batch`, `sequence`, `past`, `images`, `patches` …)."""
@@ -390,11 +392,37 @@ class ParityRecord(_Struct, kw_only=True):
     checks: list[Check]
 
 
+class EngineEntry(_Struct, kw_only=True):
+    """One compiled engine: a cache of what a graph of the build became for some GPUs, never the artefact itself.
+
+    `graph` is the key of its graph in `Build.graphs` (or in the portable ones, where the build took that unchanged); `role` is
+    what it is to the runtime; a decoder has one engine per context bucket, and `capacity` is the number of cache entries it was
+    made for. `sm`: the compute capabilities that it runs on (86 is 8.6). `platform`: operating system and architecture, as
+    `linux-x86_64`. `key`: SHA-256 over the graph's files, the settings, the builder's version and `sm`; an engine whose key is
+    not what the graph asks for now is stale. `profiles` in the order in which the engine numbers them. `aliases`: output → the
+    input whose memory it must be given (a cache updated in place).
+    """
+
+    role: str
+    graph: str
+    file: FileRef
+    sm: list[int]
+    builder: Literal["tensorrt", "tensorrt-rtx"]
+    builder_version: str
+    platform: str
+    key: str
+    capacity: int | None = None
+    profiles: list[EngineProfile] = []
+    aliases: dict[str, str] = {}
+
+
 class Build(_Struct, kw_only=True):
     """One lowered form of the portable graphs, in `builds/{name}/`.
 
     `precision` names each graph's precision; `options` holds what the build was made with (block size, calibration, …).
-    `kv` replaces the contract's layout when the lowering changed it.
+    `kv` replaces the contract's layout when the lowering changed it. `graphs` are by role; a decoder whose cache has a static
+    size has one graph per context bucket instead, `decoder.c1024` … . `engines`: what was compiled from them so far; empty where
+    the target's engines are made on the device.
     """
 
     name: str
@@ -402,6 +430,7 @@ class Build(_Struct, kw_only=True):
     backend: str
     precision: dict[str, str]
     graphs: dict[str, GraphEntry]
+    engines: list[EngineEntry] = []
     options: dict[str, str | int | float | bool] = {}
     kv: KVLayout | None = None
     created: str = ""

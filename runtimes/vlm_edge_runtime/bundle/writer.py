@@ -20,7 +20,7 @@ import msgspec
 
 from vlm_edge_runtime.errors import BundleError
 
-from .manifest import Build, FileRef, Manifest
+from .manifest import SCHEMA_VERSION, Build, FileRef, Manifest
 from .reader import MANIFEST, file_sha256, read_manifest
 
 
@@ -135,6 +135,7 @@ def update_manifest(bundle: str | Path, change: Callable[[Manifest], None]) -> M
 
 
 def _write_manifest(root: Path, manifest: Manifest) -> None:
+    manifest.schema_version = SCHEMA_VERSION  # it may say now what an older schema has no word for
     data = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
     handle, name = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=root)
     try:
