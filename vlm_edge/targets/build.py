@@ -65,7 +65,7 @@ def build(
         raise TargetError(f"block size {block_size} is not possible; it can be: {', '.join(map(str, BLOCK_SIZES))}.")
     opened = open_bundle(bundle)
     kinds = bundle_roles(opened.graphs)
-    words = resolve_precision(chosen.precision, precision, kinds)
+    words = resolve_precision(chosen.precision, precision, kinds, chosen.words)
     samples = Samples(opened)
     pictures = list(calibration or [])
     graphs: dict[str, GraphEntry] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from vlm_edge_runtime.bundle.manifest import GraphEntry
@@ -11,19 +11,49 @@ from vlm_edge_runtime.errors import TargetError
 
 Kind = Literal["encoder", "embedding", "decoder", "head", "codes"]
 
-WORDS: dict[Kind, tuple[str, ...]] = {
+Words = Mapping[Kind, tuple[str, ...]]
+"""What each kind of graph may be stored in."""
+
+CPU_WORDS: Words = {
     "encoder": ("fp32", "int8", "int8w", "int4"),
     "embedding": ("fp32", "fp16", "int8", "int4"),
     "decoder": ("fp32", "int8", "int4"),
     "head": ("fp32", "int8", "int4"),
     "codes": ("fp32",),
 }
-"""What each kind of graph may be stored in. Encoders: `int8` computes in integers (weights and activations), `int8w` and `int4`
+"""On CPUs. Encoders: `int8` computes in integers (weights and activations), `int8w` and `int4` are weight-only. A decoder's and a
 
-are weight-only. A decoder's and a head's `int8` and `int4` are weight-only. `fp16` is a storage format for the embedding table
-only: computing in it is slower than fp32 on CPUs. Graphs that give codes (an image tokenizer) stay fp32: the nearest code of a
-patch is discrete, and a small error makes it another one.
+head's `int8` and `int4` are weight-only everywhere. `fp16` is a storage format for the embedding table only: computing in it is
+slower than fp32 on CPUs. Graphs that give codes (an image tokenizer) stay fp32: the nearest code of a patch is discrete, and a
+small error makes it another one.
 """
+CUDA_WORDS: Words = {
+    "encoder": ("fp32", "fp16"),
+    "embedding": ("fp32", "fp16"),
+    "decoder": ("fp32", "fp16", "int8", "int4"),
+    "head": ("fp32", "fp16", "int8", "int4"),
+    "codes": ("fp32",),
+}
+"""ONNX Runtime on CUDA: weights alone are quantised (MatMulNBits), and what computes beside them is fp16."""
+TENSORRT_WORDS: Words = {
+    "encoder": ("fp32", "fp16", "bf16", "int8", "int8w", "int4", "fp8", "fp8w", "nvfp4"),
+    "embedding": ("fp32", "fp16", "bf16"),
+    "decoder": ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp8w", "nvfp4"),
+    "head": ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp8w", "nvfp4"),
+    "codes": ("fp32",),
+}
+"""TensorRT: what is not quantised computes in fp16 or bf16, but for islands that stay fp32. `fp8` is of weights and activations,
+
+`fp8w` and `nvfp4` of weights alone.
+"""
+BACKEND_WORDS: dict[str, Words] = {
+    "ort-cpu": CPU_WORDS,
+    "ort-cuda": CUDA_WORDS,
+    "tensorrt": TENSORRT_WORDS,
+    "tensorrt-rtx": TENSORRT_WORDS,
+}
+_HARDWARE = {"int8w": "int8", "fp8w": "fp8"}
+"""What the hardware must have for a word, where it is not called the same."""
 
 ROLES: dict[str, Kind] = {
     "vision_encoder": "encoder",
@@ -65,38 +95,53 @@ def bundle_roles(graphs: Mapping[str, GraphEntry]) -> dict[str, Kind]:
     return found
 
 
-def check_precision(role: str, word: str, where: str, roles: Mapping[str, Kind]) -> None:
+def words_for(backend: str, precisions: Collection[str] | None = None) -> Words:
+    """What the graphs of a backend may be built as, on hardware that has `precisions` (None: whatever the backend knows)."""
+    known = BACKEND_WORDS[backend]
+    if precisions is None:
+        return known
+    return {kind: tuple(word for word in words if _HARDWARE.get(word, word) in precisions) for kind, words in known.items()}
+
+
+def check_precision(role: str, word: str, where: str, roles: Mapping[str, Kind], words: Words = CPU_WORDS) -> None:
     """Raises TargetError unless `role` is one of `roles` and may be built as `word`."""
     if role not in roles:
         short = [alias for alias, name in ALIASES.items() if name in roles]
         near = difflib.get_close_matches(role, [*roles, *short], n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise TargetError(f"{where}: unknown graph '{role}'.{hint} There is: {', '.join(roles)}.")
-    _check_word(role, word, where, roles[role])
+    _check_word(role, word, where, roles[role], words)
 
 
-def _check_word(role: str, word: str, where: str, kind: Kind) -> None:
-    if word in WORDS[kind]:
+def _check_word(role: str, word: str, where: str, kind: Kind, words: Words) -> None:
+    if word in words[kind]:
         return
-    why = " (computing in fp16 is slower than fp32 on CPUs)" if word == "fp16" else ""
-    why = " (its output is codes, which an error would change)" if kind == "codes" else why
-    raise TargetError(f"{where}: {role} cannot be '{word}'{why}; it can be: {', '.join(WORDS[kind])}.")
+    why = ""
+    if kind == "codes":
+        why = " (its output is codes, which an error would change)"
+    elif word == "fp16" and "fp16" not in words["decoder"]:
+        why = " (computing in fp16 is slower than fp32 on CPUs)"
+    elif any(word in known[kind] for known in BACKEND_WORDS.values()):
+        why = " on this target"
+    raise TargetError(f"{where}: {role} cannot be '{word}'{why}; it can be: {', '.join(words[kind])}.")
 
 
-def check_table(precision: Mapping[str, str], where: str) -> None:
+def check_table(precision: Mapping[str, str], where: str, words: Words = CPU_WORDS) -> None:
     """A target's precision table. Raises TargetError for a word that a graph cannot have, or a kind without any."""
     for role, word in precision.items():
-        _check_word(role, word, where, kind_of(role))
+        _check_word(role, word, where, kind_of(role), words)
     missing = [role for role in DEFAULTS.values() if role not in precision]
     if missing:
         raise TargetError(f"{where} names no precision for: {', '.join(missing)}.")
 
 
-def parse_precision(given: str | Mapping[str, str] | None, roles: Mapping[str, Kind] = ROLES) -> dict[str, str]:
+def parse_precision(
+    given: str | Mapping[str, str] | None, roles: Mapping[str, Kind] = ROLES, words: Words = CPU_WORDS
+) -> dict[str, str]:
     """`vision=int8,projector=fp32,decoder=int4`, one word for all graphs, or a mapping → {role: word}.
 
-    `roles`: the graphs there are. One word for all leaves graphs that give codes as they are. Raises TargetError for an unknown
-    graph or word, one named twice, or a malformed item.
+    `roles`: the graphs there are; `words`: what the target can build each as (`Target.words`). One word for all leaves graphs
+    that give codes as they are. Raises TargetError for an unknown graph or word, one named twice, or a malformed item.
     """
     if given is None:
         return {}
@@ -104,7 +149,7 @@ def parse_precision(given: str | Mapping[str, str] | None, roles: Mapping[str, K
     if isinstance(given, Mapping):
         items = list(given.items())
     elif "=" not in given:
-        return _for_all(given.strip(), roles, where)
+        return _for_all(given.strip(), roles, where, words)
     else:
         items = []
         for item in given.split(","):
@@ -115,34 +160,38 @@ def parse_precision(given: str | Mapping[str, str] | None, roles: Mapping[str, K
     found: dict[str, str] = {}
     for name, word in items:
         role = name if name in roles else ALIASES.get(name, name)
-        check_precision(role, word, where, roles)
+        check_precision(role, word, where, roles, words)
         if role in found:
             raise TargetError(f"{where}: {role} is named twice.")
         found[role] = word
     return found
 
 
-def _for_all(word: str, roles: Mapping[str, Kind], where: str) -> dict[str, str]:
-    known = sorted({word for words in WORDS.values() for word in words})
+def _for_all(word: str, roles: Mapping[str, Kind], where: str, words: Words) -> dict[str, str]:
+    known = sorted({word for some in words.values() for word in some})
     if word not in known:
         raise TargetError(f"{where}: not a precision; write one of {', '.join(known)}, or {_EXAMPLE}.")
     chosen = [role for role, kind in roles.items() if kind != "codes"]
     for role in chosen:
-        check_precision(role, word, where, roles)
+        check_precision(role, word, where, roles, words)
     return dict.fromkeys(chosen, word)
 
 
 def resolve_precision(
-    defaults: Mapping[str, str], given: str | Mapping[str, str] | None, roles: Mapping[str, Kind] = ROLES
+    defaults: Mapping[str, str],
+    given: str | Mapping[str, str] | None,
+    roles: Mapping[str, Kind] = ROLES,
+    words: Words = CPU_WORDS,
 ) -> dict[str, str]:
     """The precision of every one of `roles`: the target's, overridden by what the user gave.
 
-    A decoder precision given without one for its head takes the head along, except that a 4-bit decoder keeps an 8-bit
-    head (as in cpu-int4).
+    A decoder precision given without one for its head takes the head along, except that a 4-bit or fp8 decoder keeps a finer
+    head: 8-bit on CPUs (as in cpu-int4), fp16 on GPUs.
     """
-    chosen = parse_precision(given, roles)
+    chosen = parse_precision(given, roles, words)
     if "decoder" in chosen and "lm_head" not in chosen:
-        chosen["lm_head"] = "int8" if chosen["decoder"] == "int4" else chosen["decoder"]
+        finer = "fp16" if "fp16" in words["head"] else "int8"
+        chosen["lm_head"] = finer if chosen["decoder"] in ("int4", "nvfp4", "fp8", "fp8w") else chosen["decoder"]
     return {role: chosen.get(role) or _default(defaults, role, kind) for role, kind in roles.items()}
 
 

@@ -13,7 +13,8 @@ import msgspec
 
 from vlm_edge_runtime.errors import TargetError
 
-from .precision import check_table
+from .device import Card, Context, Device, check_device
+from .precision import Words, check_table, words_for
 
 _SUFFIX = ".toml"
 
@@ -31,23 +32,41 @@ class Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
 
 class Target(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One target: which engine runs the build, and in what precision each graph is made unless asked otherwise."""
+    """One target: which engine runs the build, and in what precision each graph is made unless asked otherwise.
+
+    `device` and `context` describe a GPU (None for the CPU). `cards` names single products of the family that are targets of
+    their own: the family's, with the card's memory.
+    """
 
     name: str
-    backend: Literal["ort-cpu"]
+    backend: Literal["ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx"]
     description: str
     precision: dict[str, str]
     options: Options = Options()
     architectures: list[str] = []
+    device: Device | None = None
+    context: Context | None = None
+    cards: dict[str, Card] = {}
+
+    @property
+    def words(self) -> Words:
+        """What each kind of graph may be built as here: what the backend knows and the hardware has."""
+        return words_for(self.backend, self.device.precisions if self.device else None)
+
+    def gpu(self) -> tuple[Device, Context]:
+        """The device and its context lengths. Raises TargetError for a target of the CPU."""
+        if self.device is None or self.context is None:
+            raise TargetError(f"{self.name} describes no GPU; choose a target with a device: see `vlm-edge targets`.")
+        return self.device, self.context
 
 
 def targets() -> list[Target]:
-    """The targets that ship with vlm-edge, by name."""
-    return [load_target(name) for name in sorted(_shipped()) if not _table(name).get("abstract")]
+    """The targets that ship with vlm-edge, by name; cards of a family are in its `cards`."""
+    return [load_target(name) for name in _names()]
 
 
 def load_target(name_or_path: str | Path) -> Target:
-    """A shipped target by name, or one of your own by the path of its TOML file (which may `extends` a shipped one).
+    """A shipped target or card by name, or one of your own by the path of its TOML file (which may `extends` a shipped one).
 
     Raises TargetError: unknown name (with the nearest and all known ones), unreadable file, unknown key or value.
     """
@@ -57,11 +76,27 @@ def load_target(name_or_path: str | Path) -> Target:
         if not path.is_file():
             raise TargetError(f"no target file {path}; give the path of a TOML file or one of: {', '.join(_names())}.")
         return _decode(_merged(_parse(path.read_bytes(), str(path)), str(path)), str(path))
-    if text not in _shipped() or _table(text).get("abstract"):
-        near = difflib.get_close_matches(text, _names(), n=1, cutoff=0.4)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise TargetError(f"unknown target '{text}'.{hint} Known: {', '.join(_names())}; or the path of a TOML file of your own.")
-    return _decode(_merged(_table(text), f"{text}{_SUFFIX}"), f"{text}{_SUFFIX}")
+    if text in _names():
+        return _decode(_merged(_table(text), f"{text}{_SUFFIX}"), f"{text}{_SUFFIX}")
+    cards = _cards()
+    if text in cards:
+        return _of_card(load_target(cards[text]), text)
+    near = difflib.get_close_matches(text, [*_names(), *cards], n=1, cutoff=0.4)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise TargetError(f"unknown target '{text}'.{hint} Known: {', '.join(_names())}; or the path of a TOML file of your own.")
+
+
+def _cards() -> dict[str, str]:
+    """Name of each card → the target of its family."""
+    return {card: name for name in _names() for card in _table(name).get("cards", {})}
+
+
+def _of_card(family: Target, name: str) -> Target:
+    card = family.cards[name]
+    changes = {key: value for key, value in msgspec.structs.asdict(card).items() if value is not None}
+    device = msgspec.structs.replace(family.gpu()[0], **changes)
+    description = f"{family.description}: {card.memory_gib:g} GiB at {card.bandwidth_gbs:g} GB/s"
+    return msgspec.structs.replace(family, name=name, description=description, device=device, cards={})
 
 
 def _folder() -> Traversable:
@@ -101,6 +136,7 @@ def _merged(table: dict[str, Any], where: str, seen: tuple[str, ...] = ()) -> di
         what = "extends itself" if base_name in seen else f"extends '{base_name}', which is not a shipped target"
         raise TargetError(f"{where} {what}; known: {', '.join(sorted(_shipped()))}.")
     merged = _merged(_table(base_name), f"{base_name}{_SUFFIX}", (*seen, base_name))
+    merged.pop("cards", None)  # they are the base's own
     for key, value in own.items():
         merged[key] = {**merged[key], **value} if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
     return merged
@@ -111,5 +147,10 @@ def _decode(table: dict[str, Any], where: str) -> Target:
         target = msgspec.convert(table, type=Target)
     except msgspec.ValidationError as error:
         raise TargetError(f"{where} is not a valid target: {error}.") from None
-    check_table(target.precision, where)
+    if (target.backend == "ort-cpu") != (target.device is None):
+        raise TargetError(f"{where}: backend {target.backend} {'has no' if target.device else 'needs a'} [device] table.")
+    if target.device is not None:
+        target = msgspec.structs.replace(target, context=target.context or Context())
+        check_device(*target.gpu(), target.backend, where)
+    check_table(target.precision, where, target.words)
     return target
