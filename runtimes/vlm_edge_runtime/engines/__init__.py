@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import DeviceError
 
 from .base import Decoder, DecoderState, Engine, EngineOptions, Graph, RowTokens, SamplingParams
-from .native_ort import NativeOrtEngine
-from .portable import PortableOrtEngine
 
 __all__ = [
+    "BACKENDS",
     "DEVICES",
     "Decoder",
     "DecoderState",
@@ -21,34 +22,39 @@ __all__ = [
     "open_engine",
 ]
 
-DEVICES = ("auto", "cpu")
+BACKENDS: dict[str, tuple[str, str]] = {
+    "ort-cpu": ("cpu", "cpu"),
+    "tensorrt": ("tensorrt", "tensorrt"),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt"),
+}
+"""A build's backend → (the device that runs it, the module here whose `open_engine(bundle, options)` opens it)."""
+
+DEVICES = ("auto", *dict.fromkeys(device for device, _ in BACKENDS.values()))
 """What `device` may be. "auto" takes the device that the bundle's build was made for."""
 
-_PLANNED = ("cuda", "tensorrt", "tensorrt-rtx")
-_CPU_BACKENDS = ("ort-cpu",)
+_PORTABLE = "ort-cpu"
 
 
 def open_engine(bundle: Bundle, device: str = "auto", options: EngineOptions | None = None) -> Engine:
-    """The engine for the bundle's chosen graphs on `device`; never silently another one.
+    """The engine for the bundle's chosen graphs on `device`; never silently another one. Portable graphs run on the CPU.
 
-    A decoder with a shared KV buffer gets the native token loop, one whose cache grows (the portable graphs) the reference
-    loop in Python. Raises DeviceError for a device or a build that cannot run here.
+    Raises DeviceError for a device or a build that cannot run here.
     """
     if device not in DEVICES:
-        known = f"this version runs on: {', '.join(DEVICES)}"
-        if device in _PLANNED:
-            raise DeviceError(
-                f"device '{device}' has no engine in this version; {known}. "
-                'Use device="cpu" with a bundle built for a cpu target (`vlm-edge build BUNDLE --target cpu-int4`).'
-            )
-        raise DeviceError(f"unknown device '{device}'; {known}.")
+        raise DeviceError(f"unknown device '{device}'; this version runs on: {', '.join(DEVICES)}.")
     build = bundle.build
-    if build is not None and build.backend not in _CPU_BACKENDS:
+    backend = build.backend if build is not None else _PORTABLE
+    if backend not in BACKENDS:
         raise DeviceError(
-            f"build '{build.name}' of {bundle.path} is for the backend '{build.backend}', this version runs: "
-            f"{', '.join(_CPU_BACKENDS)}. Choose another build, or make one: `vlm-edge build {bundle.path} --target cpu-int4`."
+            f"build '{bundle.build_name}' of {bundle.path} is for the backend '{backend}', this version runs: "
+            f"{', '.join(BACKENDS)}. Choose another build, or make one: `vlm-edge build {bundle.path} --target cpu-int4`."
         )
-    kv = bundle.kv
-    if kv is None or kv.shared_buffer:
-        return NativeOrtEngine(bundle, options)
-    return PortableOrtEngine(bundle, options)
+    own, module = BACKENDS[backend]
+    if device not in ("auto", own):
+        what = f"build '{build.name}'" if build is not None else "the portable form"
+        raise DeviceError(
+            f"{what} of {bundle.path} runs on device '{own}', '{device}' was asked for: pass device=\"{own}\", or a build made "
+            f"for a target of '{device}' (`vlm-edge targets` lists them)."
+        )
+    engine: Engine = importlib.import_module(f".{module}", __package__).open_engine(bundle, options)
+    return engine

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .dual_encoder import DualEncoder
     from .vision_language_model import VisionLanguageModel
 
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("ort-cpu",)}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("ort-cpu",), "tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx",)}
 """Which builds' backends a device runs. "auto" is the first device here that the bundle has a build for."""
 
 
@@ -38,7 +38,7 @@ def load(
 ) -> VisionLanguageModel | DualEncoder:
     """Loads a bundle. The class of the session follows from the bundle's family.
 
-    - `device`: "cpu" or "auto" (what the bundle has a build for). Never silently another.
+    - `device`: "cpu", "tensorrt", "tensorrt-rtx" or "auto" (what the bundle has a build for). Never silently another.
     - `build`: a build's name, or "portable" for the reference graphs; by default the first build for the device.
     - `threads`: CPU threads, 0 for the number of physical cores.
     - `spin`: idle threads wait for the next piece of work without sleeping. Fastest on a machine of one's own; beside other

@@ -196,7 +196,7 @@ def test_graph_of_an_unknown_role(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("cuda", "no engine in this version; this version runs on: auto, cpu"),
+        ("tensorrt", "the portable form of .* runs on device 'cpu', 'tensorrt' was asked for"),
         ("gpu", "unknown device 'gpu'"),
         ("", "unknown device ''"),
     ],
@@ -207,8 +207,10 @@ def test_other_devices_are_refused(tmp_path, device, message) -> None:
 
 
 def test_builds_for_other_backends_are_refused(tmp_path) -> None:
-    with pytest.raises(DeviceError, match="for the backend 'tensorrt', this version runs: ort-cpu"):
-        open_engine(toy_bundle(tmp_path, Toy(), "lowered", backend="tensorrt"))
+    with pytest.raises(DeviceError, match="for the backend 'coreml', this version runs: ort-cpu, "):
+        open_engine(toy_bundle(tmp_path, Toy(), "lowered", backend="coreml"))
+    with pytest.raises(DeviceError, match="runs on device 'tensorrt-rtx', 'cpu' was asked for"):
+        open_engine(toy_bundle(tmp_path, Toy(), "lowered", backend="tensorrt-rtx"), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,17 @@
+"""ONNX Runtime on the CPU: the native token loop where the cache is one shared buffer, else the reference loop in Python."""
+
+from __future__ import annotations
+
+from vlm_edge_runtime.bundle.reader import Bundle
+
+from .base import Engine, EngineOptions
+from .native_ort import NativeOrtEngine
+from .portable import PortableOrtEngine
+
+
+def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> Engine:
+    """The engine for CPU builds and portable graphs. Raises DeviceError when ONNX Runtime is missing or too old."""
+    kv = bundle.kv
+    if kv is None or kv.shared_buffer:
+        return NativeOrtEngine(bundle, options)
+    return PortableOrtEngine(bundle, options)
