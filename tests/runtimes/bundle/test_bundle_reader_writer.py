@@ -141,7 +141,7 @@ def test_a_newer_schema_is_refused(bundle):
 
 def test_an_unknown_key_is_refused(bundle):
     _edit(bundle, merge="other")
-    with pytest.raises(BundleError, match=r"does not follow schema 2: .*merge"):
+    with pytest.raises(BundleError, match=r"does not follow schema 3: .*merge"):
         open_bundle(bundle)
 
 

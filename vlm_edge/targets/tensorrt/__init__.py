@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: which passes a graph takes, and how engines are compiled from it and kept."""
