@@ -64,7 +64,7 @@ def build(
         target=chosen,
         label=label,
         kinds=kinds,
-        words=resolve_precision(chosen.precision, precision, kinds),
+        words=resolve_precision(chosen.precision, precision, kinds, chosen.words),
         block_size=block_size or backend.block_size,
         pictures=list(calibration or []),
         samples=Samples(opened),
