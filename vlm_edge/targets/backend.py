@@ -39,7 +39,7 @@ _BACKENDS = {
 """Backend name → where its class is; it is imported when a target wants it."""
 
 
-class EngineOptions(msgspec.Struct, kw_only=True, frozen=True):
+class CompileOptions(msgspec.Struct, kw_only=True, frozen=True):
     """What can be asked of builds with compiled engines beyond the target's own data; None leaves it to the target.
 
     `sm`: compute capabilities to compile for (86 is 8.6). `context`: cache sizes, one decoder each. `max_batch`: rows that
@@ -70,7 +70,7 @@ class Job:
     block_size: int
     pictures: Sequence[str | Path]
     samples: Samples
-    engine: EngineOptions = field(default_factory=EngineOptions)
+    compiling: CompileOptions = field(default_factory=CompileOptions)
     progress: Progress = field(default_factory=Silent)
     options: dict[str, Option] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class Backend(ABC):
 
     def check(self, job: Job) -> None:
         """Called before anything is lowered. Raises TargetError for what the target cannot run; prints and keeps nothing."""
-        if job.engine != EngineOptions():
+        if job.compiling != CompileOptions():
             raise TargetError(
                 f"{job.target.name} compiles no engines ({job.target.backend}): SM, context, batch and profiles cannot be chosen."
             )

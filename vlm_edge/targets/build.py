@@ -19,7 +19,7 @@ from vlm_edge_runtime.bundle.reader import PORTABLE, open_bundle
 from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
 
-from .backend import Backend, EngineOptions, Job, Option, backend_of, checked
+from .backend import Backend, CompileOptions, Job, Option, backend_of, checked
 from .pipeline import Lowered
 from .precision import bundle_roles, resolve_precision, stored_as
 from .samples import Samples
@@ -35,7 +35,7 @@ def build(
     precision: str | dict[str, str] | None = None,
     block_size: int | None = None,
     calibration: Sequence[str | Path] | None = None,
-    engine: EngineOptions | None = None,
+    compiling: CompileOptions | None = None,
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -43,10 +43,10 @@ def build(
     """Lowers the portable graphs of `bundle` for `target` and adds the result to the bundle.
 
     `precision` overrides the target's (see `parse_precision`); `block_size` is the number of weights per scale of
-    weight-only graphs (None: what the backend takes by itself); `calibration` are pictures for static int8 activation ranges (none:
-    dynamic ranges); `engine`: what is compiled, for targets with compiled engines. Every built graph is run against its
-    portable one: fp32 graphs must agree to 1e-4, for others the distance is recorded in the build's options. Graphs that no
-    pass changes are not copied; the runtime takes them from `portable/`.
+    weight-only graphs (None: what the backend takes by itself); `calibration` are pictures for static int8 activation ranges
+    (none: dynamic ranges); `compiling`: what is compiled, for targets with compiled engines. Every built graph is run against
+    its portable one: fp32 graphs must agree to 1e-4, for others the distance is recorded in the build's options. Graphs that
+    no pass changes are not copied; the runtime takes them from `portable/`.
 
     A build with engines that is there already is gone on with: what is missing or stale is compiled, nothing is lowered again.
     Raises TargetError (unknown target or precision, a graph that the target cannot run), BundleError (damage, the name is
@@ -68,7 +68,7 @@ def build(
         block_size=block_size or backend.block_size,
         pictures=list(calibration or []),
         samples=Samples(opened),
-        engine=engine or EngineOptions(),
+        compiling=compiling or CompileOptions(),
         progress=progress or Silent(),
     )
     there = opened.manifest.builds.get(label)
