@@ -1,0 +1,118 @@
+"""Which passes a graph goes through for TensorRT and TensorRT-RTX, by what it is and by what the target's parser imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from vlm_edge.passes.base import Changes, GraphPass, run_passes
+from vlm_edge.passes.cleanup import Cleanup
+from vlm_edge.passes.flatten import Unflatten
+from vlm_edge.passes.gemm import GemmToMatMul
+from vlm_edge.passes.last_token import LastTokenLogits
+from vlm_edge.passes.layout import CancelLayout
+from vlm_edge.passes.recompose_rotary import RecomposeRotary
+from vlm_edge.passes.tensorrt.decompose_attention import DecomposeAttention
+from vlm_edge.passes.tensorrt.decompose_norms import DecomposeGroupNormalization, DecomposeRMSNormalization
+from vlm_edge.passes.tensorrt.decompose_rotary import DecomposeRotary
+from vlm_edge.passes.tensorrt.lower_opset import LowerOpset
+from vlm_edge.passes.tensorrt.narrow_integers import NarrowIntegers
+from vlm_edge.passes.tensorrt.native_attention import NativeAttention
+from vlm_edge.passes.tensorrt.positive_indices import PositiveIndices
+from vlm_edge.passes.tensorrt.static_cache import StaticCache
+from vlm_edge.targets.device import Device
+from vlm_edge.targets.pipeline import Inputs, Lowered
+from vlm_edge.targets.precision import Kind, stored_as
+from vlm_edge.targets.target import Target
+from vlm_edge.targets.typed import apply_types
+from vlm_edge_runtime.bundle.reader import Bundle
+from vlm_edge_runtime.errors import TargetError
+
+_CACHE_OPSET, _NATIVE_OPSET, _DECOMPOSED_OPSET = 24, 23, 20
+"""Where TensorScatter came; where Attention, RMSNormalization and RotaryEmbedding came; what older parsers take."""
+
+
+def lower(
+    bundle: Bundle,
+    role: str,
+    kind: Kind,
+    words: Mapping[str, str],
+    target: Target,
+    *,
+    capacity: int | None = None,
+    block_size: int = 128,
+    calibration: Inputs | None = None,
+) -> Lowered:
+    """One portable graph of `bundle` → the strongly typed graph that `target`'s TensorRT parses.
+
+    `words`: the precision of every role, as `resolve_precision` gives it. `capacity`: slots of a decoder's cache (one graph per
+    context bucket; nothing but that number differs between them), None for any other graph. `calibration`: inputs of the portable
+    graph, for graphs whose activations are quantised.
+
+    A decoder keeps its cache in slots 0, 1, … of `past_key_values.{i}.key/.value` [batch, kv_heads, capacity, head_dim], reads
+    `past_lengths` int32 [batch] in place of `attention_mask`, and gives the last token's `logits` [batch, 1, vocabulary].
+    int64 inputs and outputs become int32. Whoever parses the graph sets `decomposable` on its attentions (see
+    `NativeAttention`). Raises TargetError, naming the node, for what the target cannot express.
+    """
+    model = ir.load(bundle.graph_path(role))
+    changes = lower_exactly(model, kind, target.gpu()[0], capacity=capacity)
+    changes += apply_types(
+        model,
+        word=stored_as(kind, words[role]),
+        head=stored_as("head", words["lm_head"]) if kind == "decoder" else None,
+        block_size=block_size,
+        options=target.options,
+        calibration=_as_taken(model, calibration) if calibration is not None else None,
+    )
+    return Lowered(model, changes)
+
+
+def lower_exactly(model: ir.Model, kind: Kind, device: Device, *, capacity: int | None = None) -> list[Changes]:
+    """The first half of `lower`, in place: the target's operators, everything still in fp32.
+
+    What comes out computes the same as the portable graph, to 1e-4, and ONNX Runtime runs it.
+    """
+    return run_passes(model, passes_for(model, kind, device, capacity=capacity))
+
+
+def passes_for(model: ir.Model, kind: Kind, device: Device, *, capacity: int | None = None) -> list[GraphPass]:
+    """The passes of `lower_exactly`, in order. Raises TargetError for a decoder with a cache and no `capacity`."""
+    native = frozenset(device.imports)
+    cached = any(str(value.name).startswith("past_key_values.") for value in model.graph.inputs)
+    if kind == "decoder" and cached and (capacity is None or capacity < 1):
+        raise TargetError("a decoder's cache has a static capacity in TensorRT: say for how many tokens.")
+    scatter = cached and "TensorScatter" in native
+    steps: list[GraphPass] = [Cleanup(), GemmToMatMul()]
+    if kind == "decoder":
+        steps.append(RecomposeRotary())
+        if cached and capacity is not None:
+            steps.append(StaticCache(capacity, "TensorScatter" if scatter else "ScatterND"))
+    steps += [Unflatten(), CancelLayout()]
+    if kind == "decoder":
+        steps.append(LastTokenLogits())
+    steps += [PositiveIndices(), DecomposeGroupNormalization()]
+    steps.append(DecomposeAttention(softcap_only="Attention" in native))
+    if "Attention" in native:
+        steps.append(NativeAttention())
+    if "RotaryEmbedding" not in native:
+        steps.append(DecomposeRotary())
+    if "RMSNormalization" not in native:
+        steps.append(DecomposeRMSNormalization())
+    wanted = _CACHE_OPSET if scatter else _NATIVE_OPSET if native else _DECOMPOSED_OPSET
+    steps += [CancelLayout(), NarrowIntegers(), Cleanup(), LowerOpset(min(wanted, device.opset))]
+    return steps
+
+
+def _as_taken(model: ir.Model, calibration: Inputs) -> Inputs:
+    """Inputs of a portable graph as its lowered one takes them: int32 for int64."""
+    narrow = {str(value.name) for value in model.graph.inputs if value.dtype == ir.DataType.INT32}
+
+    def inputs() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+        for feeds in calibration():
+            yield {name: array.astype(np.int32) if name in narrow else array for name, array in feeds.items()}
+
+    return inputs
