@@ -36,12 +36,12 @@ def half_twin(model: ir.Model) -> ir.Model:
     graph = twin.graph
     back: dict[ir.Value, ir.Value] = {}
     nodes = list(graph)
-    for value in graph.inputs:
-        if value.dtype == half and nodes:
-            value.type = ir.TensorType(_FLOAT)
-            rounded = insert(nodes[0], "Cast", [value], {"to": int(half)}).outputs[0]
-            like(rounded, value).type = ir.TensorType(half)
-            back[value] = _widened(nodes[0], rounded)
+    for given in graph.inputs:
+        if given.dtype == half and nodes:
+            given.type = ir.TensorType(_FLOAT)
+            rounded = insert(nodes[0], "Cast", [given], {"to": int(half)}).outputs[0]
+            like(rounded, given).type = ir.TensorType(half)
+            back[given] = _widened(nodes[0], rounded)
     for node in nodes:
         for index, value in enumerate(node.inputs):
             if value is None:

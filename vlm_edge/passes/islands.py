@@ -164,7 +164,8 @@ def is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype == ir.DataType.FLOAT
 
 
-def largest(tensor: ir.TensorProtocol) -> float:
+def largest(weight: ir.Value) -> float:
     """The largest magnitude of a stored tensor; infinity where it is infinite, NaN where it holds NaN."""
-    array = np.asarray(tensor.numpy())
+    assert weight.const_value is not None
+    array = np.asarray(weight.const_value.numpy())
     return max(abs(float(array.max())), abs(float(array.min()))) if array.size else 0.0

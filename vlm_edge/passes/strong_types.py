@@ -26,6 +26,8 @@ HALVES: dict[Half, tuple[ir.DataType, npt.DTypeLike]] = {
     "fp16": (ir.DataType.FLOAT16, np.float16),
     "bf16": (ir.DataType.BFLOAT16, ml_dtypes.bfloat16),
 }
+LARGEST: dict[Half, float] = {"fp16": 65504.0, "bf16": 3.3895313892515355e38}
+"""The largest finite number of each type."""
 TYPED = "vlm_edge.float_type"
 """Metadata of a model that is strongly typed: `fp16` or `bf16`."""
 _FLOAT = ir.DataType.FLOAT
@@ -95,7 +97,7 @@ class _Writer:
         self.graph, self.exact, self.changes = graph, exact, changes
         self.half = half
         self.dtype, self.numpy = HALVES[half]
-        self.limit = float(ml_dtypes.finfo(self.numpy).max)
+        self.limit = LARGEST[half]
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def overflowing(self, nodes: Iterable[ir.Node]) -> set[ir.Node]:
@@ -104,10 +106,10 @@ class _Writer:
         known: dict[ir.Value, float] = {}
         for node in nodes:
             for value in node.inputs:
-                if not is_weight(value) or not is_float(value):
+                if value is None or not is_weight(value) or not is_float(value):
                     continue
                 if value not in known:
-                    known[value] = largest(value.const_value)
+                    known[value] = largest(value)
                 if known[value] <= self.limit or self._is_mask(value, known[value]):
                     continue
                 found.add(node)

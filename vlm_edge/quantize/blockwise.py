@@ -39,6 +39,8 @@ class BlockFormat:
     block_size: int = 32
     symmetric: bool = True
     scheme: Scheme = "mse"
+    positive: bool = False
+    """Only positive scales: what TensorRT takes."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.block_size not in BLOCK_SIZES:
@@ -144,7 +146,7 @@ def _least_squares(block: Floats, form: BlockFormat) -> Floats:
     best = _nonzero(np.abs(extreme) / (half - 1))
     least = np.full(best.shape, np.inf, np.float32)
     candidates: list[Floats] = [
-        -extreme / np.float32(half),
+        (np.abs(extreme) if form.positive else -extreme) * np.float32(1 / half),
         *(np.abs(extreme) * np.float32(shrink / (half - 1)) for shrink in _SHRINK),
     ]
     for start in candidates:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Literal
 
 import onnx_ir as ir
 
-from vlm_edge.passes.base import Changes
-from vlm_edge.passes.strong_types import FULL_INPUTS, FULL_OUTPUTS, Half, Islands
+from vlm_edge.passes.base import Changes, GraphPass, run_passes
+from vlm_edge.passes.cleanup import Cleanup
+from vlm_edge.passes.strong_types import FULL_INPUTS, FULL_OUTPUTS, HALVES, Half, Islands, StrongTypes
+from vlm_edge.quantize.calibrate import activation_histograms
+from vlm_edge.quantize.qdq_blockwise import BLOCKS, BlockwiseDQ
+from vlm_edge.quantize.qdq_formats import FP8, INT8, NumberFormat
+from vlm_edge.quantize.qdq_linear import LinearQDQ, activations_to_calibrate
+from vlm_edge.quantize.qdq_nvfp4 import Nvfp4Weights
+from vlm_edge_runtime.errors import TargetError
 
 from .pipeline import Inputs
 from .target import Options
@@ -17,6 +25,9 @@ GPU_WORDS = ("fp32", "fp16", "bf16", "int8", "int8w", "int4", "fp8", "fp8w", "nv
 
 only). bf16 is half precision with 8 bits of exponent.
 """
+_PLAIN = ("fp32", "fp16", "bf16")
+_CALIBRATED: dict[str, NumberFormat] = {"int8": INT8, "fp8": FP8}
+_WEIGHTS: dict[str, NumberFormat] = {"int8w": INT8, "fp8w": FP8}
 
 
 def apply_types(
@@ -35,11 +46,64 @@ def apply_types(
     """Quantises and types a graph in place, as the last passes of a TensorRT build; call it after `Cleanup`.
 
     `model`: fp32, standard operators only (the native or the decomposed form), Gemm already MatMul + Add.
-    `word`: one of GPU_WORDS; `head`: the same for the product that makes the logits (None: as `word`). With fp32 nothing
-    changes. `calibration`: inputs of *this* graph (its own signature) for the activation ranges of int8 and fp8; without
-    them those words raise TargetError with what to do; `int8w` and `fp8w` need none. For decoders pass `int8w` where the user
-    said int8 (as `stored_as` does).
+    `word`: one of GPU_WORDS; `head`: the same for the product that makes the logits (None: as `word`). With fp32 for both
+    nothing changes. `calibration`: inputs of *this* graph (its own signature) for the activation ranges of int8 and fp8;
+    without them those words raise TargetError with what to do; `int8w` and `fp8w` need none. For decoders pass `int8w`
+    where the user said int8 (as `stored_as` does); a head is always weight-only.
     Values: all float inputs and outputs become `half` except `full_inputs` and `full_outputs` (fp32); integer ones stay.
     Raises TargetError for a word that the graph cannot have.
     """
-    raise NotImplementedError
+    options = options or Options()
+    last = head or word
+    for given in (word, last):
+        if given not in GPU_WORDS:
+            raise TargetError(f"'{given}' is no precision of a TensorRT graph; it can be: {', '.join(GPU_WORDS)}.")
+    if "bf16" in (word, last):
+        half = "bf16"
+    passes = _quantisers(model, word, last, block_size, options, calibration, half)
+    if word != "fp32" or last != "fp32":
+        passes.append(StrongTypes(half, islands, full_inputs=full_inputs, full_outputs=full_outputs))
+        passes.append(Cleanup())
+    return run_passes(model, passes)
+
+
+def _quantisers(
+    model: ir.Model, word: str, head: str, block_size: int, options: Options, calibration: Inputs | None, half: Half
+) -> list[GraphPass]:
+    scales = HALVES[half][1]
+    found: list[GraphPass] = []
+    if word in _CALIBRATED:
+        found.append(
+            LinearQDQ(
+                _CALIBRATED[word],
+                _thresholds(model, word, options, calibration),
+                keep_first=options.keep_first,
+                keep_last=options.keep_last,
+                half=scales,
+            )
+        )
+    for given, which in ((word, "body"), (head, "head")):
+        form = _WEIGHTS.get(given) or (_CALIBRATED.get(given) if which == "head" else None)
+        kept = {"keep_first": options.keep_first, "keep_last": options.keep_last} if which == "body" else {}
+        if form is not None:
+            found.append(LinearQDQ(form, None, body=which == "body", head=which == "head", half=scales, **kept))
+        elif given == "nvfp4":
+            found.append(Nvfp4Weights(body=which == "body", head=which == "head"))
+        elif given == "int4":
+            bits: Mapping[str, Literal[4]] = {which: 4}
+            block = max((one for one in BLOCKS if one <= block_size), default=min(BLOCKS))
+            found.append(BlockwiseDQ(**{"body": None, **bits}, block_size=block, scheme=options.scheme, half=scales))
+    return found
+
+
+def _thresholds(model: ir.Model, word: str, options: Options, calibration: Inputs | None) -> dict[str, float]:
+    """The magnitude of the largest code of each activation. Raises TargetError without inputs to look at."""
+    if calibration is None:
+        raise TargetError(
+            f"{word} needs to see what the graph is given: name some pictures to calibrate on (calibration=…), or choose {word}w "
+            "(weights only) or fp16."
+        )
+    histograms = activation_histograms(model, activations_to_calibrate(model.graph), calibration())
+    # fp8 has a wide range and few digits: clipping costs more than it gains.
+    method = options.calibration if word == "int8" else "minmax"
+    return {name: one.threshold(method) for name, one in histograms.items()}
