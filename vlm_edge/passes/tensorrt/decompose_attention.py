@@ -19,12 +19,12 @@ class DecomposeAttention(GraphPass):
     """softmax(soft-cap(scale · Q Kᵀ) + mask) V, for every ONNX `Attention` without a past (StaticCache takes that out).
 
     For TensorRT without an import of `Attention` (before 10.14), and with `softcap_only` for the one attribute that TensorRT's
-    import refuses everywhere: soft-capped scores (Gemma 2, arXiv 2408.00118, section 2). The cap comes before the mask, as in ONNX
-    Runtime and in the models.
+    import refuses everywhere: soft-capped scores (Gemma 2, arXiv 2408.00118, section 2). The cap comes before the mask, as in
+    ONNX Runtime and in the models.
 
     Grouped queries (arXiv 2305.13245) are not met by copying keys and values: the G query heads of one KV head stand behind each
-    other on the query axis, [batch, kv_heads, G · sequence, size]. What the softmax reads and gives is marked for fp32. A row of a
-    bool mask that sees nothing becomes the mean of all values, not NaN.
+    other on the query axis, [batch, kv_heads, G · sequence, size]. What the softmax reads and gives is marked for fp32. A row of
+    a bool mask that sees nothing becomes the mean of all values, not NaN.
     """
 
     name: ClassVar[str] = "decompose_attention"

@@ -34,7 +34,7 @@ class DecomposeRMSNormalization(GraphPass):
 class DecomposeGroupNormalization(GraphPass):
     """`GroupNormalization` (arXiv 1803.08494) → (x − mean) / √(variance + ε) over each group, · weight + bias per channel.
 
-    Its weights are one per channel since opset 21 and one per group before: written out, no parser can take the one for the other.
+    Its weights are one per channel since opset 21 and one per group before: written out, no parser takes the one for the other.
     """
 
     name: ClassVar[str] = "decompose_group_normalization"

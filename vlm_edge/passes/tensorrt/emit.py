@@ -20,7 +20,7 @@ _PREFIX = "vlm_edge."
 
 
 class Emit:
-    """Puts nodes in front of `before`, each with the metadata of the node that they replace (`source`), its module path above all.
+    """Puts nodes in front of `before`, each with the metadata of the node they replace (`source`): its module path above all.
 
     Every value gets a type and a shape: later passes read both.
     """
@@ -68,9 +68,9 @@ class Emit:
         """A stored constant; the same name with the same numbers is one tensor."""
         wanted = np.asarray(array, dtype)
         known = self.graph.initializers.get(f"{_PREFIX}{name}")
-        if known is not None and (found := constant(known)) is not None:
-            if found.dtype == wanted.dtype and np.array_equal(found, wanted):
-                return known
+        found = constant(known)
+        if known is not None and found is not None and found.dtype == wanted.dtype and np.array_equal(found, wanted):
+            return known
         return add_initializer(self.graph, f"{_PREFIX}{name}", wanted)
 
     def ints(self, values: Sequence[int]) -> ir.Value:

@@ -16,8 +16,8 @@ _INDEXED = {("Gather", 1), ("GatherElements", 1)}
 class NarrowIntegers(GraphPass):
     """int64 graph inputs and outputs become int32: half the bytes to move, and no warning of TensorRT's parser.
 
-    Inside, an input that something reads as int64 is cast back, unless it is cast anyway or only looks up rows of a table. Shapes,
-    ids and positions fit in 31 bits by far.
+    Inside, an input that something reads as int64 is cast back, unless it is cast anyway or only looks up rows of a table. Ids,
+    positions and masks fit in 31 bits by far.
     """
 
     name: ClassVar[str] = "narrow_integers"

@@ -40,7 +40,7 @@ class PositiveIndices(GraphPass):
                 continue
             if indices.size != 1:
                 raise TargetError(
-                    f"Gather {node.name or node.outputs[0].name!r} counts several indices from the end of an axis of unknown size."
+                    f"Gather {node.name or node.outputs[0].name!r} takes several indices from the end of an axis of unknown size."
                 )
             start, out = int(indices.reshape(-1)[0]), node.outputs[0]
             bounds = [emit.ints([start]), emit.ints([start + 1 if start < -1 else _END]), emit.ints([axis])]

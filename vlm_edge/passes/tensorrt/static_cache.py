@@ -35,11 +35,10 @@ _UPDATES = ("TensorScatter", "ScatterND")
 
 
 class StaticCache(GraphPass):
-    """Rewrites every ONNX `Attention` that has a past: new keys and values are written into the cache, and attention reads all
-    of it under an explicit mask.
+    """Rewrites every ONNX `Attention` that has a past: new entries go into the cache, all of which is read under a mask.
 
-    The signature changes: `attention_mask` and all that builds masks go; `past_lengths` int32 [batch] comes (valid entries of each
-    row before this step, which is where its first new entry is written); past and present are
+    The signature changes: `attention_mask` and all that builds masks go; `past_lengths` int32 [batch] comes (valid entries of
+    each row before this step, which is where its first new entry is written); past and present are
     [batch, kv_heads, capacity, head_dim]. Rows have no padding; what is written past the capacity is lost, which the caller must
     prevent (TensorRT drops it without a word).
 
@@ -97,7 +96,7 @@ class StaticCache(GraphPass):
             return table if table.any() else None
         if rule.kind not in ("causal", "blocks"):
             raise TargetError(
-                f"Attention node {_label(node)} has a past and a {rule.kind} mask: a decoder's cache is read causally, or in blocks."
+                f"Attention node {_label(node)} has a past and a {rule.kind} mask: a cache is read causally, or in blocks."
             )
         check_mask(graph, node, rule, sizes)
         return None
