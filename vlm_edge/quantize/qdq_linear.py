@@ -10,7 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlm_edge.passes.base import Changes, GraphPass
-from vlm_edge.passes.graph import add_initializer, insert, is_weight, like, rank, typed
+from vlm_edge.passes.graph import add_initializer, insert, is_weight, like, producer, rank, typed
+from vlm_edge.passes.islands import PRECISION
 
 from .qdq_formats import FP8, INT8, NumberFormat, store_per_channel, stored_scales
 from .weight_only import logits_product
@@ -27,6 +28,9 @@ class LinearQDQ(GraphPass):
     None leaves activations alone (weights only). Inside attention scores, normalisations and softmax nothing is quantised, for
     they have no stored weights. The product that makes the logits stays as it is unless `head`; `keep_first` and `keep_last`
     layers, and those whose input was not calibrated, stay too, each with a note.
+
+    A convolution with quantised activations is an fp32 island: TensorRT-RTX 1.7.1 turns its scales to fp32 anyway, with a warning for
+    each; the engine is of the same size.
 
     Weights only: TensorRT-RTX keeps the codes in the engine; that full TensorRT does (and does not fold them into fp16) is not
     known here. Format: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
@@ -57,7 +61,7 @@ class LinearQDQ(GraphPass):
         changes = Changes(self.name)
         graph = model.graph
         stored: dict[ir.Value, ir.Value] = {}
-        quantised: dict[ir.Value, ir.Value] = {}
+        quantised: dict[tuple[ir.Value, bool], ir.Value] = {}
         last = logits_product(graph)
         layers = [found for found in linear_nodes(graph) if found[0] is not last]
         kept = layers[: self.keep_first] + (layers[-self.keep_last :] if self.keep_last else [])
@@ -79,10 +83,13 @@ class LinearQDQ(GraphPass):
                     changes.note(f"{weight.name}: stays as it is: {error}")
                     continue
             if self.thresholds is not None:
-                if source not in quantised:
-                    quantised[source] = self._activation(graph, node, source, self.thresholds[str(source.name)])
-                node.replace_input_with(0, quantised[source])
+                wide = node.op_type == "Conv"
+                if (source, wide) not in quantised:
+                    quantised[source, wide] = self._activation(graph, node, source, self.thresholds[str(source.name)])
+                node.replace_input_with(0, quantised[source, wide])
             node.replace_input_with(1, stored[weight])
+            if self.thresholds is not None and node.op_type == "Conv":
+                _in_fp32(node)
             changes.add(self.form.name + (" head" if node is last else "") + ("" if self.thresholds is not None else " weights"))
         for weight in stored:
             if not weight.uses():
@@ -101,6 +108,15 @@ class LinearQDQ(GraphPass):
         codes = insert(before, "QuantizeLinear", [value, stored, zero]).outputs[0]
         typed(codes, self.form.onnx, value.shape or [])
         return like(insert(before, "DequantizeLinear", [codes, stored, zero]).outputs[0], value)
+
+
+def _in_fp32(conv: ir.Node) -> None:
+    """Marks a quantised convolution, its DequantizeLinear nodes and the QuantizeLinear before them."""
+    makers = [producer(value, "DequantizeLinear") for value in conv.inputs[:2]]
+    makers += [producer(maker.inputs[0], "QuantizeLinear") for maker in makers if maker is not None]
+    for node in (conv, *makers):
+        if node is not None:
+            node.metadata_props[PRECISION] = "fp32"
 
 
 def linear_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
