@@ -29,8 +29,8 @@ class LinearQDQ(GraphPass):
     they have no stored weights. The product that makes the logits stays as it is unless `head`; `keep_first` and `keep_last`
     layers, and those whose input was not calibrated, stay too, each with a note.
 
-    A convolution with quantised activations is an fp32 island: TensorRT-RTX 1.7.1 turns its scales to fp32 anyway, with a warning for
-    each; the engine is of the same size.
+    A convolution with quantised activations is an fp32 island: TensorRT-RTX 1.7.1 turns its scales to fp32 anyway, with a warning
+    for each; the engine is of the same size.
 
     Weights only: TensorRT-RTX keeps the codes in the engine; that full TensorRT does (and does not fold them into fp16) is not
     known here. Format: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html
