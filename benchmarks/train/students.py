@@ -1,7 +1,7 @@
 """Small models of the other fusion families, trained on the same scenes by one plain recipe: one question and answer per row.
 
-A student says how its class is built, what stands before the answer, and how it is called; the loop is `teach.py`. Widths are
-multiples of 32 (block-32 quantisation) and every head is 32 wide, as in models.py.
+These are classes of transformers; students_zoo.py has those of vlm_edge.zoo. The loop is teach.py. Widths are multiples of 32
+(block-32 quantisation) and every head is 32 wide, as in models.py.
 """
 
 # mypy: disallow-untyped-calls=false
@@ -9,107 +9,47 @@ multiples of 32 (block-32 quantisation) and every head is 32 wide, as in models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers as t
-from tokenizers import processors
 from torch import Tensor
 
-from benchmarks.train import tokenizer as tokenizers
-from benchmarks.train.models import HEADS, MLP, PATCH, TILE, WIDTH, Parts
+from benchmarks.train import donors
+from benchmarks.train.models import HEADS, KV_HEADS, MLP, TILE, WIDTH, Parts
+from benchmarks.train.student import CELLS, TEXT, VISION, Student, generation, plain, prefix_types
+from benchmarks.train.students_zoo import STUDENTS as ZOO
 
-CELLS = (TILE // PATCH) ** 2
 FENCE = "<fake_token_around_image>"
-
-
-@dataclass(frozen=True, slots=True)
-class Student:
-    """One class to train.
-
-    `build(seed)` makes model and processor. `before(ids, tokenizer, question)` are the tokens before the answer, `ids` being the
-    tokenizer without special tokens. `call(tensors)` turns a batch (input_ids, attention_mask, pixel_values, prefix) into the
-    model's arguments, `prefix` being true where a token stands before the answer. `seen` names the part of the model whose output
-    shows the image's cells in order, one token for each; a linear probe on it helps the eyes along. `inputs` calls the
-    checkpoint's own processor, as a user would.
-    """
-
-    build: Callable[[int], Parts]
-    before: Callable[[Callable[[str], list[int]], Any, str], list[int]]
-    call: Callable[[dict[str, Tensor]], dict[str, Any]]
-    seen: str
-    inputs: Callable[[Any, list[Any], list[str]], Any]
-    steps: int = 3000
-    batch: int = 24
-    talks: int = 3
-    rate: float = 1e-3
-
-
-def _words(seed: int, special: list[str], **named: str) -> Any:
-    """A byte-level BPE on the scenes' corpus; `<s>` begins a text."""
-    bare = tokenizers._byte_level(["<unk>", "<s>", "</s>", "<pad>", *special], seed)
-    bare.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
-    return t.PreTrainedTokenizerFast(
-        tokenizer_object=bare,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens=named,
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-_IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-
-
-def _generation() -> t.GenerationConfig:
-    return t.GenerationConfig(**_IDS, do_sample=False, max_new_tokens=24)
-
-
-_VISION: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "intermediate_size": MLP,
-    "num_hidden_layers": 4,
-    "num_attention_heads": HEADS,
-    "image_size": TILE,
-    "patch_size": PATCH,
-}
-_TEXT: dict[str, Any] = {
-    "vocab_size": tokenizers.VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": MLP,
-    "num_hidden_layers": 4,
-    "num_attention_heads": HEADS,
-    "max_position_embeddings": 512,
-    **_IDS,
-}
+IMAGE = 4
+"""The donor's image token."""
 
 
 def paligemma(seed: int) -> Parts:
     """PaliGemma (arXiv 2407.07726): SigLIP, a linear projection, Gemma with a bidirectional prefix."""
-    words = _words(seed, ["<image>"], image_token="<image>")
+    words = donors.words(image_token="<image>")
     config = t.PaliGemmaConfig(
-        vision_config=t.SiglipVisionConfig(**_VISION, vision_use_head=False),
-        text_config=t.GemmaConfig(**_TEXT, num_key_value_heads=1, head_dim=WIDTH // HEADS),
-        image_token_index=words.convert_tokens_to_ids("<image>"),
+        vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=t.GemmaConfig(**TEXT, num_key_value_heads=KV_HEADS, head_dim=WIDTH // HEADS, rms_norm_eps=1e-5),
+        image_token_index=IMAGE,
         projection_dim=WIDTH,
         hidden_size=WIDTH,
     )
     images = t.SiglipImageProcessorPil(size={"height": TILE, "width": TILE})
     images.image_seq_length = CELLS
-    return Parts(t.PaliGemmaForConditionalGeneration(config), t.PaliGemmaProcessor(images, words), _generation())
+    model: Any = t.PaliGemmaForConditionalGeneration(config)
+    donors.give(model.model.vision_tower, donors.siglip_eyes(images))
+    donors.give(model.model.language_model, donors.gemma())
+    return Parts(model, t.PaliGemmaProcessor(images, words), generation())
 
 
 def idefics(seed: int) -> Parts:
     """IDEFICS, the open Flamingo (arXiv 2204.14198): CLIP's encoder, a perceiver to 16 latents, gated cross-attention."""
-    words = _words(seed, [FENCE, "<image>"], image_token="<image>")
+    words = donors.words([FENCE])
     config = t.IdeficsConfig(
-        **{**_TEXT, "vocab_size": tokenizers.VOCABULARY - 32},
+        **TEXT,
         additional_vocab_size=32,
+        rms_norm_eps=1e-5,
         alpha_initializer="ones",
         alpha_type="vector",
         cross_layer_interval=2,
@@ -118,7 +58,7 @@ def idefics(seed: int) -> Parts:
         freeze_vision_layers=False,
         tie_word_embeddings=False,
         use_resampler=True,
-        vision_config={**{key: value for key, value in _VISION.items() if key != "hidden_size"}, "embed_dim": WIDTH},
+        vision_config={**{key: value for key, value in VISION.items() if key != "hidden_size"}, "embed_dim": WIDTH},
         perceiver_config={
             "use_resampler": True,
             "resampler_n_latents": CELLS,
@@ -129,51 +69,49 @@ def idefics(seed: int) -> Parts:
         },
     )
     images = t.IdeficsImageProcessorPil(image_size=TILE)
-    return Parts(t.IdeficsForVisionText2Text(config), t.IdeficsProcessor(images, words, image_size=TILE), _generation())
+    model: Any = t.IdeficsForVisionText2Text(config)
+    donors.give(model.model.vision_model, donors.clip_eyes(), frozen=True)
+    donors.give(model.model, donors.llama(grouped=False))
+    donors.give(model, {"lm_head.weight": donors.embeddings()})
+    for layer in model.model.gated_cross_attn_layers:  # Flamingo's 0 is a slow beginning, 1 drowns what the donor knows
+        for gate in (layer.alpha_cross_attn, layer.alpha_dense):
+            torch.nn.init.constant_(gate, 0.3)
+    return Parts(model, t.IdeficsProcessor(images, words, image_size=TILE), generation())
 
 
 def blip2(seed: int) -> Parts:
     """BLIP-2 (arXiv 2301.12597): ViT, a Q-Former with 16 queries, OPT."""
-    words = _words(seed, ["<image>"])  # its processor brings the image token itself
-    text = {key: value for key, value in _TEXT.items() if key != "intermediate_size"}
+    words = donors.words()
+    text = {key: value for key, value in TEXT.items() if key != "intermediate_size"}
     config = t.Blip2Config(
-        vision_config=t.Blip2VisionConfig(**_VISION).to_dict(),
+        vision_config=t.Blip2VisionConfig(**VISION, layer_norm_eps=1e-5).to_dict(),
         qformer_config=t.Blip2QFormerConfig(
             vocab_size=32,
             hidden_size=WIDTH,
             intermediate_size=MLP,
-            num_hidden_layers=4,
+            num_hidden_layers=2,
             num_attention_heads=HEADS,
             encoder_hidden_size=WIDTH,
             max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         ).to_dict(),
         text_config=t.OPTConfig(**text, ffn_dim=MLP, word_embed_proj_dim=WIDTH, dropout=0.0, tie_word_embeddings=True).to_dict(),
         num_query_tokens=CELLS,
-        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_token_index=IMAGE,
     )
     images = t.BlipImageProcessorPil(size={"height": TILE, "width": TILE})
-    processor = t.Blip2Processor(images, words, num_query_tokens=CELLS)
-    return Parts(t.Blip2ForConditionalGeneration(config), processor, _generation())
-
-
-def _prefix_types(batch: dict[str, Tensor]) -> dict[str, Any]:
-    """PaliGemma's token types: 0 on the prefix, 1 on the answer."""
-    types = (~batch["prefix"]).long()
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")} | {"token_type_ids": types}
+    model: Any = t.Blip2ForConditionalGeneration(config)
+    donors.give(model.vision_model, donors.blip2_eyes(images))
+    donors.give(model.language_model, {"model.decoder.embed_tokens.weight": donors.embeddings()})
+    torch.nn.init.normal_(model.query_tokens, std=0.5)  # equal queries would stay equal
+    return Parts(model, t.Blip2Processor(images, words, num_query_tokens=CELLS), generation())
 
 
 def _image_mask(batch: dict[str, Tensor]) -> dict[str, Any]:
     """IDEFICS: every token from the image's own on sees it."""
-    seen = (batch["input_ids"] == _IDEFICS_IMAGE).cumsum(-1).clamp(max=1)[..., None]
-    named = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    return named | {"pixel_values": batch["pixel_values"][:, None], "image_attention_mask": seen}
-
-
-_IDEFICS_IMAGE = 5
-
-
-def _plain(batch: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    seen = (batch["input_ids"] == IMAGE).cumsum(-1).clamp(max=1)[..., None]
+    return plain(batch) | {"pixel_values": batch["pixel_values"][:, None], "image_attention_mask": seen}
 
 
 def _texts(processor: Any, images: list[Any], prompts: list[str]) -> Any:
@@ -183,25 +121,33 @@ def _texts(processor: Any, images: list[Any], prompts: list[str]) -> Any:
 STUDENTS: dict[str, Student] = {
     "paligemma": Student(
         paligemma,
-        lambda ids, words, question: [*[words.convert_tokens_to_ids("<image>")] * CELLS, 1, *ids(f"{question}\n")],
-        _prefix_types,
-        "model.multi_modal_projector",
+        lambda ids, words, question: [*[IMAGE] * CELLS, 1, *ids(f"{question}\n")],
+        prefix_types,
         lambda processor, images, prompts: _texts(processor, images, [f"<image>{prompt}" for prompt in prompts]),
+        eyes="model.vision_tower",
+        seen="model.vision_tower",
+        donor="vision encoder (its first layer fitted to SigLIP's form), words and language model of tiny-llava",
     ),
     "idefics": Student(
         idefics,
         lambda ids, words, question: [1, *ids(f"{FENCE}<image>{FENCE}{question}")],
         _image_mask,
-        "model.perceiver_resampler",
         lambda processor, images, prompts: processor(
             text=[[image, prompt] for image, prompt in zip(images, prompts, strict=True)], padding=True, return_tensors="pt"
         ),
+        eyes="model.vision_model",
+        seen=None,
+        rate=5e-4,
+        donor="vision encoder (frozen), words and language model of tiny-llava",
     ),
     "blip2": Student(
         blip2,
-        lambda ids, words, question: [*[words.convert_tokens_to_ids("<image>")] * CELLS, 1, *ids(question)],
-        _plain,
-        "language_projection",
+        lambda ids, words, question: [*[IMAGE] * CELLS, 1, *ids(question)],
+        plain,
         _texts,
+        eyes="vision_model",
+        seen="language_projection",
+        donor="vision encoder (its first layer fitted to BLIP-2's form) and words of tiny-llava",
     ),
+    **ZOO,
 }

@@ -49,7 +49,7 @@ def test_system(system: coverage.System, name: str, built_bundle, tiny_checkpoin
         bundle,
         tiny_checkpoint(name),
         examples=_examples(system, bundle),
-        dataset=_dataset(name, bundle) if trained else None,
+        dataset=_dataset(system, bundle) if trained else None,
         max_new_tokens=NEW_TOKENS,
         store=False,
     )
@@ -88,12 +88,16 @@ def _embeds(bundle: Path) -> bool:
     return isinstance(read_manifest(bundle).contract, DualEncoderContract)
 
 
-def _dataset(name: str, bundle: Path) -> list[Question] | list[Pair]:
+def _dataset(system: coverage.System, bundle: Path) -> list[Question] | list[Pair]:
+    """Held-out scenes with their captions and questions; captions alone for what reads no prompt (it was trained to describe)."""
     from benchmarks.train import scenes
 
     if _embeds(bundle):
         return [Pair(image, text) for image, text in scenes.held_out_captions(POOL, seed=0)]
-    found = scenes.held_out_examples(QUESTIONS, model="smolvlm" if name == "tiny-smolvlm" else "llava")
+    describes = system.prompts == [""]
+    found = scenes.held_out_examples(QUESTIONS * (1 + describes), model="smolvlm" if system.model_type == "smolvlm" else "llava")
+    if describes:  # captions and questions come in turn
+        return [Question((example.image,), "", example.answer) for example in found[::2]]
     return [Question((example.image,), example.prompt, example.answer) for example in found]
 
 
