@@ -111,3 +111,21 @@ def test_a_fault_is_found_in_any_graph(name, role, target, portable_bundle, tiny
     culprits = {one.graph: one for one in bisect_bundle(path, tiny_checkpoint(name), report)}
     found = culprits[role]
     assert planted[0] in (found.node, *found.candidates), str(found)
+
+
+def test_both_heads_of_a_captioner_are_compared(portable_bundle, tiny_checkpoint, tmp_path):
+    """CoCa: captions and vectors; a wrong vector alone is enough to fail."""
+    path = copy(portable_bundle("coca"), tmp_path)
+    report = compare(path, tiny_checkpoint("coca"), max_new_tokens=6)
+    (portable,) = report.builds
+    assert [one.what for one in portable.embeddings] == ["image embeddings", "text embeddings", "similarity"]
+    assert portable.verdict == "PASS", report.rows()
+
+    def turn(model):
+        weight = next(n.inputs[1] for n in model.graph if n.op_type in ("MatMul", "Gemm") and is_weight(n.inputs[1]))
+        set_weight(weight, weight.const_value.numpy()[..., ::-1])
+
+    edit_graph(path, "contrast_head", turn)
+    wrong = compare(path, tiny_checkpoint("coca"), max_new_tokens=6, store=False)
+    assert wrong.exit_code != 0 and wrong.builds[0].embeddings[0].verdict == "FAIL"
+    assert wrong.builds[0].embeddings[1].verdict == "PASS"

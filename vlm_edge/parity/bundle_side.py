@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlm_edge_runtime import DualEncoder, VisionLanguageModel, load
+from vlm_edge_runtime import ContrastiveCaptioner, DualEncoder, VisionLanguageModel, load
 from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.errors import ParityError
@@ -64,6 +64,24 @@ class BundleGenerator:
 
     def words(self, tokens: Sequence[int]) -> list[str]:
         return [self._session.decode_tokens([token]) for token in tokens]
+
+    # -- a captioner that also compares pictures with texts
+
+    def pixels(self, image: Image.Image) -> Array:
+        return self.prepare(Example((image,), "")).pixels[0]
+
+    def embed_images(self, images: Sequence[Image.Image]) -> Floats:
+        session = self._captioner()
+        return np.concatenate([session.image_vectors(image) for image in images])
+
+    def embed_texts(self, texts: Sequence[str]) -> Floats:
+        session = self._captioner()
+        return np.concatenate([session.embed_text(text) for text in texts])
+
+    def _captioner(self) -> ContrastiveCaptioner:
+        if not isinstance(self._session, ContrastiveCaptioner):
+            raise ParityError(f"{self.name} does not compare pictures with texts.")
+        return self._session
 
 
 def _pixels(arrays: Mapping[str, Array]) -> Array:

@@ -5,27 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from vlm_edge.progress import Progress, Silent
 from vlm_edge_runtime.bundle.manifest import Contract, DualEncoderContract, GenerativeContract, Manifest
 from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle, read_manifest
 from vlm_edge_runtime.bundle.writer import now, update_manifest
-from vlm_edge_runtime.errors import BundleError, DeviceError, ParityError, TargetError
+from vlm_edge_runtime.errors import BundleError, ParityError, TargetError
 
-from .accuracy import answers as right_answers
-from .accuracy import judge_accuracy, retrievals
 from .dataset import Dataset
-from .embeddings import compare_pixels, compare_similarities, compare_vectors
 from .examples import Example, built_in, built_in_pairs, views
+from .expected import expect_answers, expect_vectors
 from .graphs import PortableReference, compare_graph
-from .model import compare_logits, compare_preprocessing, compare_texts
 from .report import BuildReport, ParityReport
-from .subject import Answer, Encoder, Floats, Generator, GraphReference, Prepared
+from .request import Request, step
+from .subject import Encoder, Generator, GraphReference
 from .tolerance import ACCURACY_POINTS, Tolerance, loosest
 
 _VERSIONED = ("vlm-edge", "torch", "transformers", "onnxruntime", "numpy")
@@ -63,8 +58,8 @@ def compare(
     chosen = list(examples) if examples is not None else (built_in_pairs() if dual else _fitting(manifest.contract))
     if not chosen:
         raise ParityError("There are no examples: give at least one picture with a prompt.")
-    request = _Request(path, manifest, chosen, dataset, max_new_tokens, accuracy_points, steps)
-    with _step(steps, "load the reference") as said:
+    request = Request(path, manifest, chosen, dataset, max_new_tokens, accuracy_points, steps)
+    with step(steps, "load the reference") as said:
         side, graphs, close = _reference(path, manifest, reference, dual, trust_remote_code)
         note = _other_weights(manifest, side) if reference is not None else ""
         said.append(side.name)
@@ -72,7 +67,7 @@ def compare(
         if examples is None and not dual:
             request.examples, left_out = _answerable(side, request.examples)
             note = " ".join(filter(None, [note, left_out]))
-        expected = _expect_vectors(request, side) if dual else _expect_answers(request, side)
+        expected = expect_vectors(request, side) if dual else expect_answers(request, side)
         reports = []
         for name in names:
             with _opened(request, name) as (opened, tolerance):
@@ -117,148 +112,6 @@ def _answerable(side: Generator, examples: Sequence[Example]) -> tuple[list[Exam
     if not kept:
         raise refused
     return kept, said
-
-
-@dataclass(slots=True)
-class _Request:
-    """What `compare` was asked for."""
-
-    path: Path
-    manifest: Manifest
-    examples: list[Example]
-    dataset: Dataset | None
-    max_new_tokens: int
-    accuracy_points: float
-    steps: Progress
-
-
-class _Expected(Protocol):
-    """What the reference says, ready to be compared with any number of builds."""
-
-    def judge(self, request: _Request, name: str, tolerance: Tolerance, report: BuildReport, *, preprocessing: bool) -> None: ...
-
-
-@dataclass(slots=True)
-class _Answers:
-    """A generating reference's work, done once."""
-
-    side: Generator
-    prepared: list[Prepared]
-    answers: list[Answer]
-    logits: list[Floats]
-    right: list[bool] = field(default_factory=list)
-
-    def judge(self, request: _Request, name: str, tolerance: Tolerance, report: BuildReport, *, preprocessing: bool) -> None:
-        """Fills in everything about the whole model."""
-        from .bundle_side import BundleGenerator
-
-        decides = request.dataset is not None and tolerance.quantised
-        with _step(request.steps, f"{name}: whole model") as said:
-            side = BundleGenerator(request.path, name)
-            try:
-                if preprocessing:
-                    report.preprocessing = compare_preprocessing([side.prepare(one) for one in request.examples], self.prepared)
-                guarded = _Guarded(side)
-                report.logits = compare_logits(
-                    guarded, request.examples, self.answers, self.logits, tolerance, accuracy_decides=decides
-                )
-                free = [guarded.greedy(one, request.max_new_tokens) for one in request.examples]
-                report.texts = compare_texts(free, self.answers, self.logits, tolerance, accuracy_decides=decides)
-                if request.dataset is not None:
-                    found = right_answers(guarded, request.dataset, request.max_new_tokens)
-                    report.accuracy = judge_accuracy(found, self.right, "task accuracy", allowed_points=request.accuracy_points)
-            finally:
-                side.close()
-            said.append(report.verdict)
-
-
-@dataclass(slots=True)
-class _Vectors:
-    """A dual encoder's vectors, made once."""
-
-    side: Encoder
-    images: Floats
-    texts: Floats
-    right: list[bool] = field(default_factory=list)
-
-    def judge(self, request: _Request, name: str, tolerance: Tolerance, report: BuildReport, *, preprocessing: bool) -> None:
-        """Fills in everything about the whole model."""
-        from .bundle_side import BundleEncoder
-
-        contract = request.manifest.contract
-        assert isinstance(contract, DualEncoderContract)  # what chose this class
-        decides = request.dataset is not None and tolerance.quantised
-        with _step(request.steps, f"{name}: whole model") as said:
-            side = BundleEncoder(request.path, name)
-            try:
-                pictures = [image for one in request.examples for image in one.images]
-                if preprocessing:
-                    report.preprocessing = compare_pixels(side, self.side, pictures)
-                images, texts = side.embed_images(pictures), side.embed_texts([one.prompt for one in request.examples])
-                report.embeddings = [
-                    compare_vectors("image embeddings", images, self.images, tolerance),
-                    compare_vectors("text embeddings", texts, self.texts, tolerance),
-                    compare_similarities(
-                        (images, texts), (self.images, self.texts), contract, tolerance, accuracy_decides=decides
-                    ),
-                ]
-                if request.dataset is not None:
-                    report.accuracy = judge_accuracy(
-                        retrievals(side, request.dataset), self.right, "retrieval", allowed_points=request.accuracy_points
-                    )
-            finally:
-                side.close()
-            said.append(report.verdict)
-
-
-class _Guarded:
-    """A build that gives NaN refuses to decode; that is an answer about the build, not the end of the comparison."""
-
-    def __init__(self, side: Generator) -> None:
-        self.name = side.name
-        self._side = side
-
-    def forced(self, example: Example, answer: Sequence[int]) -> Floats:
-        try:
-            return self._side.forced(example, answer)
-        except DeviceError:
-            return np.full((len(answer), 1), np.nan, np.float32)
-
-    def greedy(self, example: Example, max_new_tokens: int) -> Answer:
-        try:
-            return self._side.greedy(example, max_new_tokens)
-        except DeviceError as error:
-            return Answer([], f"[{error}]")
-
-    def prepare(self, example: Example) -> Prepared:
-        return self._side.prepare(example)
-
-    def words(self, tokens: Sequence[int]) -> list[str]:
-        return self._side.words(tokens)
-
-    def close(self) -> None:
-        self._side.close()
-
-
-def _expect_answers(request: _Request, side: Generator) -> _Answers:
-    with _step(request.steps, "the reference's answers") as said:
-        prepared = [side.prepare(example) for example in request.examples]
-        answers = [side.greedy(example, request.max_new_tokens) for example in request.examples]
-        empty = next((i for i, answer in enumerate(answers) if not answer.tokens), None)
-        if empty is not None:
-            raise ParityError(f"The reference gave no token at all for example {empty + 1}: there is nothing to compare along.")
-        logits = [side.forced(one, answer.tokens) for one, answer in zip(request.examples, answers, strict=True)]
-        right = right_answers(side, request.dataset, request.max_new_tokens) if request.dataset is not None else []
-        said.append(f"{sum(len(answer.tokens) for answer in answers)} tokens")
-    return _Answers(side, prepared, answers, logits, right)
-
-
-def _expect_vectors(request: _Request, side: Encoder) -> _Vectors:
-    with _step(request.steps, "the reference's vectors"):
-        images = side.embed_images([image for one in request.examples for image in one.images])
-        texts = side.embed_texts([one.prompt for one in request.examples])
-        right = retrievals(side, request.dataset) if request.dataset is not None else []
-    return _Vectors(side, images, texts, right)
 
 
 def _reference(
@@ -309,19 +162,19 @@ def _other_weights(manifest: Manifest, original: Any) -> str:
 
 
 @contextmanager
-def _opened(request: _Request, name: str) -> Iterator[tuple[Bundle, Tolerance]]:
+def _opened(request: Request, name: str) -> Iterator[tuple[Bundle, Tolerance]]:
     bundle = open_bundle(request.path, build=name)
     yield bundle, loosest(entry.precision for entry in bundle.graphs.values())
 
 
-def _compare_graphs(request: _Request, bundle: Bundle, reference: GraphReference, *, shared: bool) -> BuildReport:
+def _compare_graphs(request: Request, bundle: Bundle, reference: GraphReference, *, shared: bool) -> BuildReport:
     """`shared`: also the graphs that a build takes from the portable ones (else those are compared once, there)."""
     roles = [role for role in bundle.graphs if shared or bundle.build is None or role in bundle.build.graphs]
     if bundle.build is not None and isinstance(reference, PortableReference):
         roles = [role for role in roles if role in bundle.build.graphs]
     results = []
     for role in roles:
-        with _step(request.steps, f"{bundle.build_name}: {role}") as said:
+        with step(request.steps, f"{bundle.build_name}: {role}") as said:
             results.append(compare_graph(bundle, role, reference))
             said.append(results[-1].verdict)
     words = {role: entry.precision for role, entry in bundle.graphs.items()}
@@ -372,16 +225,3 @@ def _versions(*, torch: bool) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _step(steps: Progress, name: str) -> Iterator[list[str]]:
-    """Reports a step's start and its end, good or bad; what is appended to the list becomes its detail."""
-    said: list[str] = []
-    steps.start(name)
-    try:
-        yield said
-    except BaseException as error:
-        steps.failed(name, str(error) or type(error).__name__)
-        raise
-    steps.done(name, ", ".join(said))

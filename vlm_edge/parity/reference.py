@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from vlm_edge.export import checkpoint as checkpoints
@@ -44,8 +45,10 @@ class TorchReference:
             self.processor: Any = load_processor(source, self.checkpoint, trust_remote_code)
             self.plans: dict[str, GraphPlan] = {plan.role: plan for plan in split.graphs}
         self._said: dict[int, tuple[Example, list[int], Floats]] = {}
-        if isinstance(split.contract, GenerativeContract):
-            self._inputs = ReferenceInputs(self.checkpoint, self.processor, split.contract)
+        contract = split.contract
+        self._space = contract.contrast if isinstance(contract, GenerativeContract) else contract
+        if isinstance(contract, GenerativeContract):
+            self._inputs = ReferenceInputs(self.checkpoint, self.processor, contract)
             self._inputs.decoder_prompt = self._decoder_prompt
 
     def close(self) -> None:
@@ -149,18 +152,24 @@ class TorchReference:
         return np.concatenate(rows)
 
     def embed_texts(self, texts: Sequence[str]) -> Floats:
+        if self._space is None:
+            raise ParityError(f"{self.name} does not compare pictures with texts.")
         wanted = [spec.name for spec in self.plans["text_encoder"].inputs]
-        length = self.plans["text_encoder"].inputs[0].shape[1]
-        fixed = isinstance(length, int)
+        fixed = self._space.text_padding == "max_length"
+        end = self._space.end_token_id
         rows = []
         for text in texts:
             inputs = self.checkpoint.tokenizer(
                 [text],
                 padding="max_length" if fixed else True,
                 truncation=True,
-                max_length=length if fixed else self.model.config.text_config.max_position_embeddings,
+                max_length=self._space.text_length - (end is not None),
                 return_tensors="pt",
             )
+            if end is not None:  # a token of the model's own, which its tokenizer does not write
+                inputs = {
+                    name: F.pad(inputs[name], (0, 1), value=value) for name, value in (("input_ids", end), ("attention_mask", 1))
+                }
             with torch.no_grad(), quiet():
                 rows.append(_unit(self.model.get_text_features(**{name: inputs[name] for name in wanted})))
         return np.concatenate(rows)
