@@ -1,0 +1,154 @@
+/* NEON with the dot product (Armv8.2): 4 outputs to a register, SDOT multiplies signed bytes with one lane of the activations. */
+#include "kernels.h"
+
+#if defined(__aarch64__)
+
+#if defined(__clang__)
+#define TARGET_ISA "dotprod"
+#else
+#define TARGET_ISA "arch=armv8.2-a+dotprod"
+#endif
+#include "target_begin.inc"
+
+#include <arm_neon.h>
+#include <math.h>
+#include <string.h>
+
+#define VW 4
+#define ROWS 4
+typedef float32x4_t vf;
+typedef int32x4_t vi;
+#define v_load(p) vld1q_f32(p)
+#define v_store(p, v) vst1q_f32(p, v)
+#define v_load_half(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#define v_store_half(p, v) vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)))
+#define v_set(x) vdupq_n_f32(x)
+#define v_fma(a, b, c) vfmaq_f32(c, a, b)
+#define v_sum(v) vaddvq_f32(v)
+#define v_highest(v) vmaxvq_f32(v)
+#define v_sums(v) vpaddq_f32(vpaddq_f32((v)[0], (v)[1]), vpaddq_f32((v)[2], (v)[3]))
+#define v_bits(v) vreinterpretq_s32_f32(v)
+#define v_floats(v) vreinterpretq_f32_s32(v)
+#define v_less(a, b) vreinterpretq_s32_u32(vcltq_f32(a, b))
+#define v_choose(mask, a, b) vbslq_f32(vreinterpretq_u32_s32(mask), a, b)
+
+#include "float_kernels.inc"
+
+static void quantize(const float *x, size_t n, const QuantRows *out, size_t row) {
+    for (size_t b = 0; b < out->blocks; b++) {
+        const size_t at = row * out->blocks + b, begin = b * BLOCK;
+        float buffer[BLOCK] = {0};
+        const float *from = x + begin;
+        if (n < begin + BLOCK) {
+            if (n > begin) {
+                memcpy(buffer, from, (n - begin) * sizeof *from);
+            }
+            from = buffer;
+        }
+        float32x4_t v[8];
+        int32x4_t bits = vdupq_n_s32(0); /* compared as integers, NaN is larger than any number */
+        UNROLL
+        for (size_t i = 0; i < 8; i++) {
+            v[i] = vld1q_f32(from + i * 4);
+            bits = vmaxq_s32(bits, vreinterpretq_s32_f32(vabsq_f32(v[i])));
+        }
+        const int32_t highest = vmaxvq_s32(bits);
+        float most;
+        memcpy(&most, &highest, sizeof most);
+        const bool tiny = most < SMALLEST;
+        const float inverse = tiny ? 0.0f : 127.0f / most;
+        int16x8_t sum = vdupq_n_s16(0);
+        UNROLL
+        for (size_t i = 0; i < 4; i++) {
+            const int32x4_t low = vcvtnq_s32_f32(vmulq_n_f32(v[2 * i], inverse)), high = vcvtnq_s32_f32(vmulq_n_f32(v[2 * i + 1], inverse));
+            const int8x8_t codes = vqmovn_s16(vcombine_s16(vqmovn_s32(low), vqmovn_s32(high)));
+            vst1_s8(out->codes + at * BLOCK + i * 8, codes);
+            sum = vaddw_s8(sum, codes);
+        }
+        out->scales[at] = tiny ? 0.0f : most / 127.0f;
+        out->offsets[at] = -8 * vaddlvq_s16(sum);
+    }
+}
+
+/* A quarter of a panel of one block: 8 groups of 4 inputs of 4 outputs. */
+INLINE void load_quarter(const int bits, const uint8_t *at, size_t quarter, int8x16_t w[8]) {
+    UNROLL
+    for (size_t g = 0; g < 4; g++) {
+        const uint8x16_t both = vld1q_u8(at + g * 64 + quarter * 16);
+        if (bits == 4) {
+            w[g] = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
+            w[g + 4] = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
+        } else { /* code + 128 → code */
+            w[g] = vreinterpretq_s8_u8(veorq_u8(both, vdupq_n_u8(0x80)));
+            w[g + 4] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(at + (g + 4) * 64 + quarter * 16), vdupq_n_u8(0x80)));
+        }
+    }
+}
+
+INLINE int32x4_t dot_quarter(const int8x16_t w[8], const int8_t *line, int32_t offset) {
+    const int8x16_t low = vld1q_s8(line), high = vld1q_s8(line + 16);
+    int32x4_t a = vdotq_laneq_s32(vdupq_n_s32(offset), w[0], low, 0), b = vdotq_laneq_s32(vdupq_n_s32(0), w[4], high, 0);
+    a = vdotq_laneq_s32(a, w[1], low, 1);
+    b = vdotq_laneq_s32(b, w[5], high, 1);
+    a = vdotq_laneq_s32(a, w[2], low, 2);
+    b = vdotq_laneq_s32(b, w[6], high, 2);
+    a = vdotq_laneq_s32(a, w[3], low, 3);
+    b = vdotq_laneq_s32(b, w[7], high, 3);
+    return vaddq_s32(a, b);
+}
+
+/* `n` rows times `quarters` quarters of a panel, from `first_quarter` on; both are constants where it is called. */
+INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, const size_t n, size_t first_quarter,
+                 const size_t quarters, float *out, size_t stride) {
+    const size_t blocks = x->blocks, ratio = weight->block / BLOCK;
+    const uint8_t *at = panel + panel_scale_bytes(weight);
+    float32x4_t sums[8];
+    UNROLL
+    for (size_t t = 0; t < n * quarters; t++) {
+        sums[t] = vdupq_n_f32(0.0f);
+    }
+    for (size_t b = 0; b < blocks; b++, at += (size_t)bits * 64) {
+        UNROLL
+        for (size_t q = 0; q < quarters; q++) {
+            int8x16_t w[8];
+            load_quarter(bits, at, first_quarter + q, w);
+            const uint16_t *stored = (const uint16_t *)(const void *)panel + b / ratio * PANEL + (first_quarter + q) * 4;
+            const float32x4_t scale = v_load_half(stored);
+            UNROLL
+            for (size_t t = 0; t < n; t++) {
+                const size_t place = (first + t) * blocks + b;
+                const int32x4_t dot = dot_quarter(w, x->codes + place * BLOCK, bits == 4 ? x->offsets[place] : 0);
+                sums[t * quarters + q] = vfmaq_f32(sums[t * quarters + q], vcvtq_f32_s32(dot), vmulq_n_f32(scale, x->scales[place]));
+            }
+        }
+    }
+    UNROLL
+    for (size_t t = 0; t < n; t++) {
+        UNROLL
+        for (size_t q = 0; q < quarters; q++) {
+            vst1q_f32(out + t * stride + (first_quarter + q) * 4, vmulq_n_f32(sums[t * quarters + q], weight->scale));
+        }
+    }
+}
+
+#define TILE_ROWS 8
+#define PRODUCT(name, bits)                                                                                                              \
+    static void name(const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, size_t rows, float *out, size_t stride) { \
+        for (; rows >= TILE_ROWS; rows -= TILE_ROWS, first += TILE_ROWS, out += TILE_ROWS * stride) {                                    \
+            for (size_t quarter = 0; quarter < 4; quarter++) {                                                                           \
+                tile(bits, weight, panel, x, first, TILE_ROWS, quarter, 1, out, stride);                                                 \
+            }                                                                                                                            \
+        }                                                                                                                                \
+        for (; rows > 0; rows--, first++, out += stride) {                                                                               \
+            tile(bits, weight, panel, x, first, 1, 0, 4, out, stride);                                                                   \
+        }                                                                                                                                \
+    }
+
+PRODUCT(product_int4, 4)
+PRODUCT(product_int8, 8)
+
+const Kernels kernels_neon = {.name = "neon", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, FLOAT_KERNELS};
+
+#include "target_end.inc"
+
+#endif
