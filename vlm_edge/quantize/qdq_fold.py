@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,8 @@ import onnx_ir as ir
 
 from vlm_edge.passes.base import Changes, GraphPass
 from vlm_edge.passes.graph import add_initializer, attribute_int, is_weight, lazy_tensor, producer, remove_dead, substitute
+
+Floats = npt.NDArray[np.float32]
 
 
 class FoldWeights(GraphPass):
@@ -31,11 +34,10 @@ class FoldWeights(GraphPass):
             out = node.outputs[0]
             if any(user.op_type == "DequantizeLinear" for user in out.consumers()):
                 continue  # scales of another weight: they go with it
-            assert out.dtype is not None
-            shape = _codes(out).shape
-            name = f"{node.inputs[0].name}.folded"  # type: ignore[union-attr]
-            dtype, numpy = out.dtype, out.dtype.numpy()
-            folded = lazy_tensor(name, dtype, shape, lambda out=out, numpy=numpy: _value(out).astype(numpy))  # type: ignore[misc]
+            codes = node.inputs[0]
+            assert out.dtype is not None and codes is not None and codes.const_value is not None
+            name, shape = f"{codes.name}.folded", tuple(int(size) for size in codes.const_value.shape.numpy())
+            folded = lazy_tensor(name, out.dtype, shape, _converted(_reader(out), out.dtype))
             substitute(out, add_initializer(graph, name, folded))
             remove_dead(graph, node)
             changes.add("weights folded")
@@ -49,23 +51,26 @@ def _stored(value: ir.Value | None) -> bool:
     return node is not None and all(given is None or _stored(given) for given in node.inputs)
 
 
-def _codes(value: ir.Value) -> npt.NDArray[np.generic]:
-    node = producer(value, "DequantizeLinear")
-    assert node is not None and node.inputs[0] is not None and node.inputs[0].const_value is not None
-    return np.asarray(node.inputs[0].const_value.numpy())
+def _converted(read: Callable[[], Floats], dtype: ir.DataType) -> Callable[[], npt.NDArray[np.generic]]:
+    return lambda: np.asarray(read().astype(dtype.numpy()))
 
 
-def _value(value: ir.Value) -> npt.NDArray[np.float32]:
-    """The float32 value of a stored tensor or of DequantizeLinear of stored tensors."""
+def _reader(value: ir.Value | None) -> Callable[[], Floats]:
+    """Computes the float32 value of a stored tensor or of DequantizeLinear of stored tensors; holds no node."""
     node = producer(value, "DequantizeLinear")
     if node is None:
-        assert value.const_value is not None
-        return np.asarray(value.const_value.numpy()).astype(np.float32)
-    codes = _codes(value).astype(np.float32)
-    scale = _value(node.inputs[1])  # type: ignore[arg-type]
+        assert value is not None and value.const_value is not None
+        tensor = value.const_value
+        return lambda: np.asarray(tensor.numpy()).astype(np.float32)
+    codes, scales = (_reader(given) for given in node.inputs[:2])
     axis, block = attribute_int(node, "axis", 1), attribute_int(node, "block_size", 0)
-    if block:
-        return codes * np.repeat(scale, block, axis=axis)
-    if scale.size == 1:
-        return codes * scale.reshape(())
-    return codes * scale.reshape([-1 if one == axis % codes.ndim else 1 for one in range(codes.ndim)])
+
+    def compute() -> Floats:
+        numbers, scale = codes(), scales()
+        if block:
+            return np.asarray(numbers * np.repeat(scale, block, axis=axis))
+        if scale.size == 1:
+            return np.asarray(numbers * scale.reshape(()))
+        return np.asarray(numbers * scale.reshape([-1 if one == axis % numbers.ndim else 1 for one in range(numbers.ndim)]))
+
+    return compute
