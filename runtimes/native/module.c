@@ -39,7 +39,8 @@ PyMODINIT_FUNC PyInit__native(void);
 
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = import_errors() == 0 ? PyModule_Create(&definition) : NULL;
-    if (module != NULL && (native_add_session_types(module) != 0 || native_add_sampler_type(module) != 0 || native_add_decoder_type(module) != 0)) {
+    if (module != NULL && (native_add_session_types(module) != 0 || native_add_sampler_type(module) != 0 || native_add_decoder_type(module) != 0 ||
+                           native_add_cuda_loop_type(module) != 0)) {
         Py_CLEAR(module);
     }
     return module;

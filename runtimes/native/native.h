@@ -48,6 +48,7 @@ int acquire_view(PyObject *object, Py_buffer *view, ElementType type, int rank, 
 int native_add_session_types(PyObject *module);
 int native_add_sampler_type(PyObject *module);
 int native_add_decoder_type(PyObject *module);
+int native_add_cuda_loop_type(PyObject *module);
 
 /* Module functions. */
 PyObject *native_load_runtime(PyObject *module, PyObject *args);

@@ -191,3 +191,35 @@ class DecoderState:
 
     def cancel(self) -> None: ...
     def close(self) -> None: ...
+
+# --- CUDA ---
+
+class CudaLoop:
+    """Launches captured decode steps, one ahead, and collects what each one chose; for one decoder state.
+
+    `library`: the CUDA driver's shared library. Raises DeviceError when it cannot be used.
+    """
+
+    def __init__(self, library: str) -> None: ...
+    def run(
+        self,
+        stream: int,
+        events: tuple[int, int],
+        graphs: tuple[int, int],
+        turn: int,
+        ring: int,
+        slots: int,
+        batch: int,
+        base: int,
+        steps: int,
+    ) -> tuple[bytes, int]:
+        """Up to `steps` steps on `stream`, with the interpreter lock released: (records [done, batch], how many were launched).
+
+        Handles and the `ring`'s host address are integers; `graphs[(turn + step) % 2]` is launched; `base` steps are in the
+        ring of `slots` already. Raises DeviceError with the driver's error.
+        """
+
+    def cancel(self) -> None: ...
+    def resume(self) -> None: ...
+    @property
+    def cancelled(self) -> bool: ...
