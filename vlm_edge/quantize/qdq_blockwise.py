@@ -13,12 +13,14 @@ from vlm_edge.passes.base import Changes, GraphPass
 from vlm_edge.passes.graph import add_initializer, insert, lazy_tensor, like
 
 from .blockwise import BlockFormat, Scheme, choose_scales, quantize
-from .qdq_formats import INT8, read_weight, store_per_channel, stored_scales
+from .qdq_formats import INT8, at_least_opset, read_weight, store_per_channel, stored_scales
 from .qdq_linear import linear_nodes
 from .weight_only import logits_product
 
 BLOCKS = (128, 64, 32)
 """Weights per scale that TensorRT's parser was seen to take."""
+OPSET = 21
+"""Where DequantizeLinear learnt blocks and 4 bits."""
 
 
 class BlockwiseDQ(GraphPass):
@@ -64,6 +66,8 @@ class BlockwiseDQ(GraphPass):
                     continue
             node.replace_input_with(1, stored[weight, bits])
             changes.add(f"int{bits}" + (" head" if node is last else ""))
+        if stored:
+            at_least_opset(graph, OPSET)
         for weight, _ in stored:
             if not weight.uses():
                 graph.initializers.pop(str(weight.name), None)

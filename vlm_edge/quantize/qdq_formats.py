@@ -41,6 +41,11 @@ FP8 = NumberFormat("fp8", ir.DataType.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn, 448
 FP4 = NumberFormat("fp4", ir.DataType.FLOAT4E2M1, ml_dtypes.float4_e2m1fn, 6.0)
 
 
+def at_least_opset(graph: ir.Graph, version: int) -> None:
+    """Says that the graph is of this opset where it was of an older one (from 20 on: the operators in use did not change)."""
+    graph.opset_imports[""] = max(version, graph.opset_imports.get("", version))
+
+
 def stored_scales(scales: npt.NDArray[np.floating], half: npt.DTypeLike) -> Floats:
     """Scales as the typed graph will hold them: rounded to `half`, none too small for it.
 

@@ -12,11 +12,13 @@ from vlm_edge.passes.base import Changes, GraphPass
 from vlm_edge.passes.graph import add_initializer, insert, lazy_tensor, like, typed
 from vlm_edge.passes.islands import PRECISION
 
-from .qdq_formats import FP4, FP8, Floats, read_weight
+from .qdq_formats import FP4, FP8, Floats, at_least_opset, read_weight
 from .qdq_linear import linear_nodes
 from .weight_only import logits_product
 
 BLOCK = 16
+OPSET = 23
+"""Where ONNX learnt 4-bit floating point."""
 
 
 class Nvfp4Weights(GraphPass):
@@ -49,6 +51,8 @@ class Nvfp4Weights(GraphPass):
                     continue
             node.replace_input_with(1, stored[weight])
             changes.add("nvfp4" + (" head" if node is last else ""))
+        if stored:
+            at_least_opset(graph, OPSET)
         for weight in stored:
             if not weight.uses():
                 graph.initializers.pop(str(weight.name), None)
