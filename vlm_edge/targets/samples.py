@@ -24,6 +24,13 @@ PAST, STATE = "past_key_values.", "state."
 _ROWS = ("batch", "images", "tiles", "frames", "texts", "rows", "videos", "clips")
 """Dimensions that count independent rows."""
 _LENGTHS = {"sequence": 6, "tokens": 6, "length": 6, "instruction": 5, "source": 6, "queries": 4}
+_TYPES: dict[str, npt.DTypeLike] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+"""What a graph of a build takes in another type than the portable one."""
 _IMAGES_A_ROW = 2
 """Images in the memory of a row whose tokens see images of their own."""
 _IDS = 20
@@ -38,10 +45,11 @@ def session(path: Path) -> ort.InferenceSession:
 
 
 def run_graph(graph: ort.InferenceSession, feeds: Mapping[str, npt.NDArray[Any]]) -> Feeds:
-    """All outputs by name. Feeds that the graph does not take are left out."""
-    taken = {value.name for value in graph.get_inputs()}
+    """All outputs by name. Feeds that the graph does not take are left out; those of another type are cast to what it takes."""
+    taken = {value.name: _TYPES.get(value.type) for value in graph.get_inputs()}
     names = [out.name for out in graph.get_outputs()]
-    return dict(zip(names, graph.run(names, {name: array for name, array in feeds.items() if name in taken}), strict=True))
+    given = {name: array.astype(taken[name] or array.dtype, copy=False) for name, array in feeds.items() if name in taken}
+    return dict(zip(names, graph.run(names, given), strict=True))
 
 
 class Samples:

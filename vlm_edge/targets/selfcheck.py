@@ -12,8 +12,8 @@ import numpy.typing as npt
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import TargetError
 
-from .samples import Samples, run_graph, session
-from .steps import STEPS, is_shared, laid_beside, shared_feeds
+from .samples import PAST, Samples, run_graph, session
+from .steps import STEPS, is_shared, is_static, laid_beside, shared_feeds, static_cache_feeds
 
 FP32_TOLERANCE = 1e-4
 """fp32 graphs differ by the order of additions only: 1e-4 of the largest value."""
@@ -67,12 +67,20 @@ def check_decoder(bundle: Bundle, built: Path, samples: Samples) -> Difference:
     Compares the last token's logits, the new cache entries and whatever else both give.
     """
     reference, graph = session(bundle.graph_path("decoder")), session(built)
-    shared = is_shared([value.name for value in graph.get_inputs()])
+    inputs = {value.name: value.shape for value in graph.get_inputs()}
+    capacity = next((shape[2] for name, shape in inputs.items() if name.startswith(PAST)), 0)
     difference = Difference()
     for rows, sequence, past, padding in STEPS:
+        if is_static(list(inputs)) and past + sequence > capacity:
+            continue
         portable = samples.decoder(sequence=sequence, past=past, rows=rows, padding=padding, seed=sequence)
         wanted = run_graph(reference, portable)
-        found = run_graph(graph, shared_feeds(portable, capacity=past + sequence + _SPARE) if shared else portable)
+        feeds = portable
+        if is_static(list(inputs)):
+            feeds = static_cache_feeds(portable, capacity=capacity)
+        elif is_shared(list(inputs)):
+            feeds = shared_feeds(portable, capacity=past + sequence + _SPARE)
+        found = run_graph(graph, feeds)
         for _, got, expected in laid_beside(found, wanted, portable):
             difference.add(got, expected)
     return difference

@@ -23,6 +23,11 @@ def is_shared(names: Sequence[str]) -> bool:
     return "seqlens_k" in names
 
 
+def is_static(names: Sequence[str]) -> bool:
+    """Whether a decoder with these inputs keeps its cache in slots of a static capacity (TensorRT's form)."""
+    return "past_lengths" in names
+
+
 def padding_of(portable: Feeds) -> npt.NDArray[np.int64]:
     """Padded entries at the beginning of each row, int64 [rows]."""
     rows = len(portable["inputs_embeds"])
@@ -46,6 +51,25 @@ def shared_feeds(portable: Feeds, *, capacity: int) -> Feeds:
         if name.startswith(PAST):
             rows, heads, _, size = array.shape
             feeds[name] = np.zeros((rows, heads, capacity, size), array.dtype)
+            for row, skipped in enumerate(padding):
+                feeds[name][row, :, : past - skipped] = array[row, :, skipped:]
+    return feeds
+
+
+def static_cache_feeds(portable: Feeds, *, capacity: int) -> Feeds:
+    """The same step for a decoder on a cache of static capacity: the valid entries of each row from slot 0 on, the rest noise.
+
+    Slots that are not written yet hold numbers that would show, had the mask let them through. Rows of one step have the same
+    number of new tokens, none of them padding.
+    """
+    padding, random = padding_of(portable), np.random.default_rng(0)
+    past = next((array.shape[2] for name, array in portable.items() if name.startswith(PAST)), 0)
+    feeds: Feeds = {name: array for name, array in portable.items() if name != "attention_mask" and not name.startswith(PAST)}
+    feeds["past_lengths"] = (past - padding).astype(np.int32)
+    for name, array in portable.items():
+        if name.startswith(PAST):
+            rows, heads, _, size = array.shape
+            feeds[name] = (7.0 * random.standard_normal((rows, heads, capacity, size))).astype(array.dtype)
             for row, skipped in enumerate(padding):
                 feeds[name][row, :, : past - skipped] = array[row, :, skipped:]
     return feeds

@@ -44,7 +44,7 @@ def _rotate(graph: ir.Graph, node: ir.Node) -> None:
     batch, count, sequence, size = source.shape
     rotated = attribute_int(node, "rotary_embedding_dim", 0) or fixed_dim(source, 3) or 0
     half, table = rotated // 2, [batch, 1, sequence, rotated // 2]
-    cos, sin = (_table(emit, node, index, table) for index in (1, 2))
+    cos, sin = (_table(emit, node, index, dtype, table) for index in (1, 2))
     part: list[Dim] = [batch, count, sequence, half]
 
     def cut(start: int, end: int, step: int = 1) -> ir.Value:
@@ -72,12 +72,12 @@ def _rotate(graph: ir.Graph, node: ir.Node) -> None:
     remove_dead(graph, node)
 
 
-def _table(emit: Emit, node: ir.Node, index: int, shape: list[Dim]) -> ir.Value:
+def _table(emit: Emit, node: ir.Node, index: int, dtype: ir.DataType | None, shape: list[Dim]) -> ir.Value:
     """Cosines or sines as [batch, 1, sequence, half]: given per token, or looked up by `position_ids`."""
     table = node.inputs[index]
     assert table is not None
     positions = node.inputs[3] if len(node.inputs) > 3 else None
     batch, _, sequence, half = shape
     if positions is not None:
-        table = emit("Gather", [table, positions], table.dtype, [batch, sequence, half], {"axis": 0})
-    return emit("Unsqueeze", [table, emit.ints([1])], table.dtype, shape)
+        table = emit("Gather", [table, positions], dtype, [batch, sequence, half], {"axis": 0})
+    return emit("Unsqueeze", [table, emit.ints([1])], dtype, shape)

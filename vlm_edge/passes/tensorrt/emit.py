@@ -71,7 +71,10 @@ class Emit:
         found = constant(known)
         if known is not None and found is not None and found.dtype == wanted.dtype and np.array_equal(found, wanted):
             return known
-        return add_initializer(self.graph, f"{_PREFIX}{name}", wanted)
+        stored = ir.tensor(wanted)  # a tensor, for an array without axes would be stored as one with an axis
+        made = add_initializer(self.graph, f"{_PREFIX}{name}", stored)
+        stored.name = made.name
+        return made
 
     def ints(self, values: Sequence[int]) -> ir.Value:
         """A stored int64 vector: a shape, axes, bounds."""

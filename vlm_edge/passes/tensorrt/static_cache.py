@@ -62,18 +62,15 @@ class StaticCache(GraphPass):
         found = [node for node in graph if node.op_type == "Attention" and not node.domain and _has_past(node)]
         if not found:
             return changes
-        masks = self._checked(graph, found)
+        tables = self._checked(graph, found)
         lengths = _add_input(graph)
         step = StepMasks(found[0], lengths, self.capacity)
         write = self._targets(found[0], lengths, step)
-        for node in found:
-            table = masks[node]
-            rule = mask_rule(node)
-            rule = MaskRule("causal") if rule.kind == "explicit" else rule
-            mask = step.mask(rule) if table is None else step.biased(table)
+        drawn = [_drawn(step, mask_rule(node), tables[node]) for node in found]  # before the first attention, which goes away
+        for node, mask in zip(found, drawn, strict=True):
             self._lower(graph, node, mask, write)
             changes.add(f"caches by {self.update}", 2)
-            changes.add("position biases", table is not None)
+            changes.add("position biases", tables[node] is not None)
         Cleanup().apply(model)
         self._close(graph, changes)
         return changes
@@ -168,6 +165,12 @@ class StaticCache(GraphPass):
         if value.shape is not None and len(value.shape) == 4:
             batch, heads, _, size = value.shape
             value.shape = ir.Shape([batch, heads, self.capacity, size])
+
+
+def _drawn(step: StepMasks, rule: MaskRule, table: npt.NDArray[np.float32] | None) -> ir.Value:
+    if table is not None:
+        return step.biased(table)
+    return step.mask(MaskRule("causal") if rule.kind == "explicit" else rule)
 
 
 def _entries(before: ir.Node, positions: ir.Value, kv_heads: int) -> ir.Value:

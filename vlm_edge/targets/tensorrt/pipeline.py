@@ -19,11 +19,13 @@ from vlm_edge.passes.recompose_rotary import RecomposeRotary
 from vlm_edge.passes.tensorrt.decompose_attention import DecomposeAttention
 from vlm_edge.passes.tensorrt.decompose_norms import DecomposeGroupNormalization, DecomposeRMSNormalization
 from vlm_edge.passes.tensorrt.decompose_rotary import DecomposeRotary
+from vlm_edge.passes.tensorrt.dense_selection import DenseSelection
 from vlm_edge.passes.tensorrt.lower_opset import LowerOpset
 from vlm_edge.passes.tensorrt.narrow_integers import NarrowIntegers
 from vlm_edge.passes.tensorrt.native_attention import NativeAttention
 from vlm_edge.passes.tensorrt.positive_indices import PositiveIndices
 from vlm_edge.passes.tensorrt.static_cache import StaticCache
+from vlm_edge.passes.tensorrt.unused_inputs import DropUnusedInputs
 from vlm_edge.targets.device import Device
 from vlm_edge.targets.pipeline import Inputs, Lowered
 from vlm_edge.targets.precision import Kind, stored_as
@@ -86,7 +88,7 @@ def passes_for(model: ir.Model, kind: Kind, device: Device, *, capacity: int | N
     if kind == "decoder" and cached and (capacity is None or capacity < 1):
         raise TargetError("a decoder's cache has a static capacity in TensorRT: say for how many tokens.")
     scatter = cached and "TensorScatter" in native
-    steps: list[GraphPass] = [Cleanup(), GemmToMatMul()]
+    steps: list[GraphPass] = [Cleanup(), GemmToMatMul(), DenseSelection()]
     if kind == "decoder":
         steps.append(RecomposeRotary())
         if cached and capacity is not None:
@@ -103,7 +105,7 @@ def passes_for(model: ir.Model, kind: Kind, device: Device, *, capacity: int | N
     if "RMSNormalization" not in native:
         steps.append(DecomposeRMSNormalization())
     wanted = _CACHE_OPSET if scatter else _NATIVE_OPSET if native else _DECOMPOSED_OPSET
-    steps += [CancelLayout(), NarrowIntegers(), Cleanup(), LowerOpset(min(wanted, device.opset))]
+    steps += [CancelLayout(), NarrowIntegers(), Cleanup(), DropUnusedInputs(), LowerOpset(min(wanted, device.opset))]
     return steps
 
 
