@@ -398,9 +398,10 @@ class EngineEntry(_Struct, kw_only=True):
     `graph` is the key of its graph in `Build.graphs` (or in the portable ones, where the build took that unchanged); `role` is
     what it is to the runtime; a decoder has one engine per context bucket, and `capacity` is the number of cache entries it was
     made for. `sm`: the compute capabilities that it runs on (86 is 8.6). `platform`: operating system and architecture, as
-    `linux-x86_64`. `key`: SHA-256 over the graph's files, the settings, the builder's version and `sm`; an engine whose key is
-    not what the graph asks for now is stale. `profiles` in the order in which the engine numbers them. `aliases`: output → the
-    input whose memory it must be given (a cache updated in place).
+    `linux-x86_64`. `graph_sha256`: what it was compiled from (`engine_files.graph_digest`). `key`: SHA-256 over that, the
+    settings, the builder's version and `sm`; an engine whose key is not what the graph asks for now is stale. `profiles` in the
+    order in which the engine numbers them. `aliases`: output → the input whose memory it must be given (a cache updated in
+    place).
     """
 
     role: str
@@ -410,6 +411,7 @@ class EngineEntry(_Struct, kw_only=True):
     builder: Literal["tensorrt", "tensorrt-rtx"]
     builder_version: str
     platform: str
+    graph_sha256: str
     key: str
     capacity: int | None = None
     profiles: list[EngineProfile] = []

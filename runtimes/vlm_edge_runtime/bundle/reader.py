@@ -103,7 +103,9 @@ class Bundle:
 def open_bundle(path: str | Path, *, build: str | None = None, verify: bool = True) -> Bundle:
     """Opens a bundle with the graphs of `build` (None or "portable": the portable graphs).
 
-    With `verify`, the hash of every file that the chosen graphs and the runtime will read is checked.
+    With `verify`, the hash of every file that the chosen graphs and the runtime will read is checked; of graphs that engines
+    stand for, only that their files are there. A role that the build has in several graphs (a decoder per context bucket) is
+    not among `graphs` by itself.
     Raises BundleError (damage) or TargetError (no such build).
     """
     root = Path(path)
@@ -116,13 +118,23 @@ def open_bundle(path: str | Path, *, build: str | None = None, verify: bool = Tr
                 f"Make it with `vlm-edge build {root} --target {build}`."
             )
         chosen = manifest.builds[build]
-    graphs = {**manifest.graphs, **(chosen.graphs if chosen else {})}
+    built = chosen.graphs if chosen else {}
+    several = {entry.role for entry in built.values()} - set(built)
+    graphs = {**{role: entry for role, entry in manifest.graphs.items() if role not in several}, **built}
     bundle = Bundle(root, manifest, chosen, graphs)
-    refs = [*manifest.files, *(ref for graph in graphs.values() for ref in (graph.model, *graph.data))]
-    for ref in refs:
+    engines = chosen.engines if chosen else []
+    compiled = {one.graph for one in engines}
+    read = [*manifest.files, *(one.file for one in engines), *_files(graphs, set(graphs) - compiled)]
+    kept = _files(graphs, compiled & set(graphs))
+    for ref in (*read, *kept):
         _inside(root, ref)
-    check_files(root, refs, hashes=verify)
+    check_files(root, read, hashes=verify)
+    check_files(root, kept, hashes=False)
     return bundle
+
+
+def _files(graphs: dict[str, GraphEntry], names: Iterable[str]) -> list[FileRef]:
+    return [ref for name in sorted(names) for ref in (graphs[name].model, *graphs[name].data)]
 
 
 def check_files(root: Path, refs: Iterable[FileRef], *, hashes: bool = True) -> None:
@@ -137,16 +149,23 @@ def check_files(root: Path, refs: Iterable[FileRef], *, hashes: bool = True) -> 
         seen.add(ref.file)
         path = root / ref.file
         if not path.is_file():
-            raise BundleError(f"{path} is missing: the bundle is incomplete; copy or export it again.")
+            raise BundleError(f"{path} is missing: the bundle is incomplete; {_again(ref)}.")
         size = path.stat().st_size
         if size != ref.bytes:
             word = "truncated" if size < ref.bytes else "too long"
-            raise BundleError(f"{path} is {word}: {size} bytes, the manifest says {ref.bytes}; copy or export the bundle again.")
+            raise BundleError(f"{path} is {word}: {size} bytes, the manifest says {ref.bytes}; {_again(ref)}.")
         if hashes and (found := file_sha256(path)) != ref.sha256:
             raise BundleError(
                 f"{path} has SHA-256 {found[:16]}…, the manifest says {ref.sha256[:16]}…: the file was changed or damaged; "
-                "copy or export the bundle again."
+                f"{_again(ref)}."
             )
+
+
+def _again(ref: FileRef) -> str:
+    """What to do about a damaged file: an engine is compiled anew from its graph, anything else comes from elsewhere."""
+    if ref.file.endswith(".engine"):
+        return "run the build's `vlm-edge build` again, which compiles what is missing"
+    return "copy or export the bundle again"
 
 
 def _inside(root: Path, ref: FileRef) -> None:

@@ -14,18 +14,13 @@ from typing import Any
 
 import msgspec
 
+from vlm_edge_runtime.bundle.engine_files import graph_digest
 from vlm_edge_runtime.bundle.manifest import EngineProfile, GraphEntry
 
 from .seam import Gpu, Library, platform_tag
 
 _FORM = 1
 """Raised when this module compiles the same graph otherwise than before: older engines are then stale."""
-
-
-def graph_digest(entry: GraphEntry) -> str:
-    """SHA-256 over a graph's files, by the hashes that the manifest has of them."""
-    files = [entry.model.sha256, *(ref.sha256 for ref in entry.data)]
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def engine_key(

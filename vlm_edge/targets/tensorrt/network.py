@@ -81,8 +81,8 @@ def _check_inputs(network: Any, layers: list[Any], graph: ir.Model, path: Path) 
         users = [use.node for value in graph.graph.inputs if value.name in unread for use in value.uses()]
         where = f" ({', '.join(node_label(graph, str(node.name)) for node in users[:3])})" if users else ""
         raise TargetError(
-            f"{path}: no layer reads the input {', '.join(unread)}{where}: the parser left it out, and the engine would give wrong "
-            "results without a word."
+            f"{path}: no layer reads the input {', '.join(unread)}{where}: the parser left it out, and the engine would give "
+            "wrong results without a word."
         )
 
 
@@ -101,8 +101,8 @@ def _check_attention(library: Library, layers: list[Any], graph: ir.Model, path:
         there = {str(layer.name).removesuffix("_AttentionInput") for layer in layers}
         lost = next((name for name in nodes if name not in there), next(iter(nodes), ""))
         raise TargetError(
-            f"{path}: of {len(nodes)} Attention nodes the parser kept {kept} whole; first lost: {node_label(graph, lost)}. Build for a "
-            "target whose `imports` has no Attention: it is decomposed there."
+            f"{path}: of {len(nodes)} Attention nodes the parser kept {kept} whole; first lost: {node_label(graph, lost)}. "
+            "Build for a target whose `imports` has no Attention: it is decomposed there."
         )
 
 
@@ -120,8 +120,8 @@ def _cache_updates(network: Any, layers: list[Any], graph: ir.Model, path: Path)
         cache, new = _name(layer.get_input(0)), _name(layer.get_output(0))
         if cache not in inputs or new not in outputs:
             raise TargetError(
-                f"{path}: cache update '{layer.name}' reads '{cache}' and gives '{new}': its cache must be an input of the graph and "
-                "its result an output, so that both share one buffer."
+                f"{path}: cache update '{layer.name}' reads '{cache}' and gives '{new}': its cache must be an input of the graph "
+                "and its result an output, so that both share one buffer."
             )
         if inputs[cache].shape[2] < 1:
             raise TargetError(f"{path}: the cache '{cache}' has no static capacity.")
