@@ -58,7 +58,7 @@ def _rms(graph: ir.Graph, node: ir.Node) -> None:
         raise TargetError(f"RMSNormalization {node.name or node.outputs[0].name!r}: the rank of its input must be known.")
     axis = attribute_int(node, "axis", -1)
     axes = list(range(axis if axis >= 0 else axis + dims, dims))
-    shape = list(source.shape)
+    shape: list[Dim] = list(source.shape)
     one: list[Dim] = [1 if index in axes else dim for index, dim in enumerate(shape)]
     emit = Emit(node, node)
     square = emit("Mul", [source, source], source.dtype, shape, full=True)
@@ -74,7 +74,8 @@ def _group(graph: ir.Graph, node: ir.Node) -> None:
     if source is None or source.shape is None or weight is None or bias is None or not groups or not channels or not dims:
         raise TargetError(f"GroupNormalization {node.name or node.outputs[0].name!r}: its number of channels must be fixed.")
     emit, dtype, batch = Emit(node, node), source.dtype, source.shape[0]
-    whole, flat, one = list(source.shape), [batch, groups, None], [batch, groups, 1]
+    flat: list[Dim] = [batch, groups, None]
+    one: list[Dim] = [batch, groups, 1]
     size = emit("Shape", [source], ir.DataType.INT64, [dims])
     rows = emit("Reshape", [source, emit.ints([0, groups, -1])], dtype, flat)
     mean = emit("ReduceMean", [rows, emit.ints([2])], dtype, one, {"keepdims": 1}, full=True)
@@ -82,10 +83,10 @@ def _group(graph: ir.Graph, node: ir.Node) -> None:
     square = emit("Mul", [apart, apart], dtype, flat, full=True)
     variance = emit("ReduceMean", [square, emit.ints([2])], dtype, one, {"keepdims": 1}, full=True)
     normal = _divided(emit, apart, variance, attribute_float(node, "epsilon", 1e-5), flat, one)
-    result = emit("Reshape", [normal, size], dtype, whole)
+    result = emit("Reshape", [normal, size], dtype, source.shape)
     column = [channels, *[1] * (dims - 2)]
     for op, value in (("Mul", weight), ("Add", bias)):
-        result = emit(op, [result, emit("Reshape", [value, emit.ints(column)], dtype, column)], dtype, whole)
+        result = emit(op, [result, emit("Reshape", [value, emit.ints(column)], dtype, column)], dtype, source.shape)
     substitute(node.outputs[0], result)
     remove_dead(graph, node)
 

@@ -43,7 +43,8 @@ def _rotate(graph: ir.Graph, node: ir.Node) -> None:
     emit, dtype = Emit(node, node), source.dtype
     batch, count, sequence, size = source.shape
     rotated = attribute_int(node, "rotary_embedding_dim", 0) or fixed_dim(source, 3) or 0
-    half, table = rotated // 2, [batch, 1, sequence, rotated // 2]
+    half = rotated // 2
+    table: list[Dim] = [batch, 1, sequence, half]
     cos, sin = (_table(emit, node, index, dtype, table) for index in (1, 2))
     part: list[Dim] = [batch, count, sequence, half]
 

@@ -21,10 +21,10 @@ _ROWWISE = ("Add", "Sub", "Mul")
 class DenseSelection(GraphPass):
     """`ScatterND(all, where, f(GatherND(x, where)))` with `where = NonZero(mask)` → `Where(mask, f(x), all)`.
 
-    How many rows NonZero finds is known only when it ran: TensorRT would need an output of unknown size in the midst of the graph,
-    no CUDA graph could hold it, and TensorRT-RTX does not import it. f may look rows up in a table (the indices of rows that are not
-    chosen become 0) and do arithmetic with constants: what a second embedding table for added tokens needs (IDEFICS). Raises
-    TargetError for any other use.
+    How many rows NonZero finds is known only when it ran: TensorRT would need an output of unknown size in the midst of the
+    graph, no CUDA graph could hold it, and TensorRT-RTX does not import it. f may look rows up in a table (the indices of rows
+    that are not chosen become 0) and do arithmetic with constants: what a second embedding table for added tokens needs
+    (IDEFICS). Raises TargetError for any other use.
     """
 
     name: ClassVar[str] = "dense_selection"

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from vlm_edge.passes.attention_mask import BLOCK_IDS, MaskRule
 from vlm_edge_runtime.errors import TargetError
 
-from .emit import LOWEST, Emit
+from .emit import LOWEST, Dim, Emit
 
 PAST_LENGTHS = "past_lengths"
 
@@ -61,13 +61,13 @@ class StepMasks:
         if key not in self._biases:
             emit, (longest, heads) = self._emit, table.shape
             int32, real = ir.DataType.INT32, ir.DataType.FLOAT
-            space = ["batch", "sequence", self.capacity]
+            space: list[Dim] = ["batch", "sequence", self.capacity]
             distance = emit("Sub", [self._query, self.slots], int32, space)
             distance = emit("Max", [distance, emit.const("zero", 0, np.int32)], int32, space)
             distance = emit("Min", [distance, emit.const("longest", longest - 1, np.int32)], int32, space)
             stored = emit.const("position_bias", table, np.float32)
             rows = emit("Gather", [stored, distance], real, [*space, heads], {"axis": 0})
-            shape = ["batch", heads, "sequence", self.capacity]
+            shape: list[Dim] = ["batch", heads, "sequence", self.capacity]
             bias = emit("Transpose", [rows], real, shape, {"perm": [0, 3, 1, 2]})
             causal = self.mask(MaskRule("causal"))
             self._biases[key] = emit("Where", [causal, bias, emit.const("lowest", LOWEST, np.float32)], real, shape)
@@ -97,7 +97,8 @@ class StepMasks:
         if ids is None:
             raise TargetError(f"the decoder's masks have blocks, but it has no input '{BLOCK_IDS}' that numbers them.")
         of_query = emit("Cast", [ids], int32, ["batch", "sequence"], {"to": int(int32)})
-        zero, row = emit.const("zero", 0, np.int32), ["batch", self.capacity]
+        zero = emit.const("zero", 0, np.int32)
+        row: list[Dim] = ["batch", self.capacity]
         offset = emit("Sub", [self.slots, self._first], int32, row)
         length = emit("Cast", [self.length], int32, [1], {"to": int(int32)})
         last = emit("Sub", [length, emit.const("one", 1, np.int32)], int32, [1])

@@ -26,7 +26,7 @@ from vlm_edge.passes.heads import merge_heads, split_heads
 from vlm_edge.passes.position_bias import distance_table
 from vlm_edge_runtime.errors import TargetError
 
-from .emit import Emit
+from .emit import Dim, Emit
 from .explicit_mask import PAST_LENGTHS, StepMasks
 
 Update = Literal["TensorScatter", "ScatterND"]
@@ -186,7 +186,7 @@ def _entries(before: ir.Node, positions: ir.Value, kv_heads: int) -> ir.Value:
     head = emit.const(f"index.heads.{kv_heads}", np.arange(kv_heads).reshape(1, -1, 1, 1), np.int64)
     slot = emit("Cast", [positions], int64, ["batch", "sequence"], {"to": int(int64)})
     slot = emit("Unsqueeze", [slot, emit.ints([1, 3])], int64, ["batch", 1, "sequence", 1])
-    shape = ["batch", kv_heads, "sequence", 1]
+    shape: list[Dim] = ["batch", kv_heads, "sequence", 1]
     parts = [emit("Expand", [part, whole], int64, shape) for part in (row, head, slot)]
     return emit("Concat", parts, int64, [*shape[:3], 3], {"axis": 3})
 
