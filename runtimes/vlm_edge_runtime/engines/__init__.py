@@ -24,6 +24,7 @@ __all__ = [
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "ort-cpu": ("cpu", "cpu"),
+    "ort-cuda": ("cuda", "ort_cuda"),
     "tensorrt": ("tensorrt", "tensorrt"),
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt"),
 }

@@ -225,7 +225,7 @@ class NativeOrtEngine:
             return self._graphs[role]
 
 
-def embed_row(graph: NativeGraph, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def embed_row(graph: Graph, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """Runs an embed_tokens graph on one row: int64 [S] → float32 [S, hidden]. Raises ValueError for another rank."""
     if input_ids.ndim != 1:
         raise ValueError(f"input_ids has {input_ids.ndim} dimensions, expected 1")

@@ -15,15 +15,15 @@ import numpy.typing as npt
 from vlm_edge_runtime import _native
 from vlm_edge_runtime.errors import ContextLengthError, DeviceError
 
-from .base import Array, Decoder, DecoderState, RowTokens, SamplingParams
+from .base import Array, Decoder, DecoderState, Graph, RowTokens, SamplingParams
 from .native_ort import NativeGraph, NativeOrtEngine
-from .portable_rows import Named, PortableGraphs, Row
+from .portable_rows import Named, PortableGraphs, Row, RowGraphs
 
 
 class PortableDecoderState:
     """`engines.base.DecoderState` over a portable decoder. Calls from two threads at once are refused."""
 
-    def __init__(self, graphs: PortableGraphs, batch: int, capacity: int) -> None:
+    def __init__(self, graphs: RowGraphs, batch: int, capacity: int) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch {batch}, capacity {capacity}: both must be at least 1")
         self.batch = batch
@@ -345,7 +345,7 @@ class _Use:
 class PortableDecoder:
     """The portable `embed_tokens` and `decoder` graphs with a token loop in Python."""
 
-    def __init__(self, decoder: NativeGraph, embed_tokens: NativeGraph) -> None:
+    def __init__(self, decoder: Graph, embed_tokens: Graph) -> None:
         self._graphs = PortableGraphs(decoder, embed_tokens)
         self.hidden_size = self._graphs.hidden_size
         self.vocab_size = self._graphs.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,9 @@ from vlm_edge_runtime import _native
 from vlm_edge_runtime.bundle.manifest import TensorSpec
 from vlm_edge_runtime.errors import DeviceError
 
-from .base import Array, SamplingParams
+from .base import Array, Graph, SamplingParams
 from .decoder_inputs import PAST, DecoderInputs, Sizes, newest
-from .native_ort import NativeGraph, embed_row, fixed_size
+from .native_ort import embed_row, fixed_size
 
 Named = dict[str, Array]
 
@@ -53,10 +54,27 @@ class Row:
         self.pushed = self.armed = self.finished = False
 
 
+class RowGraphs(Protocol):
+    """What a loop over rows needs of the graphs that run them."""
+
+    inputs: DecoderInputs
+    vocab_size: int
+    position_axes: int
+
+    def embed(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Token embeddings: int64 [S] → float32 [S, hidden]."""
+
+    def empty_cache(self) -> Named:
+        """A past of no entries for one row."""
+
+    def run(self, rows: list[Row], embeds: Array, mask: Array, positions: Array, given: Named, statics: Named) -> None:
+        """Runs the decoder on these rows and puts each one's share of what it gives in place."""
+
+
 class PortableGraphs:
     """The portable `embed_tokens` and `decoder` graphs, and the decoder's signature."""
 
-    def __init__(self, decoder: NativeGraph, embed_tokens: NativeGraph) -> None:
+    def __init__(self, decoder: Graph, embed_tokens: Graph) -> None:
         self._decoder = decoder
         self._embed = embed_tokens
         self._specs = {spec.name: spec for spec in decoder.inputs}

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from .dual_encoder import DualEncoder
     from .vision_language_model import VisionLanguageModel
 
-BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("ort-cpu",), "tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt-rtx",)}
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("ort-cpu",),
+    "cuda": ("ort-cuda",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
+}
 """Which builds' backends a device runs. "auto" is the first device here that the bundle has a build for."""
 
 

@@ -13,17 +13,26 @@ from toy_bundle import toy_bundle
 from toy_decoder import Toy
 
 from vlm_edge_runtime.engines import EngineOptions, open_engine
+from vlm_edge_runtime.engines.base import Engine
+from vlm_edge_runtime.engines.ort_cuda import OrtCudaEngine
+from vlm_edge_runtime.engines.ort_cuda_place import host_place
+
+CUDA_LOOP = "CUDA loop on the CPU provider"
 
 
-@pytest.fixture(scope="module", params=["portable", "lowered"], name="make")
+@pytest.fixture(scope="module", params=["portable", "lowered", CUDA_LOOP], name="make")
 def _make(request, tmp_path_factory) -> Callable[..., Bench]:
     benches: dict[str, Bench] = {}
 
     def make(toy: Toy, options: EngineOptions = OPTIONS) -> Bench:
         key = repr((toy.__class__.__name__, [getattr(toy, name) for name in toy.__slots__ if name[0] != "_"], options))
         if key not in benches:
-            bundle = toy_bundle(tmp_path_factory.mktemp("toy"), toy, request.param if request.param == "lowered" else None)
-            benches[key] = Bench(open_engine(bundle, "cpu", options), toy)
+            bundle = toy_bundle(tmp_path_factory.mktemp("toy"), toy, None if request.param == "portable" else "lowered")
+            if request.param == CUDA_LOOP:
+                engine: Engine = OrtCudaEngine(bundle, options, _place=host_place())
+            else:
+                engine = open_engine(bundle, "cpu", options)
+            benches[key] = Bench(engine, toy)
         return benches[key]
 
     return make
