@@ -83,10 +83,10 @@ def _group(graph: ir.Graph, node: ir.Node) -> None:
     square = emit("Mul", [apart, apart], dtype, flat, full=True)
     variance = emit("ReduceMean", [square, emit.ints([2])], dtype, one, {"keepdims": 1}, full=True)
     normal = _divided(emit, apart, variance, attribute_float(node, "epsilon", 1e-5), flat, one)
-    result = emit("Reshape", [normal, size], dtype, source.shape)
+    result = emit("Reshape", [normal, size], dtype, list(source.shape))
     column = [channels, *[1] * (dims - 2)]
     for op, value in (("Mul", weight), ("Add", bias)):
-        result = emit(op, [result, emit("Reshape", [value, emit.ints(column)], dtype, column)], dtype, source.shape)
+        result = emit(op, [result, emit("Reshape", [value, emit.ints(column)], dtype, column)], dtype, list(source.shape))
     substitute(node.outputs[0], result)
     remove_dead(graph, node)
 

@@ -12,6 +12,8 @@ from vlm_edge_runtime.errors import TargetError
 
 _CHANGED: dict[str, int] = {"GroupNormalization": 21}
 """Operators whose meaning (not only their types) changed, and in which version: they cannot be restated across it."""
+_UNSAID = {("ScatterND", "reduction"): "none", ("ScatterElements", "reduction"): "none"}
+"""Attributes that say what holds anyway, and that older parsers refuse to read whatever they say (TensorRT 10.3)."""
 _IR_VERSIONS = ((20, 10), (22, 10), (23, 11))
 """(up to this opset, IR version): ONNX 1.16, which TensorRT 10.3 was built with, reads IR version 10 at most."""
 
@@ -34,6 +36,7 @@ class LowerOpset(GraphPass):
         before = model.graph.opset_imports.get("") or 0
         for node in model.graph.all_nodes():
             if not node.domain:
+                changes.add("needless attributes", _unsaid(node))
                 self._check(node, before)
         if before != self.version:
             model.graph.opset_imports[""] = self.version
@@ -56,3 +59,14 @@ class LowerOpset(GraphPass):
             raise TargetError(
                 f"{label} means something else in opset {self.version} than in {before}: it must be rewritten first."
             )
+
+
+def _unsaid(node: ir.Node) -> int:
+    needless = [
+        name
+        for name, value in node.attributes.items()
+        if (node.op_type, name) in _UNSAID and value.value == _UNSAID[node.op_type, name]
+    ]
+    for name in needless:
+        del node.attributes[name]
+    return len(needless)
