@@ -19,11 +19,25 @@ def infer_dtypes(graph: ir.Graph) -> int:
     """
     missing = 0
     for node in graph:
+        branches = inner_graphs(node)
+        missing += sum(infer_dtypes(branch) for branch in branches)
         for index, out in enumerate(node.outputs):
             if out.dtype is None and (out.name or out.uses()):
-                out.type = ir.TensorType(_dtype(node, index))
+                inner = branches[-1].outputs[index].dtype if branches and node.op_type == "If" else None
+                out.type = ir.TensorType(inner if inner is not None else _dtype(node, index))
                 missing += 1
     return missing
+
+
+def inner_graphs(node: ir.Node) -> list[ir.Graph]:
+    """The subgraphs of a node (the branches of If, the body of Loop)."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found += attribute.as_graphs()
+    return found
 
 
 def _dtype(node: ir.Node, index: int) -> ir.DataType:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from .graph import insert, is_weight, like
+from .dtypes import inner_graphs
+from .graph import insert, like
 from .islands import Half, Islands
 from .strong_types import HALVES, TYPED, StrongTypes
 
@@ -36,25 +37,30 @@ def half_twin(model: ir.Model) -> ir.Model:
     graph = twin.graph
     back: dict[ir.Value, ir.Value] = {}
     nodes = list(graph)
+    for value in graph.initializers.values():
+        if value.dtype == half and value.uses():
+            back[value] = _widened(nodes[0], value)
     for given in graph.inputs:
         if given.dtype == half and nodes:
             given.type = ir.TensorType(_FLOAT)
             rounded = insert(nodes[0], "Cast", [given], {"to": int(half)}).outputs[0]
             like(rounded, given).type = ir.TensorType(half)
             back[given] = _widened(nodes[0], rounded)
+    _round_nodes(graph, nodes, half, back)
+    return twin
+
+
+def _round_nodes(graph: ir.Graph, nodes: list[ir.Node], half: ir.DataType, back: dict[ir.Value, ir.Value]) -> None:
     for node in nodes:
         for index, value in enumerate(node.inputs):
-            if value is None:
-                continue
-            if value not in back and is_weight(value) and value.dtype == half:
-                back[value] = _widened(node, value)
-            if value in back:
+            if value is not None and value in back:
                 node.replace_input_with(index, back[value])
+        for branch in inner_graphs(node):
+            _round_nodes(branch, list(branch), half, back)
         for out in node.outputs:
             if out.dtype == half and (out.uses() or out.is_graph_output()):
                 back[out] = _rounded(graph, node, out, half)
         _widen_attributes(node, half)
-    return twin
 
 
 def _widened(before: ir.Node, value: ir.Value) -> ir.Value:
@@ -72,6 +78,7 @@ def _rounded(graph: ir.Graph, node: ir.Node, out: ir.Value, half: ir.DataType) -
     wide = up.outputs[0]
     like(wide, out)
     down.outputs[0].type = ir.TensorType(half)
+    down.outputs[0].name, wide.name = f"{out.name}.rounded", f"{out.name}.wide"
     for index, value in enumerate(graph.outputs):
         if value is out:
             out.name, wide.name = f"{out.name}.exact", out.name

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from .base import Changes, GraphPass
-from .dtypes import infer_dtypes
+from .dtypes import infer_dtypes, inner_graphs
 from .graph import add_initializer, constant, insert, is_weight, lazy_tensor, like, substitute
 from .islands import PRECISION, Half, Islands, exact_values, is_float, island_nodes, largest
 
@@ -49,7 +49,7 @@ class StrongTypes(GraphPass):
     TensorRT-RTX always, and TensorRT in its strongly typed mode, compute every layer in the precision that the graph says; there
     is nothing to choose later. fp32 stay: positions, rotary tables and masks (whatever comes from whole numbers alone; fp16
     counts to 2,048), the `islands`, nodes with metadata PRECISION, weights that fp16 cannot hold (each with a note), what
-    follows the last product up to an fp32 output, recurrent cells, and nodes with subgraphs. Masks are clipped to the
+    follows the last product up to an fp32 output, recurrent cells, and loops. Masks are clipped to the
     half type's lowest number before they are cast, so that a row without any key cannot become NaN.
 
     Float inputs and outputs become half except those named in `full_inputs` and `full_outputs`; integer ones stay. Weights are
@@ -98,7 +98,7 @@ class _Writer:
         self.half = half
         self.dtype, self.numpy = HALVES[half]
         self.limit = LARGEST[half]
-        self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.casts: dict[tuple[ir.Value, ir.DataType, object], ir.Value] = {}
 
     def overflowing(self, nodes: Iterable[ir.Node]) -> set[ir.Node]:
         """Nodes with a weight that the half type cannot hold; each is noted. Numbers of masks are not among them."""
@@ -121,8 +121,11 @@ class _Writer:
         return top >= _MASKED and constant(value) is not None
 
     def type_node(self, node: ir.Node, full: set[ir.Node]) -> None:
-        if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
-            self._subgraphs(node)
+        if branches := inner_graphs(node):
+            if node.op_type == "If" and not any(out in self.exact for out in node.outputs):
+                self._branches(node, branches, full)
+            else:
+                self._subgraphs(node)
             return
         if node.op_type in _AS_GIVEN and not node.domain:
             return
@@ -157,8 +160,26 @@ class _Writer:
         node.attributes["to"] = ir.AttrInt64("to", int(dtype))
         out.type = ir.TensorType(dtype)
 
+    def _branches(self, node: ir.Node, branches: list[ir.Graph], full: set[ir.Node]) -> None:
+        """The nodes of both branches of an If are typed like all others; its float results are half."""
+        for branch in branches:
+            for inner in list(branch):
+                self.type_node(inner, full)
+            for index, value in enumerate(branch.outputs):
+                if value.dtype == _FLOAT:
+                    maker = value.producer()
+                    assert maker is not None and maker.graph is branch  # an If hands on what its branch computes
+                    cast = ir.node("Cast", [value], {"to": int(self.dtype)})
+                    branch.insert_after(maker, cast)
+                    like(cast.outputs[0], value).type = ir.TensorType(self.dtype)
+                    cast.outputs[0].name = f"{value.name}.{self.half}"
+                    branch.outputs[index] = cast.outputs[0]
+        for out in node.outputs:
+            if is_float(out):
+                out.type = ir.TensorType(self.dtype)
+
     def _subgraphs(self, node: ir.Node) -> None:
-        """A node with subgraphs computes in fp32, what its subgraphs read from outside included."""
+        """A loop computes in fp32, what its body reads from outside included; so does a branch that makes a mask."""
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype == self.dtype:
                 node.replace_input_with(index, self.as_type(value, _FLOAT, node))
@@ -168,13 +189,17 @@ class _Writer:
                 outside = value is not None and value.dtype == self.dtype and value.graph is not own
                 if outside and value is not None:
                     inner.replace_input_with(index, self.as_type(value, _FLOAT, node))
-        self.changes.note(f"{node.name or node.outputs[0].name}: {node.op_type} stays fp32: it has subgraphs")
+        if node.op_type != "If":
+            self.changes.note(f"{node.name or node.outputs[0].name}: {node.op_type} stays fp32, what it repeats included")
 
     def as_type(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         """`value` in another type, cast just before the first node that needs it so."""
-        key = (value, dtype)
+        if (value, dtype, self.graph) in self.casts:
+            return self.casts[value, dtype, self.graph]
+        key = (value, dtype, before.graph)
         if key not in self.casts:
             if is_weight(value):
+                key = (value, dtype, self.graph)  # stored outside of all branches
                 self.casts[key] = self._weight(value, dtype)
             else:
                 source = value
@@ -182,6 +207,7 @@ class _Writer:
                     source = self._clipped(value, before)
                 cast = insert(before, "Cast", [source], {"to": int(dtype)}).outputs[0]
                 like(cast, value).type = ir.TensorType(dtype)
+                cast.name = f"{value.name}.{'fp32' if dtype == _FLOAT else self.half}.{len(self.casts)}"
                 self.casts[key] = cast
                 self.changes.add("casts")
         return self.casts[key]
@@ -193,7 +219,9 @@ class _Writer:
         lowest = self.graph.initializers.get("mask.lowest")
         if lowest is None:
             lowest = add_initializer(self.graph, "mask.lowest", np.array(-self.limit, np.float32))
-        return like(insert(before, "Max", [value, lowest]).outputs[0], value)
+        clipped = like(insert(before, "Max", [value, lowest]).outputs[0], value)
+        clipped.name = f"{value.name}.clipped.{len(self.casts)}"
+        return clipped
 
     def _weight(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         tensor, numpy, limit = value.const_value, self.numpy, self.limit
@@ -240,14 +268,7 @@ def _real(value: ir.Value) -> bool:
 
 
 def _inner_nodes(node: ir.Node) -> list[ir.Node]:
-    found: list[ir.Node] = []
-    for attribute in node.attributes.values():
-        graphs = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
-        graphs = list(attribute.value) if attribute.type == ir.AttributeType.GRAPHS else graphs
-        for graph in graphs:
-            for inner in graph:
-                found += [inner, *_inner_nodes(inner)]
-    return found
+    return [one for graph in inner_graphs(node) for inner in graph for one in (inner, *_inner_nodes(inner))]
 
 
 def _reaches_mask(value: ir.Value) -> bool:
@@ -263,5 +284,5 @@ def _reaches_mask(value: ir.Value) -> bool:
             if array is not None and array.dtype == np.float32 and array.size and float(np.abs(array).max()) >= _MASKED:
                 return True
         elif (node := current.producer()) is not None:
-            todo += [given for given in node.inputs if given is not None]
+            todo += [given for one in (node, *_inner_nodes(node)) for given in one.inputs if given is not None]
     return False
