@@ -76,7 +76,7 @@ def build_targets(
     """Builds each target in turn. Shared with `vlm-edge export --target`."""
     from vlm_edge.targets.build import build
 
-    pictures = _pictures(calibrate) if calibrate else None
+    pictures = pictures_in(calibrate) if calibrate else None
     return [
         build(
             bundle,
@@ -92,7 +92,8 @@ def build_targets(
     ]
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in a folder, or one picture. Raises TargetError where there is none."""
     found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in _PICTURES)
     if not found:
         raise TargetError(f"no picture ({', '.join(sorted(_PICTURES))}) in {folder}: calibration needs some tens of them.")

@@ -15,6 +15,7 @@ from vlm_edge_runtime.errors import VlmEdgeError
 COMMANDS = {
     "export": "Split a checkpoint, export it to portable ONNX and check it against PyTorch.",
     "build": "Lower a bundle's portable graphs for a target (4-bit, 8-bit, fused kernels).",
+    "preflight": "Say what a target cannot build, and whether it fits the device's memory.",
     "run": "Ask a bundle something about images; the answer streams.",
     "inspect": "Show what a bundle holds: graphs, sizes, memory plan, parity verdicts.",
     "bench": "Measure TTFT, tokens/s, vision time and memory of a bundle.",

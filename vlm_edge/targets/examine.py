@@ -1,0 +1,158 @@
+"""Everything that can be said of a build before it is compiled: which nodes the target refuses, and what memory it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+
+from vlm_edge.progress import Progress, Silent
+from vlm_edge_runtime.bundle.engine_profile import EngineProfile
+from vlm_edge_runtime.bundle.manifest import FileRef, GenerativeContract, GraphEntry, KVLayout, TensorSpec
+from vlm_edge_runtime.bundle.reader import open_bundle
+
+from .backend import CompileOptions, Job, backend_of
+from .memory_plan import GraphMemory, MemoryPlan, float_products, graph_memory, memory_plan, refuse_memory
+from .precision import bundle_roles, resolve_precision, stored_as
+from .preflight import Problem, preflight, refuse
+from .samples import Samples
+from .target import Target, load_target
+from .tensorrt.profiles import Weights, decoder_profiles, graph_profiles
+
+_NO_FILE = FileRef(file="", sha256="", bytes=0)
+
+
+class Examination:
+    """Takes in one lowered graph after another, and then says what is wrong with them and what they need together."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._memory: list[GraphMemory] = []
+        self._kv: KVLayout | None = None
+        self.problems: list[Problem] = []
+
+    def add(self, role: str, name: str, model: ir.Model) -> None:
+        """Looks at one lowered graph of `role`; `name` is its name in the build (`decoder.c1024`). Keeps nothing of it."""
+        job = self._job
+        self.problems += preflight(model, job.target, name)
+        word = stored_as(job.kinds[role], job.words[role])
+        self._memory.append(graph_memory(model, name, role, word, self._profiles(role, model)))
+        if job.kinds[role] == "decoder" and job.bundle.kv is not None:
+            cache = next((value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")), None)
+            dtype = cache.dtype.numpy().name if cache is not None and cache.dtype is not None else job.bundle.kv.dtype
+            self._kv = msgspec.structs.replace(job.bundle.kv, dtype=dtype)
+
+    def plan(self) -> MemoryPlan:
+        """What all graphs need together, at the longest context and the largest batch that were asked for."""
+        return memory_plan(
+            self._memory,
+            self._job.target,
+            kv=self._kv,
+            context=self.context,
+            batch=self.batch,
+            longest=self._longest or self.context,
+        )
+
+    def refuse(self) -> None:
+        """Raises TargetError for nodes that cannot be built, or memory that does not suffice."""
+        refuse(self.problems, self._job.target)
+        refuse_memory(self.plan())
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest cache that was asked for; no more than the model can attend to."""
+        wanted = self._job.compiling.context or self._job.target.gpu()[1].buckets
+        return min(max(wanted), self._longest or max(wanted))
+
+    @property
+    def batch(self) -> int:
+        """Rows that decode together at most."""
+        return self._job.compiling.max_batch or self._job.target.gpu()[1].max_batch
+
+    @property
+    def _longest(self) -> int:
+        contract = self._job.bundle.manifest.contract
+        return contract.context_length if isinstance(contract, GenerativeContract) else 0
+
+    def _profiles(self, role: str, model: ir.Model) -> list[EngineProfile]:
+        job, entry = self._job, _entry(role, model)
+        if not job.target.backend.startswith("tensorrt"):
+            return []
+        if job.kinds[role] != "decoder":
+            return graph_profiles(job.bundle, role, entry, max_batch=self.batch, longest=self.context)
+        stored = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+        total = math.ceil(sum(one.size * one.dtype.itemsize for one in stored))
+        cache = next((spec for spec in entry.inputs if spec.name.startswith("past_key_values.")), None)
+        capacity = cache.shape[2] if cache is not None else None
+        profiles, _ = decoder_profiles(
+            job.bundle,
+            entry,
+            capacity=capacity if isinstance(capacity, int) else None,
+            max_batch=self.batch,
+            weights=Weights(total=total, float_products=float_products(model)),
+            flavour="tensorrt-rtx" if job.target.backend == "tensorrt-rtx" else "tensorrt",
+            usable_bytes=job.target.gpu()[0].usable_bytes,
+            wanted=job.compiling.profiles,
+        )
+        return profiles
+
+
+def examine(
+    bundle: str | Path,
+    target: str | Path | Target,
+    *,
+    precision: str | dict[str, str] | None = None,
+    block_size: int | None = None,
+    calibration: Sequence[str | Path] | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Examination:
+    """Lowers every graph of a bundle for a target in memory, and looks at it; writes nothing and compiles nothing.
+
+    `context`: tokens of the cache to plan for, `batch`: rows (None: the target's own). The others are as for `build`. Raises
+    TargetError (unknown target or precision, a target without a GPU, a graph that cannot be lowered), BundleError.
+    """
+    chosen = target if isinstance(target, Target) else load_target(target)
+    chosen.gpu()
+    opened = open_bundle(bundle)
+    kinds, backend = bundle_roles(opened.graphs), backend_of(chosen)
+    progress = progress or Silent()
+    job = Job(
+        bundle=opened,
+        target=chosen,
+        label=chosen.name,
+        kinds=kinds,
+        words=resolve_precision(chosen.precision, precision, kinds, chosen.words),
+        block_size=block_size or backend.block_size,
+        pictures=list(calibration or []),
+        samples=Samples(opened),
+        compiling=CompileOptions(context=(context,) if context else None, max_batch=batch, make=False),
+        progress=progress,
+    )
+    found = Examination(job)
+    for role in opened.graphs:
+        step = f"examine {role} ({job.words[role]})"
+        progress.start(step)
+        try:
+            for name, lowered in backend.lower(job, role).items():
+                found.add(role, name, lowered.model)
+        except BaseException as error:
+            progress.failed(step, str(error))
+            raise
+        progress.done(step)
+    return found
+
+
+def _entry(role: str, model: ir.Model) -> GraphEntry:
+    """A lowered graph as the manifest would name it; its files do not exist."""
+    return GraphEntry(role=role, model=_NO_FILE, inputs=[_spec(value) for value in model.graph.inputs], outputs=[])
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    dims = value.shape if value.shape is not None else ()
+    shape = tuple(size if isinstance(size, int) else str(size.value or f"dim{axis}") for axis, size in enumerate(dims))
+    return TensorSpec(name=str(value.name), dtype=value.dtype.numpy().name if value.dtype is not None else "float32", shape=shape)
