@@ -101,11 +101,12 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
             step = f"lower {role} ({job.words[role]})"
             job.progress.start(step)
             try:
-                detail = "unchanged"
+                detail, shared = "unchanged", None
                 for name, lowered in backend.lower(job, role).items():
                     if lowered.changed:
                         stored = stored_as(job.kinds[role], job.words[role])
-                        graphs[name] = _save(lowered.model, writer, role, name, stored)
+                        graphs[name] = _save(lowered.model, writer, role, name, stored, shared)
+                        shared = shared or writer.path / f"{name}.onnx"
                         said, detail = _compared(job, backend, role, name, graphs[name], writer)
                         options |= said
                     report[name] = _report(lowered)
@@ -151,11 +152,18 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _save(model: ir.Model, writer: BuildWriter, role: str, name: str, precision: str) -> GraphEntry:
-    """Writes the graph with its weights beside it; weights are computed one after another as they are written."""
-    file, data = f"{name}.onnx", f"{name}.onnx.data"
+def _save(model: ir.Model, writer: BuildWriter, role: str, name: str, precision: str, like: Path | None) -> GraphEntry:
+    """Writes the graph with its weights beside it; weights are computed one after another as they are written.
+
+    `like`: a graph of the same role that was written before; the weights it has already are not written again.
+    """
+    file, data = f"{name}.onnx", f"{role}.onnx.data"
     model.producer_name, model.producer_version = "vlm-edge", _version("vlm-edge")
-    ir.save(model, writer.path / file, external_data=data)
+    if like is None:
+        ir.save(model, writer.path / file, external_data=data)
+    else:
+        _share_weights(model, ir.load(like))
+        ir.save(model, writer.path / file)
     refs: list[FileRef] = [writer.ref(data)] if (writer.path / data).is_file() else []
     tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     return GraphEntry(
@@ -168,6 +176,17 @@ def _save(model: ir.Model, writer: BuildWriter, role: str, name: str, precision:
         nodes=sum(1 for _ in model.graph),
         parameters=sum(tensor.size for tensor in tensors if tensor.dtype.is_floating_point() or tensor.size > 64),
     )
+
+
+def _share_weights(model: ir.Model, written: ir.Model) -> None:
+    """Lets `model` read the weights of a written graph: those of one name, type and shape lie beside that."""
+    there = written.graph.initializers
+    for name, value in model.graph.initializers.items():
+        own, other = value.const_value, there[name].const_value if name in there else None
+        if own is None or not isinstance(other, ir.ExternalTensor):
+            continue
+        if own.dtype == other.dtype and own.shape.numpy() == other.shape.numpy():
+            value.const_value = other
 
 
 def _spec(value: ir.Value) -> TensorSpec:

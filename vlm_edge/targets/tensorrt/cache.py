@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 
 from vlm_edge_runtime.bundle.engine_files import graph_digest
-from vlm_edge_runtime.bundle.manifest import EngineProfile, GraphEntry
+from vlm_edge_runtime.bundle.engine_profile import EngineProfile
+from vlm_edge_runtime.bundle.manifest import GraphEntry
 
 from .seam import Gpu, Library, platform_tag
 
