@@ -25,7 +25,7 @@ def command(
     out: Path,
     targets: tuple[str, ...],
     precision: str | None,
-    block_size: str,
+    block_size: str | None,
     calibrate: Path | None,
     revision: str | None,
     trust_remote_code: bool,
@@ -63,7 +63,7 @@ def command(
         if targets:
             from .build import build_targets
 
-            build_targets(out, targets, precision, int(block_size), calibrate, None, overwrite, listener)
+            build_targets(out, targets, precision, block_size, calibrate, None, overwrite, listener)
     from vlm_edge_runtime.bundle.reader import read_manifest
 
     manifest = read_manifest(out)

@@ -13,9 +13,7 @@ _LOWERING = (
     click.option(
         "--block-size",
         type=click.Choice(["16", "32", "64", "128"]),
-        default="32",
-        show_default=True,
-        help="Weights per quantisation scale in 4/8-bit weight-only graphs.",
+        help="Weights per quantisation scale in 4/8-bit weight-only graphs (32 on the CPU, 128 on GPUs unless you say).",
     ),
     click.option(
         "--calibrate",
@@ -23,6 +21,40 @@ _LOWERING = (
         help="Folder of pictures: int8 activations get static ranges from them.",
     ),
 )
+
+
+_COMPILING = (
+    click.option("--sm", help="Compute capabilities that engines are for, as 86,89 (default: the target's); one engine for all."),
+    click.option("--context", help="Cache sizes in tokens, one decoder each, as 1024,4096 (default: the target's)."),
+    click.option("--max-batch", type=click.IntRange(min=1), help="Rows that decode together at most (default: the target's)."),
+    click.option(
+        "--profiles",
+        type=click.Choice(["auto", "one", "two"]),
+        default="auto",
+        show_default=True,
+        help="Optimisation profiles of a decoder's engine: prefill and decode apart, or together.",
+    ),
+    click.option(
+        "--engines/--no-engines", "make_engines", default=True, help="Compile engines, or make and check the graphs alone."
+    ),
+)
+
+
+def compiling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--sm, --context, --max-batch, --profiles and --no-engines: what is compiled for a target with engines."""
+    for option in reversed(_COMPILING):
+        command = option(command)
+    return command
+
+
+def numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """`86,89` → (86, 89). Raises a usage error that names the option."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"{option} takes whole numbers between commas, got '{text}'.") from None
 
 
 def lowering_options(command: Callable[..., Any]) -> Callable[..., Any]:

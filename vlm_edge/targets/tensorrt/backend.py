@@ -156,8 +156,8 @@ class TensorRTBackend(Backend):
     def compile(self, job: Job, build: Build) -> Build:
         """Compiles every graph of the build that has no engine with the right key yet."""
         if self._library is None:
-            job.progress.start("engines")
-            job.progress.done("engines", f"not built here: {self._elsewhere}")
+            job.progress.start("engines: not built here")
+            job.progress.done("engines: not built here", self._elsewhere)
             return build
         kept = build.options.get("max_batch")
         most = _positive(job.compiling.max_batch, kept if isinstance(kept, int) else 1)
