@@ -45,6 +45,7 @@ def half_twin(model: ir.Model) -> ir.Model:
             given.type = ir.TensorType(_FLOAT)
             rounded = insert(nodes[0], "Cast", [given], {"to": int(half)}).outputs[0]
             like(rounded, given).type = ir.TensorType(half)
+            rounded.name = f"{given.name}.rounded"
             back[given] = _widened(nodes[0], rounded)
     _round_nodes(graph, nodes, half, back)
     return twin
@@ -66,6 +67,7 @@ def _round_nodes(graph: ir.Graph, nodes: list[ir.Node], half: ir.DataType, back:
 def _widened(before: ir.Node, value: ir.Value) -> ir.Value:
     wide = insert(before, "Cast", [value], {"to": int(_FLOAT)}).outputs[0]
     like(wide, value).type = ir.TensorType(_FLOAT)
+    wide.name = f"{value.name}.wide"  # names are shared with subgraphs: a numbered one may be taken there
     return wide
 
 
