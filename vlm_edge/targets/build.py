@@ -20,6 +20,7 @@ from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
 
 from .backend import Backend, CompileOptions, Job, Option, backend_of, checked
+from .examine import Examination
 from .pipeline import Lowered
 from .precision import bundle_roles, resolve_precision, stored_as
 from .samples import Samples
@@ -96,6 +97,7 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
         **job.options,
     }
     report: dict[str, object] = {}
+    examination = Examination(job) if job.target.device is not None else None
     with BuildWriter(job.bundle.path, job.label, overwrite=overwrite) as writer:
         for role in job.bundle.graphs:
             step = f"lower {role} ({job.words[role]})"
@@ -103,6 +105,8 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
             try:
                 detail, shared = "unchanged", None
                 for name, lowered in backend.lower(job, role).items():
+                    if examination is not None:
+                        examination.add(role, name, lowered.model)
                     if lowered.changed:
                         stored = stored_as(job.kinds[role], job.words[role])
                         graphs[name] = _save(lowered.model, writer, role, name, stored, shared)
@@ -114,6 +118,8 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
                 job.progress.failed(step, str(error))
                 raise
             job.progress.done(step, detail)
+        if examination is not None:
+            report["memory"] = _examined(job, examination)
         (writer.path / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         made = Build(
             name=job.label,
@@ -129,6 +135,19 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
         backend.finish(job, writer, made)
         writer.commit(made)
     return made
+
+
+def _examined(job: Job, examination: Examination) -> object:
+    """Refuses what the target cannot build or hold, before anything is compiled; the memory plan for the report."""
+    step = "plan the memory"
+    job.progress.start(step)
+    try:
+        examination.refuse()
+    except TargetError as error:
+        job.progress.failed(step, str(error))
+        raise
+    job.progress.done(step, examination.summary())
+    return msgspec.to_builtins(examination.plan())
 
 
 def _compared(

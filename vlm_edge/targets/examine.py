@@ -10,17 +10,17 @@ import msgspec
 import onnx_ir as ir
 
 from vlm_edge.progress import Progress, Silent
-from vlm_edge_runtime.bundle.engine_profile import EngineProfile
+from vlm_edge_runtime.bundle.engine_profile import EngineProfile, ShapeRange
 from vlm_edge_runtime.bundle.manifest import FileRef, GenerativeContract, GraphEntry, KVLayout, TensorSpec
 from vlm_edge_runtime.bundle.reader import open_bundle
 
 from .backend import CompileOptions, Job, backend_of
-from .memory_plan import GraphMemory, MemoryPlan, float_products, graph_memory, memory_plan, refuse_memory
+from .memory_plan import GraphMemory, MemoryPlan, float_products, gib, graph_memory, memory_plan, refuse_memory
 from .precision import bundle_roles, resolve_precision, stored_as
 from .preflight import Problem, preflight, refuse
 from .samples import Samples
 from .target import Target, load_target
-from .tensorrt.profiles import Weights, decoder_profiles, graph_profiles
+from .tensorrt.profiles import CHUNK, Weights, decoder_profiles, graph_profiles
 
 _NO_FILE = FileRef(file="", sha256="", bytes=0)
 
@@ -28,8 +28,9 @@ _NO_FILE = FileRef(file="", sha256="", bytes=0)
 class Examination:
     """Takes in one lowered graph after another, and then says what is wrong with them and what they need together."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, *, context: int | None = None, batch: int | None = None) -> None:
+        """`context`, `batch`: what to plan for; None: what the job asks for, else the target."""
+        self._job, self._context, self._batch = job, context, batch
         self._memory: list[GraphMemory] = []
         self._kv: KVLayout | None = None
         self.problems: list[Problem] = []
@@ -56,6 +57,14 @@ class Examination:
             longest=self._longest or self.context,
         )
 
+    def summary(self) -> str:
+        """The plan in a line."""
+        plan = self.plan()
+        line = f"running {gib(plan.total)} of {gib(plan.usable)} (context {plan.context}, batch {plan.batch})"
+        if plan.build_most:
+            line += f", compiling {gib(plan.build_least)} to {gib(plan.build_most)}"
+        return "; ".join([line, *plan.notes])
+
     def refuse(self) -> None:
         """Raises TargetError for nodes that cannot be built, or memory that does not suffice."""
         refuse(self.problems, self._job.target)
@@ -64,13 +73,13 @@ class Examination:
     @property
     def context(self) -> int:
         """Tokens of the longest cache that was asked for; no more than the model can attend to."""
-        wanted = self._job.compiling.context or self._job.target.gpu()[1].buckets
-        return min(max(wanted), self._longest or max(wanted))
+        wanted = self._context or max(self._job.compiling.context or self._job.target.gpu()[1].buckets)
+        return min(wanted, self._longest or wanted)
 
     @property
     def batch(self) -> int:
         """Rows that decode together at most."""
-        return self._job.compiling.max_batch or self._job.target.gpu()[1].max_batch
+        return self._batch or self._job.compiling.max_batch or self._job.target.gpu()[1].max_batch
 
     @property
     def _longest(self) -> int:
@@ -79,8 +88,8 @@ class Examination:
 
     def _profiles(self, role: str, model: ir.Model) -> list[EngineProfile]:
         job, entry = self._job, _entry(role, model)
-        if not job.target.backend.startswith("tensorrt"):
-            return []
+        if job.kinds[role] == "decoder" and not job.target.backend.startswith("tensorrt"):
+            return [self._unlimited(entry)]
         if job.kinds[role] != "decoder":
             return graph_profiles(job.bundle, role, entry, max_batch=self.batch, longest=self.context)
         stored = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
@@ -98,6 +107,16 @@ class Examination:
             wanted=job.compiling.profiles,
         )
         return profiles
+
+    def _unlimited(self, entry: GraphEntry) -> EngineProfile:
+        """A decoder outside TensorRT: all rows, a chunk of the prompt, and a cache of the whole context."""
+        known = {"batch": self.batch, "sequence": min(CHUNK, self.context), "total_sequence_length": 1}
+
+        def size(dim: int | str) -> int:
+            return dim if isinstance(dim, int) else known.get(dim, self.context)
+
+        largest = {spec.name: tuple(map(size, spec.shape)) for spec in entry.inputs}
+        return EngineProfile(shapes={name: ShapeRange(min=shape, opt=shape, max=shape) for name, shape in largest.items()})
 
 
 def examine(
@@ -130,10 +149,12 @@ def examine(
         block_size=block_size or backend.block_size,
         pictures=list(calibration or []),
         samples=Samples(opened),
-        compiling=CompileOptions(context=(context,) if context else None, max_batch=batch, make=False),
         progress=progress,
     )
-    found = Examination(job)
+    if chosen.backend.startswith("tensorrt"):
+        job.compiling = CompileOptions(context=(context,) if context else None, max_batch=batch, make=False)
+    backend.check(job)
+    found = Examination(job, context=context, batch=batch)
     for role in opened.graphs:
         step = f"examine {role} ({job.words[role]})"
         progress.start(step)

@@ -20,7 +20,6 @@ from vlm_edge.quantize.qdq_fold import FoldWeights
 from vlm_edge.targets.backend import Backend, Job, Option
 from vlm_edge.targets.pipeline import Lowered
 from vlm_edge.targets.precision import resolve_precision
-from vlm_edge.targets.preflight import Problem, preflight, refuse
 from vlm_edge.targets.selfcheck import Difference
 from vlm_edge_runtime.bundle.engine_files import ENGINES, graph_digest
 from vlm_edge_runtime.bundle.manifest import Build, GenerativeContract, GraphEntry, KVLayout
@@ -49,7 +48,6 @@ class TensorRTBackend(Backend):
         self._buckets: list[int] = []
         self._library: Library | None = None
         self._elsewhere = ""
-        self._problems: list[Problem] = []
 
     def check(self, job: Job) -> None:
         """Finds the builder and what it compiles for. Raises TargetError where it should be here and is not, or does not fit."""
@@ -75,7 +73,7 @@ class TensorRTBackend(Backend):
             self._elsewhere = str(reason)
 
     def lower(self, job: Job, role: str) -> Mapping[str, Lowered]:
-        """See `Backend.lower`; a decoder with a cache becomes one graph per context bucket. Collects what cannot be built."""
+        """See `Backend.lower`; a decoder with a cache becomes one graph per context bucket."""
         capacities: dict[str, int | None] = {role: None}
         if job.kinds[role] == "decoder" and self._buckets:
             capacities = {f"{role}.c{size}": size for size in self._buckets}
@@ -91,7 +89,6 @@ class TensorRTBackend(Backend):
                 block_size=job.block_size,
                 calibration=job.calibration(role),
             )
-            self._problems += preflight(found[name].model, job.target, name)
         return found
 
     def compare(self, job: Job, role: str, built: Path) -> Difference:
@@ -122,8 +119,7 @@ class TensorRTBackend(Backend):
         return msgspec.structs.replace(layout, dtype=dtype, shared_buffer=_in_place(job) or not layout.layers)
 
     def finish(self, job: Job, writer: BuildWriter, build: Build) -> None:
-        """Refuses what pre-flight found; keeps engines of a build that is being replaced whose graphs are still the same."""
-        refuse(self._problems, job.target)
+        """Keeps engines of a build that is being replaced whose graphs are still the same."""
         old = job.bundle.manifest.builds.get(job.label)
         for entry in old.engines if old is not None else []:
             graph = build.graphs.get(entry.graph) or job.bundle.graphs.get(entry.graph)
