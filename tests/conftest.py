@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ import pytest
 from filelock import FileLock
 
 from vlm_edge_runtime.errors import BundleError
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that runs tests in the background; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "tests"
