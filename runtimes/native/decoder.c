@@ -49,6 +49,7 @@ static DecoderStatus bind_span(Decoder *d, size_t first, size_t count, char mess
         decoder_unbind(d);
         return decoder_run_failed(d->decoder, message);
     }
+    *d->span_run = run;
     d->span_first = first;
     d->span_count = count;
     return DECODER_OK;
@@ -112,7 +113,7 @@ DecoderStatus decoder_run_marked(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
     if (embed_seconds < 0) {
         return decoder_run_failed(d->embed, message);
     }
-    const double seconds = session_run_bound(d->decoder, d->span_decoder, message);
+    const double seconds = decoder_execute(d, d->span_run, d->span_decoder, message);
     keep_all_idle(d, first, count, true);
     for (size_t i = first; i <= last; i++) {
         d->rows[i].logits_valid &= !d->running[i]; /* overwritten; valid again below */

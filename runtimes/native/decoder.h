@@ -124,6 +124,9 @@ typedef struct {
     int64_t *tokens, *positions;
     int32_t *seqlens, total;
     size_t span_first, span_count; /* count 0: nothing is bound */
+    struct DecoderRun *span_run;
+    uint8_t **plan_caches; /* where a plan finds each cache of the rows it runs, and their sizes */
+    size_t *plan_cache_bytes, *plan_entries;
     uint8_t **span_inputs, **span_outputs; /* memory of the further ones */
     size_t *span_sizes;
     OrtIoBinding *span_embed, *span_decoder;
@@ -230,7 +233,7 @@ DecoderStatus decoder_reserve_outputs(Decoder *decoder, size_t row, char message
 void decoder_keep_outputs(Decoder *decoder, size_t row, size_t at, uint8_t *const *outputs, size_t tokens, const size_t *sizes);
 
 /* One run of rows [first, first + count) with `tokens` new tokens each. The memory behind the pointers must outlive the binding. */
-typedef struct {
+typedef struct DecoderRun {
     size_t first, count, tokens;
     const float *embeds;
     const int64_t *positions;
@@ -240,7 +243,10 @@ typedef struct {
     uint8_t *const *outputs;
 } DecoderRun;
 
+/* A plan is not bound to anything: *out is NULL. */
 int decoder_bind(Decoder *decoder, const DecoderRun *run, OrtIoBinding **out, char message[ORT_MESSAGE_SIZE]);
+/* Runs the decoder. Seconds; −1 with the reason in `message`. */
+double decoder_execute(Decoder *decoder, const DecoderRun *run, const OrtIoBinding *binding, char message[ORT_MESSAGE_SIZE]);
 /* Frees what is bound for decoding. */
 void decoder_unbind(Decoder *decoder);
 void run_times_add(RunTimes *times, double seconds);

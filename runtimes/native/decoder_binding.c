@@ -77,7 +77,44 @@ static void bind_further(Binder *b, const Decoder *d, const DecoderRun *run) {
     }
 }
 
+double decoder_execute(Decoder *d, const DecoderRun *run, const OrtIoBinding *binding, char message[ORT_MESSAGE_SIZE]) {
+    SessionCore *core = d->decoder;
+    if (core->plan == NULL) {
+        return session_run_bound(core, binding, message);
+    }
+    for (size_t i = 0; i < d->cache_count; i++) {
+        d->plan_caches[i] = d->caches[i].data + run->first * d->caches[i].row_bytes;
+        d->plan_cache_bytes[i] = d->caches[i].row_bytes;
+    }
+    for (size_t i = 0; i < d->input_count; i++) { /* entries of [batch, heads, entries, size] */
+        const RowShape *shape = &d->inputs[i].shape;
+        const size_t axis = shape->rank > 1 ? 1 : 0;
+        d->plan_entries[i] = shape->rank == 0 ? 0 : shape->fixed[axis] >= 0 ? (size_t)shape->fixed[axis] : run->sizes[shape->dim[axis]];
+    }
+    const PlanRun call = {.rows = run->count,
+                          .tokens = run->tokens,
+                          .capacity = d->capacity,
+                          .embeds = run->embeds,
+                          .positions = run->positions,
+                          .seqlens = run->seqlens,
+                          .logits = d->logits + run->first * d->vocab,
+                          .caches = d->plan_caches,
+                          .cache_row_bytes = d->plan_cache_bytes,
+                          .inputs = (const uint8_t *const *)run->inputs,
+                          .input_sizes = d->plan_entries};
+    platform_mutex_lock(&core->run_lock);
+    const double begin = platform_seconds();
+    const int result = plan_run(core->plan, &call, message);
+    const double seconds = platform_seconds() - begin;
+    platform_mutex_unlock(&core->run_lock);
+    return result == 0 ? seconds : -1.0;
+}
+
 int decoder_bind(Decoder *d, const DecoderRun *run, OrtIoBinding **out, char message[ORT_MESSAGE_SIZE]) {
+    if (d->decoder->plan != NULL) {
+        *out = NULL;
+        return 0;
+    }
     Binder b = {NULL, NULL};
     const int64_t n = (int64_t)run->count, s = (int64_t)run->tokens, one = 1;
     const int64_t embeds_shape[] = {n, s, (int64_t)d->hidden}, logits_shape[] = {n, 1, (int64_t)d->vocab};

@@ -76,9 +76,14 @@ static DecoderStatus allocate(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
     d->positions = calloc(d->batch * axes, sizeof *d->positions);
     d->seqlens = calloc(d->batch, sizeof *d->seqlens);
     d->running = calloc(d->batch, sizeof *d->running);
+    d->span_run = calloc(1, sizeof *d->span_run);
+    d->plan_caches = calloc(d->cache_count + 1, sizeof *d->plan_caches);
+    d->plan_cache_bytes = calloc(d->cache_count + 1, sizeof *d->plan_cache_bytes);
+    d->plan_entries = calloc(d->input_count + 1, sizeof *d->plan_entries);
     d->saved = d->batch > 1 ? malloc((d->batch - 1) * d->saved_row_bytes) : NULL;
     if ((d->kv == NULL && total > 0) || d->rows == NULL || d->logits == NULL || d->embeds == NULL || d->tokens == NULL || d->positions == NULL ||
-        d->seqlens == NULL || d->running == NULL || (d->batch > 1 && d->saved == NULL) || !allocate_further(d)) {
+        d->seqlens == NULL || d->running == NULL || d->span_run == NULL || d->plan_caches == NULL || d->plan_cache_bytes == NULL || d->plan_entries == NULL ||
+        (d->batch > 1 && d->saved == NULL) || !allocate_further(d)) {
         return decoder_fail(DECODER_DEVICE, message, "no memory for a KV cache of %zu rows × %zu entries (%zu bytes): use a smaller context length or batch",
                             d->batch, d->capacity, total);
     }
@@ -149,6 +154,10 @@ void decoder_free(Decoder *d) {
     free(d->positions);
     free(d->seqlens);
     free(d->running);
+    free(d->span_run);
+    free(d->plan_caches);
+    free(d->plan_cache_bytes);
+    free(d->plan_entries);
     free(d->saved);
     free(d->embed_times.seconds);
     free(d->decoder_times.seconds);

@@ -126,8 +126,10 @@ static DecoderStatus prefill_chunk(Decoder *d, size_t row, const float *embeds, 
     if (decoder_bind(d, &run, &binding, message) != 0) {
         return decoder_run_failed(d->decoder, message);
     }
-    const double seconds = session_run_bound(d->decoder, binding, message);
-    ort.ReleaseIoBinding(binding);
+    const double seconds = decoder_execute(d, &run, binding, message);
+    if (binding != NULL) {
+        ort.ReleaseIoBinding(binding);
+    }
     if (seconds < 0) {
         return decoder_run_failed(d->decoder, message);
     }

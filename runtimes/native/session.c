@@ -35,6 +35,7 @@ void session_core_release(SessionCore *core) {
     if (core->has_env) {
         ort_env_release();
     }
+    plan_close(core->plan);
     free_values(core->inputs, core->input_count);
     free_values(core->outputs, core->output_count);
     free(core->input_names);
@@ -211,4 +212,58 @@ failed:
     }
     session_core_release(core);
     return NULL;
+}
+
+static int describe_plan(const PlanValue *from, size_t count, ValueInfo *values, const char **names) {
+    for (size_t i = 0; i < count; i++) {
+        ValueInfo *value = &values[i];
+        value->name = copy_text(from[i].name);
+        value->type = known_type((int)from[i].type);
+        value->rank = from[i].rank;
+        names[i] = value->name;
+        for (size_t d = 0; d < value->rank; d++) {
+            value->shape[d] = from[i].shape[d];
+            value->symbols[d] = copy_text(from[i].symbols[d]);
+            if (value->symbols[d] == NULL) {
+                return -1;
+            }
+        }
+        if (value->name == NULL) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+SessionCore *session_core_load_plan(const char *path, const char *name, int threads, bool spin, const char *kernels, char message[ORT_MESSAGE_SIZE]) {
+    SessionCore *core = calloc(1, sizeof *core);
+    snprintf(message, ORT_MESSAGE_SIZE, "out of memory");
+    if (core == NULL) {
+        return NULL;
+    }
+    atomic_init(&core->references, 1);
+    if (platform_mutex_init(&core->run_lock) != 0) {
+        free(core);
+        return NULL;
+    }
+    core->name = copy_text(name);
+    core->plan = core->name != NULL ? plan_open(path, (size_t)threads, spin, kernels, message) : NULL;
+    if (core->plan == NULL) {
+        session_core_release(core);
+        return NULL;
+    }
+    core->input_count = core->plan->input_count;
+    core->output_count = core->plan->output_count;
+    core->inputs = calloc(core->input_count + 1, sizeof *core->inputs);
+    core->outputs = calloc(core->output_count + 1, sizeof *core->outputs);
+    core->input_names = calloc(core->input_count + 1, sizeof *core->input_names);
+    core->output_names = calloc(core->output_count + 1, sizeof *core->output_names);
+    if (core->inputs == NULL || core->outputs == NULL || core->input_names == NULL || core->output_names == NULL ||
+        describe_plan(core->plan->inputs, core->input_count, core->inputs, core->input_names) != 0 ||
+        describe_plan(core->plan->outputs, core->output_count, core->outputs, core->output_names) != 0) {
+        snprintf(message, ORT_MESSAGE_SIZE, "out of memory");
+        session_core_release(core);
+        return NULL;
+    }
+    return core;
 }

@@ -4,6 +4,7 @@
 
 #include "native.h"
 #include "ort_api.h"
+#include "plan.h"
 #include "platform.h"
 
 #include <stdatomic.h>
@@ -22,6 +23,7 @@ typedef struct {
 typedef struct {
     atomic_size_t references;
     OrtSession *session;
+    Plan *plan; /* what runs the graph where `session` is NULL */
     bool has_env;
     bool shared_pool;
     char *name;
@@ -51,5 +53,8 @@ typedef struct {
 /* Loads a model (a path, or bytes when `model_bytes` is not 0). Call without the interpreter lock. NULL on failure. */
 SessionCore *session_core_load(const char *model, size_t model_bytes, const char *name, const ConfigEntry *config, size_t config_count,
                                int optimization_level, int threads, bool spin, char message[ORT_MESSAGE_SIZE]);
+
+/* The same for a decoder's plan, which needs no ONNX Runtime. `kernels`: a name, or NULL for the best there are. */
+SessionCore *session_core_load_plan(const char *path, const char *name, int threads, bool spin, const char *kernels, char message[ORT_MESSAGE_SIZE]);
 
 #endif

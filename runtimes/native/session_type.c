@@ -69,18 +69,19 @@ static int read_config(PyObject *mapping, PyObject **texts, ConfigEntry **entrie
 }
 
 static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"model", "name", "config", "optimization_level", "threads", "spin", NULL};
+    static char *names[] = {"model", "name", "config", "optimization_level", "threads", "spin", "plan", "kernels", NULL};
     SessionObject *object = (SessionObject *)self;
     PyObject *model_object, *config_object = NULL, *model_bytes = NULL, *texts = NULL;
     ConfigEntry *config = NULL;
     size_t config_count = 0;
-    const char *name;
-    int level = 99, threads = 1, spin = 1, result = -1;
+    const char *name, *kernels = NULL;
+    int level = 99, threads = 1, spin = 1, plan = 0, result = -1;
     char message[ORT_MESSAGE_SIZE];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|Oiip:Session", names, &model_object, &name, &config_object, &level, &threads, &spin)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|Oiippz:Session", names, &model_object, &name, &config_object, &level, &threads, &spin, &plan,
+                                     &kernels)) {
         return -1;
     }
-    if (ort_version() == NULL) {
+    if (!plan && ort_version() == NULL) {
         PyErr_SetString(native_device_error, "ONNX Runtime is not loaded: call load_runtime first");
         return -1;
     }
@@ -90,6 +91,10 @@ static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     }
     if (threads < 1) {
         PyErr_Format(PyExc_ValueError, "threads is %d, expected 1 or more", threads);
+        return -1;
+    }
+    if (plan && PyBytes_Check(model_object)) {
+        PyErr_SetString(PyExc_TypeError, "a plan is opened by its path");
         return -1;
     }
     const bool in_memory = PyBytes_Check(model_object);
@@ -105,7 +110,8 @@ static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     }
     SessionCore *core;
     Py_BEGIN_ALLOW_THREADS;
-    core = session_core_load(model, size, name, config, config_count, level, threads, spin != 0, message);
+    core = plan ? session_core_load_plan(model, name, threads, spin != 0, kernels, message)
+                : session_core_load(model, size, name, config, config_count, level, threads, spin != 0, message);
     Py_END_ALLOW_THREADS;
     if (core == NULL) {
         raise_device(name, message);
@@ -281,6 +287,10 @@ static PyObject *session_run(PyObject *self, PyObject *feeds) {
     if (core == NULL) {
         return NULL;
     }
+    if (core->plan != NULL) {
+        raise_device(core->name, "a plan runs in a DecoderState only");
+        return NULL;
+    }
     const Py_ssize_t given = PyMapping_Size(feeds);
     if (given < 0) {
         return NULL;
@@ -330,6 +340,17 @@ done:
     return result;
 }
 
+static PyObject *session_get_kernels(PyObject *self, void *closure) {
+    const SessionCore *core = open_core(self);
+    if (core == NULL) {
+        return NULL;
+    }
+    if (core->plan == NULL) {
+        Py_RETURN_NONE;
+    }
+    return PyUnicode_FromString(core->plan->kernels->name);
+}
+
 static PyMethodDef session_methods[] = {
     {"run", session_run, METH_O, "All outputs for {name: array}."},
     {"close", session_close, METH_NOARGS, "Frees the session once nothing uses it any more."},
@@ -340,6 +361,7 @@ static PyGetSetDef session_getset[] = {
     {"name", session_get_name, NULL, "the graph's role", NULL},
     {"inputs", session_get_inputs, NULL, "(name, dtype, shape) of each input", NULL},
     {"outputs", session_get_outputs, NULL, "(name, dtype, shape) of each output", NULL},
+    {"kernels", session_get_kernels, NULL, "the instruction set that a plan runs with; None for a graph of ONNX Runtime", NULL},
     {"shared_pool", session_get_shared_pool, NULL, "whether it runs on the process-wide thread pool", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -1,0 +1,155 @@
+/* A decoder as a flat list of fused steps over packed weights, read from one file that stays mapped: the alternative to a session of
+ * ONNX Runtime for decoders whose every operation has a kernel here. vlm_edge/targets/native/ writes the file; what it may hold is
+ * checked when it is opened, so that a damaged one is refused and never read out of bounds.
+ *
+ * Activations are rows of float32, one row per token of the call (rows · tokens of them; after STEP_LAST one per row), in buffers that
+ * share one arena. Nothing that is computed depends on the number of threads. */
+#ifndef VLM_PLAN_H
+#define VLM_PLAN_H
+
+#include "kernels/kernels.h"
+#include "pool.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PLAN_VERSION 1
+#define PLAN_MESSAGE_SIZE 1024
+#define PLAN_MAX_RANK 8
+
+typedef enum {
+    STEP_QUANTIZE = 1, /* in0 → out0 in 8 bits */
+    STEP_MATMUL,       /* in0 · weight0 (+ bias weight1), unary arg0 → out0 */
+    STEP_GATED,        /* in0 · weight0, whose panels alternate between gate and up (bias weight1 likewise): unary arg0 of the gate times up → out0 */
+    STEP_NORM,         /* in0 (+ in1) (+ bias weight2) → out1; its norm, weight0 and bias weight1, → out0 and, in 8 bits, out2. arg0: 0 RMS, 1 layer; arg1: norms side by side in a row */
+    STEP_ANGLES,       /* cosines and sines, arg0 of each, of position · frequency: weight0 frequencies, weight1 axes, real0 factor → out0 */
+    STEP_ROTARY,       /* queries in0, keys in1 → rotated; keys and values in2 into the cache; queries → out0. See plan_attention.c */
+    STEP_ATTENTION,    /* queries in0 over the cache → out0 */
+    STEP_COMBINE,      /* the parts of an attention of single tokens, brought together; follows its STEP_ATTENTION */
+    STEP_CROSS,        /* queries in0 over static keys and values → out0 */
+    STEP_LAST,         /* the last token's row of in0 → out0 */
+    STEP_UNARY,        /* unary arg0 of in0 · real0 → out0, times real1 */
+    STEP_ADD,          /* in0 + in1 (or + weight0, a vector) → out0 */
+    STEP_MULTIPLY,     /* in0 · in1 (or · weight0) → out0 */
+    STEP_LOOKUP,       /* row arg0 + position of table weight0 → out0; arg1: 1 for the entry's index instead of the position */
+    STEP_KINDS
+} StepKind;
+
+#define STEP_INPUTS 4
+#define STEP_OUTPUTS 3
+#define STEP_WEIGHTS 3
+#define STEP_ARGUMENTS 12
+
+/* A part of a buffer's rows: from number `column` on. Buffer −1: none. */
+typedef struct {
+    int32_t buffer, column;
+} PlanRef;
+
+typedef struct {
+    uint32_t kind;
+    uint32_t last;  /* runs on one row per row of the batch, after STEP_LAST */
+    uint32_t width; /* numbers of a row that it makes or reads */
+    PlanRef in[STEP_INPUTS];
+    PlanRef out[STEP_OUTPUTS];
+    int32_t weight[STEP_WEIGHTS]; /* −1: none */
+    int32_t arg[STEP_ARGUMENTS];
+    float real[4];
+} PlanStep;
+
+typedef enum { BUFFER_FLOATS = 0, BUFFER_CODES, BUFFER_EMBEDS, BUFFER_LOGITS, BUFFER_INPUT, BUFFER_KINDS } BufferKind;
+
+/* `offset`: bytes from the arena's beginning, per token of the call. BUFFER_INPUT: `offset` is the number of a further input. */
+typedef struct {
+    uint32_t kind, width;
+    uint64_t offset;
+} PlanBuffer;
+
+typedef enum { WEIGHT_VECTOR = WEIGHT_FORMATS, WEIGHT_INTEGERS } PlainFormat;
+
+typedef struct {
+    PanelMatrix matrix; /* `format` beyond WEIGHT_FORMATS: plain floats [depth][width], or int32 */
+    uint64_t bytes;
+} PlanWeight;
+
+typedef struct {
+    char *name;
+    uint32_t type, rank;
+    int64_t shape[PLAN_MAX_RANK];
+    char *symbols[PLAN_MAX_RANK];
+} PlanValue;
+
+typedef struct {
+    const Kernels *kernels;
+    Pool *pool;
+    void *file;
+    size_t file_bytes;
+    PlanValue *inputs, *outputs;
+    uint32_t input_count, output_count, cache_count;
+    PlanBuffer *buffers;
+    uint32_t buffer_count;
+    PlanWeight *weights;
+    uint32_t weight_count;
+    PlanStep *steps;
+    uint32_t step_count;
+    uint64_t token_bytes;  /* of the arena, per token */
+    size_t hidden, vocab;
+    uint32_t position_axes;
+    int32_t block_input;   /* the further input that numbers blocks of tokens, or −1 */
+    /* What a call needs besides, grown when it is called. */
+    uint8_t *arena, *scratch;
+    size_t arena_bytes, scratch_bytes, thread_bytes;
+    float *parts;
+    size_t parts_room;
+} Plan;
+
+/* One call: `tokens` new tokens for each of `rows` rows. */
+typedef struct {
+    size_t rows, tokens, capacity;
+    const float *embeds;      /* [rows · tokens][hidden] */
+    const int64_t *positions; /* [position_axes][rows · tokens] */
+    const int32_t *seqlens;   /* [rows]: valid entries after this call, minus one */
+    float *logits;            /* [rows][vocab] */
+    uint8_t *const *caches;   /* each [rows][heads][capacity][head size] */
+    const size_t *cache_row_bytes;
+    const uint8_t *const *inputs; /* further inputs, in the order of the file's */
+    const size_t *input_sizes;    /* STEP_CROSS: entries of static keys, per further input */
+} PlanRun;
+
+/* Opens a plan and makes its threads. `kernels`: a name, or NULL for the best. NULL with the reason in `message`. */
+Plan *plan_open(const char *path, size_t threads, bool spin, const char *kernels, char message[PLAN_MESSAGE_SIZE]);
+void plan_close(Plan *plan);
+
+/* One call at a time. −1 with the reason in `message`: memory ran out, or a position that a table does not have. */
+int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]);
+
+/* Shared by plan*.c: one call's state. */
+typedef struct {
+    Plan *plan;
+    const PlanRun *run;
+    size_t first, tokens;    /* the tokens [first, first + tokens) of each row that are computed now */
+    size_t rows;             /* rows · tokens */
+    size_t longest;          /* most valid entries of any row, after these tokens */
+    size_t parts, part_keys; /* an attention of single tokens: how many parts, and keys of each */
+} PlanCall;
+
+/* A file, mapped for reading. NULL on failure. */
+void *mapped_open(const char *path, size_t *bytes);
+void mapped_close(void *file, size_t bytes);
+
+float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
+size_t plan_stride(const PlanCall *call, PlanRef ref);
+/* Valid entries of a row before the tokens that are computed now. */
+size_t plan_past(const PlanCall *call, size_t row);
+
+size_t attention_items(const PlanCall *call, const PlanStep *step);
+void attention_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch);
+void attention_combine(const PlanCall *call, const PlanStep *step, size_t row);
+void attention_split(PlanCall *call);
+void rotary_work(const PlanCall *call, const PlanStep *step, size_t row);
+void angles_work(const PlanCall *call, const PlanStep *step, size_t row);
+void cross_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch);
+size_t cross_items(const PlanCall *call, const PlanStep *step);
+size_t attention_scratch(const PlanStep *step);
+
+#endif

@@ -1,0 +1,464 @@
+/* Reading a plan's file: nothing in it is believed before it is checked. */
+#ifndef _WIN32
+#define _DEFAULT_SOURCE
+#endif
+#include "plan.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _WIN32
+#include <windows.h>
+#else
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+#define MAGIC "VLMEPLAN"
+#define PAGE 4096
+#define MOST 1000000 /* values, buffers, weights, steps; and rows of text */
+
+#ifdef _WIN32
+void *mapped_open(const char *path, size_t *bytes) {
+    wchar_t wide[32768];
+    if (MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 32768) == 0) {
+        return NULL;
+    }
+    HANDLE file = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, 0, NULL);
+    LARGE_INTEGER size = {0};
+    void *memory = NULL;
+    if (file != INVALID_HANDLE_VALUE && GetFileSizeEx(file, &size) && size.QuadPart > 0) {
+        HANDLE mapping = CreateFileMappingW(file, NULL, PAGE_READONLY, 0, 0, NULL);
+        if (mapping != NULL) {
+            memory = MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+            CloseHandle(mapping);
+        }
+    }
+    if (file != INVALID_HANDLE_VALUE) {
+        CloseHandle(file);
+    }
+    *bytes = (size_t)size.QuadPart;
+    return memory;
+}
+
+void mapped_close(void *file, size_t bytes) {
+    if (file != NULL) {
+        UnmapViewOfFile(file);
+    }
+}
+#else
+void *mapped_open(const char *path, size_t *bytes) {
+    const int file = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat status;
+    void *memory = NULL;
+    if (file >= 0 && fstat(file, &status) == 0 && status.st_size > 0) {
+        *bytes = (size_t)status.st_size;
+        memory = mmap(NULL, *bytes, PROT_READ, MAP_PRIVATE, file, 0);
+        if (memory == MAP_FAILED) {
+            memory = NULL;
+        } else {
+            madvise(memory, *bytes, MADV_WILLNEED);
+        }
+    }
+    if (file >= 0) {
+        close(file);
+    }
+    return memory;
+}
+
+void mapped_close(void *file, size_t bytes) {
+    if (file != NULL) {
+        munmap(file, bytes);
+    }
+}
+#endif
+
+typedef struct {
+    const uint8_t *at, *end;
+    const char *wrong; /* the first thing that is */
+} Reader;
+
+static void read_bytes(Reader *r, void *out, size_t count) {
+    if ((size_t)(r->end - r->at) < count) {
+        r->wrong = r->wrong != NULL ? r->wrong : "it ends too early";
+        memset(out, 0, count);
+        return;
+    }
+    memcpy(out, r->at, count);
+    r->at += count;
+}
+
+static uint32_t read_u32(Reader *r) {
+    uint32_t value;
+    read_bytes(r, &value, sizeof value);
+    return value;
+}
+
+static uint64_t read_u64(Reader *r) {
+    uint64_t value;
+    read_bytes(r, &value, sizeof value);
+    return value;
+}
+
+static float read_float(Reader *r) {
+    float value;
+    read_bytes(r, &value, sizeof value);
+    return value;
+}
+
+static char *read_text(Reader *r) {
+    const uint32_t size = read_u32(r);
+    if (r->wrong != NULL || size > MOST || (size_t)(r->end - r->at) < size) {
+        r->wrong = r->wrong != NULL ? r->wrong : "a name is too long";
+        return NULL;
+    }
+    char *text = malloc((size_t)size + 1);
+    if (text == NULL) {
+        r->wrong = "out of memory";
+        return NULL;
+    }
+    read_bytes(r, text, size);
+    text[size] = '\0';
+    return text;
+}
+
+/* A count, and zeroed memory for so many. */
+static void *read_count(Reader *r, uint32_t *count, size_t size) {
+    *count = read_u32(r);
+    if (r->wrong != NULL || *count > MOST) {
+        r->wrong = r->wrong != NULL ? r->wrong : "a count is too large";
+        *count = 0;
+        return NULL;
+    }
+    void *memory = calloc((size_t)*count + 1, size);
+    if (memory == NULL) {
+        r->wrong = "out of memory";
+        *count = 0;
+    }
+    return memory;
+}
+
+static PlanValue *read_values(Reader *r, uint32_t *count) {
+    PlanValue *values = read_count(r, count, sizeof *values);
+    for (uint32_t i = 0; i < *count && r->wrong == NULL; i++) {
+        values[i].name = read_text(r);
+        values[i].type = read_u32(r);
+        values[i].rank = read_u32(r);
+        if (values[i].rank > PLAN_MAX_RANK) {
+            r->wrong = "a value has too many dimensions";
+            values[i].rank = 0;
+        }
+        for (uint32_t d = 0; d < values[i].rank; d++) {
+            values[i].shape[d] = (int64_t)read_u64(r);
+            values[i].symbols[d] = read_text(r);
+        }
+    }
+    return values;
+}
+
+static void read_weights(Reader *r, Plan *p, size_t data) {
+    p->weights = read_count(r, &p->weight_count, sizeof *p->weights);
+    for (uint32_t i = 0; i < p->weight_count && r->wrong == NULL; i++) {
+        PlanWeight *w = &p->weights[i];
+        PanelMatrix *m = &w->matrix;
+        m->format = (WeightFormat)read_u32(r);
+        m->depth = read_u32(r);
+        m->width = read_u32(r);
+        m->block = read_u32(r);
+        m->scale = read_float(r);
+        const uint64_t offset = read_u64(r);
+        w->bytes = read_u64(r);
+        m->panel_bytes = (size_t)read_u64(r);
+        if (r->wrong != NULL) {
+            return;
+        }
+        const size_t panels = (m->width + PANEL - 1) / PANEL, blocks = (m->depth + BLOCK - 1) / BLOCK;
+        size_t needed = m->depth * m->width * 4;
+        bool fits = m->depth > 0 && m->width > 0 && m->depth <= (1u << 24) && m->width <= (1u << 24);
+        if ((int)m->format < WEIGHT_FORMATS) {
+            const bool quantised = m->format == WEIGHT_INT4 || m->format == WEIGHT_INT8;
+            fits = fits && (quantised ? m->block == 32 || m->block == 64 || m->block == 128 : m->block == 0);
+            const size_t scales = fits && quantised ? panel_scale_bytes(m) : 0;
+            const size_t codes[] = {blocks * BLOCK * PANEL / 2, blocks * BLOCK * PANEL, m->depth * PANEL * 2, m->depth * PANEL * 4};
+            fits = fits && m->panel_bytes == (scales + codes[m->format] + 63) / 64 * 64;
+            needed = m->panel_bytes * panels;
+        } else {
+            fits = fits && (int)m->format <= WEIGHT_INTEGERS;
+        }
+        if (!fits || w->bytes != needed || offset % 64 != 0 || offset > p->file_bytes - data || needed > p->file_bytes - data - offset) {
+            r->wrong = "a weight is not where or what it should be";
+            return;
+        }
+        m->data = (const uint8_t *)p->file + data + offset;
+    }
+}
+
+static void read_steps(Reader *r, Plan *p) {
+    p->steps = read_count(r, &p->step_count, sizeof *p->steps);
+    for (uint32_t i = 0; i < p->step_count && r->wrong == NULL; i++) {
+        PlanStep *s = &p->steps[i];
+        s->kind = read_u32(r);
+        s->last = read_u32(r);
+        s->width = read_u32(r);
+        read_bytes(r, s->in, sizeof s->in);
+        read_bytes(r, s->out, sizeof s->out);
+        read_bytes(r, s->weight, sizeof s->weight);
+        read_bytes(r, s->arg, sizeof s->arg);
+        read_bytes(r, s->real, sizeof s->real);
+    }
+}
+
+static bool ref_fits(const Plan *p, PlanRef ref, size_t width, bool codes) {
+    if (ref.buffer < 0 || (uint32_t)ref.buffer >= p->buffer_count || ref.column < 0) {
+        return false;
+    }
+    const PlanBuffer *b = &p->buffers[ref.buffer];
+    return (b->kind == BUFFER_CODES) == codes && (size_t)ref.column + width <= b->width && (!codes || ref.column == 0);
+}
+
+static bool weight_fits(const Plan *p, int32_t index, int format, size_t depth, size_t width) {
+    if (index < 0 || (uint32_t)index >= p->weight_count) {
+        return false;
+    }
+    const PanelMatrix *m = &p->weights[index].matrix;
+    return (format < 0 ? (int)m->format < WEIGHT_FORMATS : (int)m->format == format) && (depth == 0 || m->depth == depth) && (width == 0 || m->width == width);
+}
+
+static bool optional_vector(const Plan *p, int32_t index, size_t width) { return index < 0 || weight_fits(p, index, WEIGHT_VECTOR, 1, width); }
+
+static size_t buffer_width(const Plan *p, PlanRef ref) {
+    return ref.buffer >= 0 && (uint32_t)ref.buffer < p->buffer_count ? p->buffers[ref.buffer].width : 0;
+}
+
+static bool product_fits(const Plan *p, const PlanStep *s) {
+    if (!weight_fits(p, s->weight[0], -1, 0, 0) || s->arg[0] < 0 || s->arg[0] >= UNARY_KINDS) {
+        return false;
+    }
+    const PanelMatrix *m = &p->weights[s->weight[0]].matrix;
+    const bool quantised = m->block > 0;
+    const size_t out = s->kind == STEP_GATED ? m->width / 2 : m->width;
+    if (s->kind == STEP_GATED && m->width % (2 * PANEL) != 0) {
+        return false;
+    }
+    const size_t outputs = s->kind == STEP_GATED ? s->width : out;
+    return optional_vector(p, s->weight[1], m->width) && ref_fits(p, s->in[0], m->depth, quantised) && s->width <= out && s->width == (s->kind == STEP_GATED ? s->width : out) &&
+           (!quantised || (m->depth + BLOCK - 1) / BLOCK == (buffer_width(p, s->in[0]) + BLOCK - 1) / BLOCK) && ref_fits(p, s->out[0], outputs, false) &&
+           (s->in[1].buffer < 0 || (s->kind == STEP_MATMUL && ref_fits(p, s->in[1], outputs, false)));
+}
+
+static bool norm_fits(const Plan *p, const PlanStep *s) {
+    const size_t groups = s->arg[1] > 0 ? (size_t)s->arg[1] : 0, width = s->width;
+    return groups > 0 && groups <= width && width % groups == 0 && (s->arg[0] == 0 || s->arg[0] == 1) && ref_fits(p, s->in[0], width, false) &&
+           (s->in[1].buffer < 0 || ref_fits(p, s->in[1], width, false)) && (s->out[0].buffer < 0 || ref_fits(p, s->out[0], width, false)) &&
+           (s->out[1].buffer < 0 || ref_fits(p, s->out[1], width, false)) && (s->out[0].buffer >= 0 || s->out[2].buffer < 0 || s->out[1].buffer >= 0 || true) &&
+           (s->out[2].buffer < 0 || (s->out[0].buffer >= 0 && buffer_width(p, s->out[2]) == width && ref_fits(p, s->out[2], width, true))) &&
+           (s->weight[0] < 0 ? s->out[0].buffer < 0 : weight_fits(p, s->weight[0], WEIGHT_VECTOR, 1, width / groups)) &&
+           (s->in[1].buffer < 0 && s->weight[2] < 0 ? true : s->out[1].buffer >= 0) && optional_vector(p, s->weight[1], width / groups) && optional_vector(p, s->weight[2], width);
+}
+
+/* Whether cache number `index` is [batch, heads, capacity, size] of floats. */
+static bool cache_fits(const Plan *p, int32_t index, int32_t heads, int32_t size) {
+    if (index < 0 || heads <= 0 || size <= 0) {
+        return false;
+    }
+    for (uint32_t i = 0; i < p->input_count; i++) {
+        const PlanValue *v = &p->inputs[i];
+        if (strncmp(v->name, "past_key_values.", 16) == 0 && index-- == 0) {
+            return v->rank == 4 && v->shape[1] == heads && v->shape[3] == size && (v->type == 1 || v->type == 10);
+        }
+    }
+    return false;
+}
+
+static bool rotary_fits(const Plan *p, const PlanStep *s) {
+    const int32_t *a = s->arg; /* key cache, value cache, heads, kv heads, head size, rotary size, interleaved, source of angles */
+    if (!cache_fits(p, a[0], a[3], a[4]) || !cache_fits(p, a[1], a[3], a[4]) || a[2] <= 0 || a[2] % a[3] != 0 || a[5] < 0 || a[5] % 2 != 0 || a[5] > a[4]) {
+        return false;
+    }
+    const size_t q = (size_t)a[2] * (size_t)a[4], kv = (size_t)a[3] * (size_t)a[4], half = (size_t)a[5] / 2;
+    const bool angles = a[7] == 0 || (a[7] == 3 ? ref_fits(p, s->in[3], 2 * half, false)
+                                                : (a[7] == 1 || a[7] == 2) && weight_fits(p, s->weight[0], WEIGHT_VECTOR, 0, half) &&
+                                                      weight_fits(p, s->weight[1], WEIGHT_VECTOR, p->weights[s->weight[0]].matrix.depth, half));
+    return (a[7] == 0) == (a[5] == 0) && angles && ref_fits(p, s->in[0], q, false) && ref_fits(p, s->in[1], kv, false) && ref_fits(p, s->in[2], kv, false) &&
+           ref_fits(p, s->out[0], q, false) && s->width == q;
+}
+
+static bool attention_fits(const Plan *p, const PlanStep *s) {
+    const int32_t *a = s->arg; /* key cache, value cache, heads, kv heads, head size, window, blocks */
+    if (!cache_fits(p, a[0], a[3], a[4]) || !cache_fits(p, a[1], a[3], a[4]) || a[2] <= 0 || a[2] % a[3] != 0 || a[5] < 0) {
+        return false;
+    }
+    const size_t width = (size_t)a[2] * (size_t)a[4];
+    return s->width == width && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
+}
+
+static bool step_fits(const Plan *p, const PlanStep *s) {
+    const size_t width = s->width;
+    switch ((StepKind)s->kind) {
+    case STEP_QUANTIZE:
+        return ref_fits(p, s->in[0], width, false) && buffer_width(p, s->out[0]) == width && ref_fits(p, s->out[0], width, true);
+    case STEP_MATMUL:
+    case STEP_GATED:
+        return product_fits(p, s);
+    case STEP_NORM:
+        return norm_fits(p, s);
+    case STEP_ANGLES:
+        return width > 0 && s->arg[0] > 0 && width == 2 * (size_t)s->arg[0] && ref_fits(p, s->out[0], width, false) &&
+               weight_fits(p, s->weight[0], WEIGHT_VECTOR, 1, width / 2) && weight_fits(p, s->weight[1], WEIGHT_INTEGERS, 1, width / 2);
+    case STEP_ROTARY:
+        return rotary_fits(p, s) && !s->last;
+    case STEP_ATTENTION:
+    case STEP_COMBINE:
+        return attention_fits(p, s) && !s->last;
+    case STEP_LAST:
+        return s->last && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
+    case STEP_UNARY:
+        return s->arg[0] >= 0 && s->arg[0] < UNARY_KINDS && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
+    case STEP_ADD:
+    case STEP_MULTIPLY:
+        return ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false) &&
+               (s->in[1].buffer >= 0 ? ref_fits(p, s->in[1], width, false) : weight_fits(p, s->weight[0], WEIGHT_VECTOR, 1, width));
+    case STEP_LOOKUP:
+        return weight_fits(p, s->weight[0], WEIGHT_VECTOR, 0, width) && ref_fits(p, s->out[0], width, false);
+    default:
+        return false;
+    }
+}
+
+static const char *check(Plan *p) {
+    for (uint32_t i = 0; i < p->buffer_count; i++) {
+        const PlanBuffer *b = &p->buffers[i];
+        const uint64_t blocks = ((uint64_t)b->width + BLOCK - 1) / BLOCK;
+        const uint64_t bytes = b->kind == BUFFER_FLOATS ? (uint64_t)b->width * 4 : b->kind == BUFFER_CODES ? blocks * (BLOCK + 8) : 0;
+        const bool fixed = b->kind == BUFFER_EMBEDS ? b->width == p->hidden : b->kind == BUFFER_LOGITS ? b->width == p->vocab : true;
+        if (b->kind >= BUFFER_INPUT || !fixed || b->width == 0 || b->offset % 64 != 0 || b->offset > p->token_bytes || bytes > p->token_bytes - b->offset) {
+            return "a buffer lies outside the arena";
+        }
+    }
+    for (uint32_t i = 0; i < p->input_count; i++) {
+        p->cache_count += strncmp(p->inputs[i].name, "past_key_values.", 16) == 0;
+    }
+    bool last = false;
+    for (uint32_t i = 0; i < p->step_count; i++) {
+        const PlanStep *s = &p->steps[i];
+        last = last || s->last;
+        if (!step_fits(p, s) || (s->last && s->kind != STEP_LAST && !last)) {
+            return "a step does not fit its buffers or weights";
+        }
+        for (size_t k = 0; k < STEP_OUTPUTS; k++) {
+            const uint32_t kind = s->out[k].buffer >= 0 ? p->buffers[s->out[k].buffer].kind : BUFFER_FLOATS;
+            if (kind == BUFFER_EMBEDS || (kind == BUFFER_LOGITS && !s->last)) {
+                return "a step writes what it may not";
+            }
+        }
+        const size_t scratch = s->kind == STEP_ATTENTION || s->kind == STEP_CROSS ? attention_scratch(s) : 64 * 1024;
+        p->thread_bytes = scratch > p->thread_bytes ? scratch : p->thread_bytes;
+    }
+    return NULL;
+}
+
+static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, PLAN_MESSAGE_SIZE, format, arguments);
+    va_end(arguments);
+    return -1;
+}
+
+static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE]) {
+    p->file = mapped_open(path, &p->file_bytes);
+    if (p->file == NULL) {
+        return fail(message, "the plan %s cannot be opened", path);
+    }
+    Reader r = {.at = p->file, .end = (const uint8_t *)p->file + p->file_bytes};
+    char magic[8];
+    read_bytes(&r, magic, sizeof magic);
+    const uint32_t version = read_u32(&r), meta = read_u32(&r);
+    if (r.wrong != NULL || memcmp(magic, MAGIC, sizeof magic) != 0) {
+        return fail(message, "%s is not a decoder plan", path);
+    }
+    if (version != PLAN_VERSION) {
+        return fail(message, "the plan %s has version %u, this runtime reads version %d: build it again", path, version, PLAN_VERSION);
+    }
+    const size_t data = ((size_t)(r.at - (const uint8_t *)p->file) + meta + PAGE - 1) / PAGE * PAGE;
+    if (data > p->file_bytes) {
+        return fail(message, "the plan %s is damaged: it ends too early", path);
+    }
+    r.end = r.at + meta;
+    p->inputs = read_values(&r, &p->input_count);
+    p->outputs = read_values(&r, &p->output_count);
+    p->hidden = read_u32(&r);
+    p->vocab = read_u32(&r);
+    p->position_axes = read_u32(&r);
+    p->block_input = (int32_t)read_u32(&r);
+    p->token_bytes = read_u64(&r);
+    p->buffers = read_count(&r, &p->buffer_count, sizeof *p->buffers);
+    for (uint32_t i = 0; i < p->buffer_count; i++) {
+        p->buffers[i].kind = read_u32(&r);
+        p->buffers[i].width = read_u32(&r);
+        p->buffers[i].offset = read_u64(&r);
+    }
+    read_weights(&r, p, data);
+    read_steps(&r, p);
+    if (r.wrong == NULL && (p->position_axes > 8 || p->token_bytes > (1u << 28) || p->block_input < -1)) {
+        r.wrong = "its sizes make no sense";
+    }
+    const char *wrong = r.wrong != NULL ? r.wrong : check(p);
+    return wrong != NULL ? fail(message, "the plan %s is damaged: %s", path, wrong) : 0;
+}
+
+Plan *plan_open(const char *path, size_t threads, bool spin, const char *kernels, char message[PLAN_MESSAGE_SIZE]) {
+    Plan *p = calloc(1, sizeof *p);
+    if (p == NULL) {
+        fail(message, "out of memory");
+        return NULL;
+    }
+    p->kernels = kernels != NULL ? kernels_named(kernels) : kernels_best();
+    if (p->kernels == NULL) {
+        fail(message, "this CPU has no kernels '%s'", kernels);
+        plan_close(p);
+        return NULL;
+    }
+    if (read_file(p, path, message) != 0) {
+        plan_close(p);
+        return NULL;
+    }
+    p->pool = pool_new(threads, spin);
+    if (p->pool == NULL) {
+        fail(message, "%zu threads cannot be started", threads);
+        plan_close(p);
+        return NULL;
+    }
+    return p;
+}
+
+static void free_values(PlanValue *values, uint32_t count) {
+    for (uint32_t i = 0; values != NULL && i < count; i++) {
+        free(values[i].name);
+        for (uint32_t d = 0; d < PLAN_MAX_RANK; d++) {
+            free(values[i].symbols[d]);
+        }
+    }
+    free(values);
+}
+
+void plan_close(Plan *p) {
+    if (p == NULL) {
+        return;
+    }
+    pool_free(p->pool);
+    mapped_close(p->file, p->file_bytes);
+    free_values(p->inputs, p->input_count);
+    free_values(p->outputs, p->output_count);
+    free(p->buffers);
+    free(p->weights);
+    free(p->steps);
+    free(p->arena);
+    free(p->scratch);
+    free(p->parts);
+    free(p);
+}

@@ -1,0 +1,353 @@
+/* Running a plan: which items each step has, and what one of them does. */
+#include "plan.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHUNK 256          /* tokens of a long prompt that are computed together: their activations stay in the cache */
+#define TILE_ROWS 48       /* rows of a product that are finished (bias, activation) before the next ones */
+#define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
+#define SMALL_BYTES 16384  /* a product of fewer weight bytes times rows */
+
+size_t plan_past(const PlanCall *call, size_t row) {
+    return (size_t)call->run->seqlens[row] + 1 - call->run->tokens + call->first;
+}
+
+size_t plan_stride(const PlanCall *call, PlanRef ref) { return call->plan->buffers[ref.buffer].width; }
+
+float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row) {
+    const PlanBuffer *b = &call->plan->buffers[ref.buffer];
+    if (b->kind == BUFFER_EMBEDS) {
+        const size_t tokens = call->run->tokens, batch = last ? row : row / call->tokens, token = last ? tokens - 1 : call->first + row % call->tokens;
+        return (float *)(uintptr_t)call->run->embeds + (batch * tokens + token) * b->width + ref.column;
+    }
+    if (b->kind == BUFFER_LOGITS) {
+        return call->run->logits + row * b->width + ref.column;
+    }
+    return (float *)(void *)(call->plan->arena + b->offset * call->rows) + row * b->width + ref.column;
+}
+
+static QuantRows plan_codes(const PlanCall *call, PlanRef ref) {
+    const PlanBuffer *b = &call->plan->buffers[ref.buffer];
+    const size_t blocks = (b->width + BLOCK - 1) / BLOCK;
+    int8_t *codes = (int8_t *)call->plan->arena + b->offset * call->rows;
+    float *scales = (float *)(void *)(codes + call->rows * blocks * BLOCK);
+    return (QuantRows){.codes = codes, .scales = scales, .offsets = (int32_t *)(void *)(scales + call->rows * blocks), .blocks = blocks};
+}
+
+static size_t rows_of(const PlanCall *call, const PlanStep *step) { return step->last ? call->run->rows : call->rows; }
+
+static const float *vector(const Plan *plan, int32_t weight) {
+    return weight >= 0 ? (const float *)(const void *)plan->weights[weight].matrix.data : NULL;
+}
+
+static void panel_product(const PlanCall *call, const PlanStep *step, const PlanWeight *weight, size_t panel, size_t first, size_t rows, float *out,
+                          size_t stride) {
+    const Kernels *kernels = call->plan->kernels;
+    const PanelMatrix *m = &weight->matrix;
+    const uint8_t *data = m->data + panel * m->panel_bytes;
+    if (m->block > 0) {
+        const QuantRows x = plan_codes(call, step->in[0]);
+        (m->format == WEIGHT_INT4 ? kernels->int4 : kernels->int8)(m, data, &x, first, rows, out, stride);
+        return;
+    }
+    /* Rows of the embeddings follow each other only within a row of the batch: one at a time there. */
+    const bool split = call->plan->buffers[step->in[0].buffer].kind == BUFFER_EMBEDS;
+    for (size_t row = 0; row < rows; row += split ? 1 : rows) {
+        const float *x = plan_row(call, step->in[0], step->last, first + row);
+        const size_t some = split ? 1 : rows;
+        if (m->format == WEIGHT_FLOAT16) {
+            kernels->float16((const uint16_t *)(const void *)data, PANEL, m->depth, x, plan_stride(call, step->in[0]), some, out + row * stride, stride, false);
+        } else {
+            kernels->float32((const float *)(const void *)data, PANEL, m->depth, x, plan_stride(call, step->in[0]), some, out + row * stride, stride, false);
+        }
+    }
+}
+
+/* [rows][16] → the row buffers, with what follows the product. */
+static void finish(const PlanCall *call, const PlanStep *step, size_t panel, size_t first, size_t rows, float *block, size_t width) {
+    const Kernels *kernels = call->plan->kernels;
+    if (step->kind == STEP_MATMUL && step->arg[0] != UNARY_IDENTITY) {
+        kernels->unary((Unary)step->arg[0], block, rows * PANEL, block);
+    }
+    for (size_t row = 0; row < rows; row++) {
+        float *out = plan_row(call, step->out[0], step->last, first + row) + panel * PANEL;
+        if (step->in[1].buffer >= 0) {
+            kernels->add(block + row * PANEL, plan_row(call, step->in[1], step->last, first + row) + panel * PANEL, width, out);
+        } else {
+            memcpy(out, block + row * PANEL, width * sizeof *out);
+        }
+    }
+}
+
+static void add_bias(const Kernels *kernels, const float *bias, float *block, size_t rows, size_t width) {
+    for (size_t row = 0; bias != NULL && row < rows; row++) {
+        kernels->add(block + row * PANEL, bias, width, block + row * PANEL);
+    }
+}
+
+static void matmul_panel(const PlanCall *call, const PlanStep *step, size_t panel, uint8_t *scratch) {
+    const PlanWeight *weight = &call->plan->weights[step->weight[0]];
+    const size_t rows = rows_of(call, step), rest = weight->matrix.width - panel * PANEL, width = rest < PANEL ? rest : PANEL;
+    const float *bias = vector(call->plan, step->weight[1]);
+    if (width == PANEL && bias == NULL && step->arg[0] == UNARY_IDENTITY && step->in[1].buffer < 0) {
+        panel_product(call, step, weight, panel, 0, rows, plan_row(call, step->out[0], step->last, 0) + panel * PANEL, plan_stride(call, step->out[0]));
+        return;
+    }
+    float *block = (float *)(void *)scratch;
+    for (size_t first = 0; first < rows; first += TILE_ROWS) {
+        const size_t some = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+        panel_product(call, step, weight, panel, first, some, block, PANEL);
+        add_bias(call->plan->kernels, bias != NULL ? bias + panel * PANEL : NULL, block, some, width);
+        finish(call, step, panel, first, some, block, width);
+    }
+}
+
+/* Panels 2 i and 2 i + 1: the gate and what it lets through. */
+static void gated_panel(const PlanCall *call, const PlanStep *step, size_t pair, uint8_t *scratch) {
+    const Kernels *kernels = call->plan->kernels;
+    const PlanWeight *weight = &call->plan->weights[step->weight[0]];
+    const size_t rows = rows_of(call, step), rest = step->width - pair * PANEL, width = rest < PANEL ? rest : PANEL;
+    const float *bias = vector(call->plan, step->weight[1]);
+    float *gate = (float *)(void *)scratch, *up = gate + TILE_ROWS * PANEL;
+    for (size_t first = 0; first < rows; first += TILE_ROWS) {
+        const size_t some = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+        panel_product(call, step, weight, 2 * pair, first, some, gate, PANEL);
+        panel_product(call, step, weight, 2 * pair + 1, first, some, up, PANEL);
+        add_bias(kernels, bias != NULL ? bias + 2 * pair * PANEL : NULL, gate, some, PANEL);
+        add_bias(kernels, bias != NULL ? bias + (2 * pair + 1) * PANEL : NULL, up, some, PANEL);
+        kernels->gated((Unary)step->arg[0], gate, up, some * PANEL, gate);
+        finish(call, step, pair, first, some, gate, width);
+    }
+}
+
+static void norm_row(const PlanCall *call, const PlanStep *step, size_t row) {
+    const Kernels *kernels = call->plan->kernels;
+    const size_t groups = (size_t)step->arg[1], width = step->width, size = width / groups;
+    const float *x = plan_row(call, step->in[0], step->last, row), *bias = vector(call->plan, step->weight[2]);
+    if (step->out[1].buffer >= 0) {
+        float *sum = plan_row(call, step->out[1], step->last, row);
+        if (step->in[1].buffer >= 0) {
+            kernels->add(x, plan_row(call, step->in[1], step->last, row), width, sum);
+        } else {
+            memmove(sum, x, width * sizeof *sum);
+        }
+        if (bias != NULL) {
+            kernels->add(sum, bias, width, sum);
+        }
+        x = sum;
+    }
+    if (step->out[0].buffer < 0) {
+        return;
+    }
+    float *out = plan_row(call, step->out[0], step->last, row);
+    for (size_t g = 0; g < groups; g++) {
+        if (step->arg[0] == 0) {
+            kernels->rms_norm(x + g * size, vector(call->plan, step->weight[0]), step->real[0], size, out + g * size);
+        } else {
+            kernels->layer_norm(x + g * size, vector(call->plan, step->weight[0]), vector(call->plan, step->weight[1]), step->real[0], size, out + g * size);
+        }
+    }
+    if (step->out[2].buffer >= 0) {
+        const QuantRows codes = plan_codes(call, step->out[2]);
+        kernels->quantize(out, width, &codes, row);
+    }
+}
+
+static void lookup_row(const PlanCall *call, const PlanStep *step, size_t row) {
+    const PanelMatrix *table = &call->plan->weights[step->weight[0]].matrix;
+    const size_t batch = row / call->tokens, index = row % call->tokens;
+    const int64_t at = step->arg[1] != 0 ? (int64_t)(plan_past(call, batch) + index)
+                                         : call->run->positions[batch * call->run->tokens + call->first + index];
+    memcpy(plan_row(call, step->out[0], false, row), (const float *)(const void *)table->data + (size_t)(at + step->arg[0]) * table->width,
+           table->width * sizeof(float));
+}
+
+static void row_work(const PlanCall *call, const PlanStep *step, size_t row) {
+    const Kernels *kernels = call->plan->kernels;
+    const size_t width = step->width;
+    switch ((StepKind)step->kind) {
+    case STEP_QUANTIZE: {
+        const QuantRows codes = plan_codes(call, step->out[0]);
+        kernels->quantize(plan_row(call, step->in[0], step->last, row), width, &codes, row);
+        break;
+    }
+    case STEP_NORM:
+        norm_row(call, step, row);
+        break;
+    case STEP_ANGLES:
+        angles_work(call, step, row);
+        break;
+    case STEP_ROTARY:
+        rotary_work(call, step, row);
+        break;
+    case STEP_COMBINE:
+        attention_combine(call, step, row);
+        break;
+    case STEP_LAST: {
+        const size_t token = row * call->tokens + call->tokens - 1;
+        memcpy(plan_row(call, step->out[0], true, row), plan_row(call, step->in[0], false, token), width * sizeof(float));
+        break;
+    }
+    case STEP_UNARY: {
+        float *out = plan_row(call, step->out[0], step->last, row);
+        kernels->scale(plan_row(call, step->in[0], step->last, row), step->real[0], width, out);
+        kernels->unary((Unary)step->arg[0], out, width, out);
+        kernels->scale(out, step->real[1], width, out);
+        break;
+    }
+    case STEP_ADD:
+    case STEP_MULTIPLY: {
+        const float *y = step->in[1].buffer >= 0 ? plan_row(call, step->in[1], step->last, row) : vector(call->plan, step->weight[0]);
+        (step->kind == STEP_ADD ? kernels->add : kernels->multiply)(plan_row(call, step->in[0], step->last, row), y, width,
+                                                                    plan_row(call, step->out[0], step->last, row));
+        break;
+    }
+    case STEP_LOOKUP:
+        lookup_row(call, step, row);
+        break;
+    default:
+        break;
+    }
+}
+
+static size_t panels_of(const Plan *plan, const PlanStep *step) {
+    const size_t panels = (plan->weights[step->weight[0]].matrix.width + PANEL - 1) / PANEL;
+    return step->kind == STEP_GATED ? panels / 2 : panels;
+}
+
+static size_t panels_per_item(const Plan *plan, const PlanStep *step) { return 1 + panels_of(plan, step) / (pool_threads(plan->pool) * 8); }
+static size_t rows_per_item(const PlanCall *call, const PlanStep *step) { return 1 + rows_of(call, step) / (pool_threads(call->plan->pool) * 8); }
+
+static size_t step_items(void *context, size_t index, bool *small) {
+    const PlanCall *call = context;
+    const PlanStep *step = &call->plan->steps[index];
+    const size_t rows = rows_of(call, step);
+    if (step->last && call->first + call->tokens < call->run->tokens) {
+        return 0; /* of the whole call's last tokens only */
+    }
+    if (step->kind == STEP_MATMUL || step->kind == STEP_GATED) {
+        const PlanWeight *weight = &call->plan->weights[step->weight[0]];
+        const size_t each = panels_per_item(call->plan, step);
+        *small = weight->bytes * rows < SMALL_BYTES;
+        return (panels_of(call->plan, step) + each - 1) / each;
+    }
+    if (step->kind == STEP_ATTENTION) {
+        *small = call->rows * call->longest * step->width < SMALL_NUMBERS;
+        return attention_items(call, step);
+    }
+    *small = rows * step->width < SMALL_NUMBERS;
+    const size_t each = rows_per_item(call, step);
+    return (rows + each - 1) / each;
+}
+
+static void step_work(void *context, size_t index, size_t item, size_t thread) {
+    const PlanCall *call = context;
+    const PlanStep *step = &call->plan->steps[index];
+    uint8_t *scratch = call->plan->scratch + thread * call->plan->thread_bytes;
+    if (step->kind == STEP_MATMUL || step->kind == STEP_GATED) {
+        const size_t each = panels_per_item(call->plan, step), panels = panels_of(call->plan, step);
+        for (size_t panel = item * each; panel < (item + 1) * each && panel < panels; panel++) {
+            (step->kind == STEP_GATED ? gated_panel : matmul_panel)(call, step, panel, scratch);
+        }
+    } else if (step->kind == STEP_ATTENTION) {
+        attention_work(call, step, item, scratch);
+    } else {
+        const size_t each = rows_per_item(call, step), rows = rows_of(call, step);
+        for (size_t row = item * each; row < (item + 1) * each && row < rows; row++) {
+            row_work(call, step, row);
+        }
+    }
+}
+
+static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, PLAN_MESSAGE_SIZE, format, arguments);
+    va_end(arguments);
+    return -1;
+}
+
+/* Tables are read at the tokens' positions or at their entries' indices: all of them must be there. */
+static int check_positions(const Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
+    for (uint32_t i = 0; i < plan->step_count; i++) {
+        const PlanStep *step = &plan->steps[i];
+        const bool lookup = step->kind == STEP_LOOKUP, rotary = step->kind == STEP_ROTARY && (step->arg[7] == 1 || step->arg[7] == 2);
+        if (!lookup && !rotary) {
+            continue;
+        }
+        const bool by_index = lookup ? step->arg[1] != 0 : step->arg[7] == 2;
+        const int64_t shift = lookup ? step->arg[0] : 0, rows = (int64_t)plan->weights[step->weight[0]].matrix.depth;
+        for (size_t k = 0; k < (by_index ? run->rows : run->rows * run->tokens); k++) {
+            const int64_t at = (by_index ? run->seqlens[k] : run->positions[k]) + shift;
+            if (at < 0 || at >= rows) {
+                return fail(message, "position %lld is outside the table of %lld", (long long)(at - shift), (long long)rows);
+            }
+        }
+        return 0; /* one table's positions are all tables' */
+    }
+    return 0;
+}
+
+static uint8_t *grown(uint8_t *memory, size_t *have, size_t bytes) {
+    if (bytes <= *have) {
+        return memory;
+    }
+    free(memory);
+#ifdef _WIN32
+    memory = _aligned_malloc(bytes, 64);
+#else
+    memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+#endif
+    *have = memory != NULL ? bytes : 0;
+    return memory;
+}
+
+static int reserve(Plan *plan, const PlanCall *call, char message[PLAN_MESSAGE_SIZE]) {
+    const size_t threads = pool_threads(plan->pool);
+    size_t parts = 0;
+    for (uint32_t i = 0; i < plan->step_count && call->tokens == 1 && call->parts > 1; i++) {
+        const PlanStep *s = &plan->steps[i];
+        const size_t needed = s->kind == STEP_ATTENTION ? call->run->rows * (size_t)s->arg[2] * call->parts * ((size_t)s->arg[4] + 2) : 0;
+        parts = needed > parts ? needed : parts;
+    }
+    plan->arena = grown(plan->arena, &plan->arena_bytes, plan->token_bytes * call->rows + 64);
+    plan->scratch = grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * threads + 64);
+    plan->parts = (float *)(void *)grown((uint8_t *)plan->parts, &plan->parts_room, parts * sizeof(float) + 64);
+    return plan->arena == NULL || plan->scratch == NULL || plan->parts == NULL ? fail(message, "out of memory for %zu tokens at once", call->rows) : 0;
+}
+
+/* Whether tokens that see each other must be computed together. */
+static bool has_blocks(const Plan *plan, const PlanRun *run) {
+    const int64_t *blocks = plan->block_input >= 0 ? (const int64_t *)(const void *)run->inputs[plan->block_input] : NULL;
+    for (size_t i = 0; blocks != NULL && i < run->rows * run->tokens; i++) {
+        if (blocks[i] != 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
+    if (check_positions(plan, run, message) != 0) {
+        return -1;
+    }
+    const size_t chunk = run->rows > 1 || has_blocks(plan, run) || run->tokens < CHUNK ? run->tokens : CHUNK;
+    for (size_t first = 0; first < run->tokens; first += chunk) {
+        PlanCall call = {.plan = plan, .run = run, .first = first, .tokens = run->tokens - first < chunk ? run->tokens - first : chunk};
+        call.rows = run->rows * call.tokens;
+        for (size_t row = 0; row < run->rows; row++) {
+            const size_t length = plan_past(&call, row) + call.tokens;
+            call.longest = length > call.longest ? length : call.longest;
+        }
+        attention_split(&call);
+        if (reserve(plan, &call, message) != 0) {
+            return -1;
+        }
+        const PoolJob job = {.steps = plan->step_count, .items = step_items, .work = step_work, .context = &call};
+        pool_run(plan->pool, &job);
+    }
+    return 0;
+}
