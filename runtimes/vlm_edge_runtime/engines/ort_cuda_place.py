@@ -176,8 +176,8 @@ def check_device() -> None:
     found, needed = open_driver(), wheel_cuda_version()
     if needed and found // 1000 < needed[0]:
         raise DeviceError(
-            f"the NVIDIA driver is too old: it serves CUDA {found // 1000}.{found % 1000 // 10}, the installed {WHEEL} is built for "
-            f"CUDA {needed[0]}.{needed[1]}: update the driver, or install an {WHEEL} that is built for CUDA {found // 1000}."
+            f"the NVIDIA driver is too old: it serves CUDA {found // 1000}.{found % 1000 // 10}, {WHEEL} is built for "
+            f"CUDA {needed[0]}.{needed[1]}: update the driver, or install one that is built for CUDA {found // 1000}."
         )
     _preload()
     if reason := provider_load_error():
