@@ -25,6 +25,8 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt-rtx",),
 }
 """Which builds' backends a device runs. "auto" is the first device here that the bundle has a build for."""
+_EXAMPLES = {"cuda": "cuda-desktop", "tensorrt": "jetson-orin-nano", "tensorrt-rtx": "rtx-40"}
+"""A target for each device that is not the CPU."""
 
 
 def load(
@@ -97,7 +99,8 @@ def choose_build(path: str | Path, manifest: Manifest, device: str) -> str:
         for name, build in manifest.builds.items():
             if build.backend in BACKENDS[each]:
                 return name
-    how = f"run `vlm-edge build {path} --target cpu-int4`, or pass build='{PORTABLE}' (slow: it is the reference)"
+    target = _EXAMPLES.get(device, "cpu-int4")
+    how = f"run `vlm-edge build {path} --target {target}`, or pass build='{PORTABLE}' (slow, and on the CPU: it is the reference)"
     if not manifest.builds:
         raise TargetError(f"{path}: this bundle has only portable graphs: {how}.")
     has = ", ".join(f"{name} ({build.backend})" for name, build in manifest.builds.items())

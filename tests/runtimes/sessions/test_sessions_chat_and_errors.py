@@ -215,9 +215,11 @@ def test_which_build_is_taken(built_bundle, portable_bundle) -> None:
         load(path)
     with pytest.raises(TargetError, match="no build 'cpu-int2'"):
         load(path, build="cpu-int2")
+    with pytest.raises(TargetError, match=r"only portable graphs.*vlm-edge build .* --target cuda-desktop"):
+        load(path, device="cuda")
+    with pytest.raises(DeviceError, match="toaster"):
+        load(path, device="toaster")
     for device in ("cuda", "toaster"):
-        with pytest.raises(DeviceError, match=device):
-            load(path, device=device)
         with pytest.raises(DeviceError, match=device):
             load(path, device=device, build="portable")
     with load(built_bundle("llava-llama", "cpu-fp32"), device="cpu") as vlm:
