@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Literal
 
 import onnx_ir as ir
 
 from vlm_edge.passes.base import Changes, GraphPass, run_passes
 from vlm_edge.passes.cleanup import Cleanup
+from vlm_edge.passes.half_twin import choose_islands, name_nodes
 from vlm_edge.passes.strong_types import FULL_INPUTS, FULL_OUTPUTS, HALVES, Half, Islands, StrongTypes
 from vlm_edge.quantize.calibrate import activation_histograms
 from vlm_edge.quantize.qdq_blockwise import BLOCKS, BlockwiseDQ
@@ -25,7 +27,8 @@ GPU_WORDS = ("fp32", "fp16", "bf16", "int8", "int8w", "int4", "fp8", "fp8w", "nv
 
 only). bf16 is half precision with 8 bits of exponent.
 """
-_PLAIN = ("fp32", "fp16", "bf16")
+_TRIED = 4
+"""Calibration inputs that islands are tried on."""
 _CALIBRATED: dict[str, NumberFormat] = {"int8": INT8, "fp8": FP8}
 _WEIGHTS: dict[str, NumberFormat] = {"int8w": INT8, "fp8w": FP8}
 
@@ -50,6 +53,8 @@ def apply_types(
     nothing changes. `calibration`: inputs of *this* graph (its own signature) for the activation ranges of int8 and fp8;
     without them those words raise TargetError with what to do; `int8w` and `fp8w` need none. For decoders pass `int8w`
     where the user said int8 (as `stored_as` does); a head is always weight-only.
+    `islands`: what stays fp32 (None: normalisations and softmax). Where there is `calibration`, None tries the graph on a few of
+    its inputs with fewer islands first and keeps as many as it takes to stay within 1 % of the untyped one.
     Values: all float inputs and outputs become `half` except `full_inputs` and `full_outputs` (fp32); integer ones stay.
     Raises TargetError for a word that the graph cannot have.
     """
@@ -60,11 +65,25 @@ def apply_types(
             raise TargetError(f"'{given}' is no precision of a TensorRT graph; it can be: {', '.join(GPU_WORDS)}.")
     if "bf16" in (word, last):
         half = "bf16"
-    passes = _quantisers(model, word, last, block_size, options, calibration, half)
-    if word != "fp32" or last != "fp32":
-        passes.append(StrongTypes(half, islands, full_inputs=full_inputs, full_outputs=full_outputs))
-        passes.append(Cleanup())
-    return run_passes(model, passes)
+    changes = run_passes(model, _quantisers(model, word, last, block_size, options, calibration, half))
+    if word == last == "fp32":
+        return changes
+    if islands is None and calibration is not None and word != "nvfp4":  # which the CPU provider cannot run
+        islands, tried = _tried(model, calibration, half)
+        changes.append(tried)
+    typing = StrongTypes(half, islands, full_inputs=full_inputs, full_outputs=full_outputs)
+    return changes + run_passes(model, [typing, Cleanup()])
+
+
+def _tried(model: ir.Model, calibration: Inputs, half: Half) -> tuple[Islands, Changes]:
+    """The islands that a graph needs on a few of its inputs, and a note that says how the choice came about."""
+    feeds = list(islice(calibration(), _TRIED))
+    name_nodes(model.graph)
+    islands, trials = choose_islands(model.clone, feeds, half=half)
+    changes = Changes("islands")
+    said = "; ".join(f"{one.islands}: {one.relative:.1e}" for one in trials)
+    changes.note(f"in fp32: {islands}. Relative difference to the untyped graph on {len(feeds)} inputs with {said}")
+    return islands, changes
 
 
 def _quantisers(
