@@ -212,6 +212,9 @@ def _broken(node: ir.Node, limit: Limit, opset: int) -> Iterator[str]:
         value = _input(node, index)
         if value is not None and not value.is_graph_input():
             yield f"input {index}{_called(node, index)} is not an input of the graph"
+    for index in limit.graph_output:
+        if not node.outputs[index].is_graph_output():
+            yield f"output {index} is not an output of the graph"
     yield from _values(node, limit)
     yield from _attributes(node, limit)
     if limit.outputs is not None and len(used := [out for out in node.outputs if out.name]) > limit.outputs:
