@@ -19,7 +19,9 @@ class StepMasks:
 
     Row b has `past_lengths[b]` valid entries from slot 0 on, and its new token s is written to slot `past_lengths[b] + s`; so a
     causal token sees the slots up to its own, which also hides what is not written yet. No row has padding. All comparisons are
-    of int32. The nodes go in front of `before`, and what several masks share is computed once.
+    of int32. The nodes go in front of `before`, and what several masks share is computed once. Masks are compared in their four
+    dimensions from the start: TensorRT-RTX 1.7.1 does not compile one that gets its second dimension afterwards, for one row
+    of several tokens ("Graph contains more than one op named").
     """
 
     def __init__(self, before: ir.Node, past_lengths: ir.Value, capacity: int) -> None:
@@ -38,18 +40,13 @@ class StepMasks:
         self.positions = emit("Add", [first, new], int32, ["batch", "sequence"])
         """The slot of each new token, int32 [batch, sequence]."""
         self._first = first
-        self._query = emit("Unsqueeze", [self.positions, emit.ints([2])], int32, ["batch", "sequence", 1])
+        self._query = emit("Unsqueeze", [self.positions, emit.ints([1, 3])], int32, ["batch", 1, "sequence", 1])
         self._seen = self._flag("LessOrEqual", self.slots, self._query)
 
     def mask(self, rule: MaskRule) -> ir.Value:
         """bool [batch, 1, sequence, capacity]; True where a token may see a slot."""
         if rule not in self._masks:
-            self._masks[rule] = self._emit(
-                "Unsqueeze",
-                [self._flags(rule), self._emit.ints([1])],
-                ir.DataType.BOOL,
-                ["batch", 1, "sequence", self.capacity],
-            )
+            self._masks[rule] = self._flags(rule)
         return self._masks[rule]
 
     def biased(self, table: npt.NDArray[np.float32]) -> ir.Value:
@@ -62,7 +59,8 @@ class StepMasks:
             emit, (longest, heads) = self._emit, table.shape
             int32, real = ir.DataType.INT32, ir.DataType.FLOAT
             space: list[Dim] = ["batch", "sequence", self.capacity]
-            distance = emit("Sub", [self._query, self.slots], int32, space)
+            query = emit("Unsqueeze", [self.positions, emit.ints([2])], int32, ["batch", "sequence", 1])
+            distance = emit("Sub", [query, self.slots], int32, space)
             distance = emit("Max", [distance, emit.const("zero", 0, np.int32)], int32, space)
             distance = emit("Min", [distance, emit.const("longest", longest - 1, np.int32)], int32, space)
             stored = emit.const("position_bias", table, np.float32)
@@ -74,13 +72,13 @@ class StepMasks:
         return self._biases[key]
 
     def _flag(self, op: str, left: ir.Value, right: ir.Value) -> ir.Value:
-        return self._emit(op, [left, right], ir.DataType.BOOL, ["batch", "sequence", self.capacity])
+        return self._emit(op, [left, right], ir.DataType.BOOL, ["batch", 1, "sequence", self.capacity])
 
     def _flags(self, rule: MaskRule) -> ir.Value:
         emit, near = self._emit, None
         if rule.window is not None:
             width = emit.const(f"window.{rule.window}", rule.window, np.int32)
-            edge = emit("Sub", [self._query, width], ir.DataType.INT32, ["batch", "sequence", 1])
+            edge = emit("Sub", [self._query, width], ir.DataType.INT32, ["batch", 1, "sequence", 1])
             near = self._flag("Greater", self.slots, edge)
         if rule.kind == "causal":
             return self._seen if near is None else self._flag("And", self._seen, near)
@@ -106,7 +104,8 @@ class StepMasks:
         found = emit("GatherElements", [of_query, inside], int32, row, {"axis": 1})
         is_new = emit("Equal", [inside, offset], flag, row)
         of_slot = emit("Where", [is_new, found, zero], int32, row)
-        in_block = emit("Unsqueeze", [emit("Greater", [of_slot, zero], flag, row), emit.ints([1])], flag, ["batch", 1, row[1]])
-        left = emit("Unsqueeze", [of_query, emit.ints([2])], int32, ["batch", "sequence", 1])
-        right = emit("Unsqueeze", [of_slot, emit.ints([1])], int32, ["batch", 1, self.capacity])
+        flat: list[Dim] = ["batch", 1, 1, self.capacity]
+        in_block = emit("Unsqueeze", [emit("Greater", [of_slot, zero], flag, row), emit.ints([1, 2])], flag, flat)
+        left = emit("Unsqueeze", [of_query, emit.ints([1, 3])], int32, ["batch", 1, "sequence", 1])
+        right = emit("Unsqueeze", [of_slot, emit.ints([1, 2])], int32, flat)
         return self._flag("And", self._flag("Equal", left, right), in_block)
