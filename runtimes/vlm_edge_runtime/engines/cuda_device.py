@@ -1,14 +1,13 @@
 """One GPU through CUDA's driver API: memory, copies, one stream, captured graphs, the decode kernels.
 
-`Device` is all that the TensorRT engine asks of a GPU. Everything runs in order on one stream of the device's primary context, which
-TensorRT shares; `use` makes it current in the calling thread and comes before anything else there.
+`Device` is all that the TensorRT engine asks of a GPU. Everything runs in order on one stream of the device's primary context,
+which TensorRT shares; `use` makes it current in the calling thread and comes before anything else there.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,12 +34,14 @@ class Memory(Protocol):
         """Frees it. The stream must be done with it."""
 
 
-@dataclass(slots=True)
-class Shared:
-    """Page-locked host memory that kernels write: `array` uint8 here, `address` there. Both live as long as the device."""
+class Shared(Protocol):
+    """Page-locked host memory that kernels write: `array` uint8 here, `address` there."""
 
     array: npt.NDArray[np.uint8]
     address: int
+
+    def close(self) -> None:
+        """Frees it; nothing may look at `array` any more."""
 
 
 class Device(Protocol):
@@ -108,6 +109,26 @@ class CudaMemory:
             self.close()
 
 
+class CudaShared:
+    """Page-locked memory from `cuMemHostAlloc`, zeroed."""
+
+    def __init__(self, device: CudaDevice, nbytes: int) -> None:
+        self._device = device
+        self._pointer, self.address = device.raw_shared(nbytes)
+        self.array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self._pointer))
+        self.array[:] = 0
+
+    def close(self) -> None:
+        """Frees it."""
+        pointer, self._pointer = self._pointer, 0
+        if pointer:
+            self._device.raw_free_shared(pointer)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.close()
+
+
 class CudaDevice:
     """GPU `ordinal`. Raises DeviceError: no driver, no GPU, a driver too old, no compiler for the kernels.
 
@@ -134,7 +155,6 @@ class CudaDevice:
         self._api = api
         self._device = device
         self._context: Any = checked("cuDevicePrimaryCtxRetain", api.cuDevicePrimaryCtxRetain(device))
-        self._shared: list[int] = []
         self.use()
         self._stream = checked("cuStreamCreate", api.cuStreamCreate(api.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = int(self._stream)
@@ -161,8 +181,8 @@ class CudaDevice:
         result = self._api.cuMemAlloc(nbytes)
         if result[0] == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise DeviceError(
-                f"GPU {self.name} has no {nbytes / 2**20:.0f} MiB left ({self.free_memory() / 2**20:.0f} MiB are free): use a smaller "
-                "context length or batch, or close what else runs on it."
+                f"GPU {self.name} has no {nbytes / 2**20:.0f} MiB left ({self.free_memory() / 2**20:.0f} MiB are free): use a "
+                "smaller context length or batch, or close what else runs on it."
             )
         return int(checked("cuMemAlloc", result))
 
@@ -172,14 +192,21 @@ class CudaDevice:
             self.use()
             self._api.cuMemFree(address)
 
-    def shared(self, nbytes: int) -> Shared:
+    def shared(self, nbytes: int) -> CudaShared:
         """Page-locked host memory, mapped into the device's address space."""
+        return CudaShared(self, nbytes)
+
+    def raw_shared(self, nbytes: int) -> tuple[int, int]:
+        """The host's and the device's address of new page-locked memory."""
         pointer = int(checked("cuMemHostAlloc", self._api.cuMemHostAlloc(nbytes, self._api.CU_MEMHOSTALLOC_DEVICEMAP)))
-        self._shared.append(pointer)
         address = int(checked("cuMemHostGetDevicePointer", self._api.cuMemHostGetDevicePointer(pointer, 0)))
-        array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(pointer))
-        array[:] = 0
-        return Shared(array, address)
+        return pointer, address
+
+    def raw_free_shared(self, pointer: int) -> None:
+        """Frees what `raw_shared` gave."""
+        if self._context is not None:
+            self.use()
+            self._api.cuMemFreeHost(pointer)
 
     def upload(self, address: int, array: Array) -> None:
         """Host to device. Of pageable memory, which arrays are, the driver has taken a copy when it returns."""
@@ -264,7 +291,5 @@ class CudaDevice:
             self._api.cuEventDestroy(event)
         self._api.cuModuleUnload(self._module)
         self._api.cuStreamDestroy(self._stream)
-        for pointer in self._shared:
-            self._api.cuMemFreeHost(pointer)
         self._context = None
         self._api.cuDevicePrimaryCtxRelease(self._device)

@@ -7,7 +7,7 @@ from .cuda_device import Device, Memory
 
 
 class Buffers:
-    """Named pieces of device memory. `generation` counts how often an address changed: what was captured with it is then stale."""
+    """Named pieces of device memory. `generation` counts how often an address changed: what was captured before is then stale."""
 
     def __init__(self, device: Device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""A row's sampler on the device: its parameters, the tokens so far, and the rules on what may come next, as the kernels read them."""
+"""A row's sampler on the device: its parameters, the tokens so far, and the rules on what may come next, for the kernels."""
 
 from __future__ import annotations
 

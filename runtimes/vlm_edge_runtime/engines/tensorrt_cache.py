@@ -97,12 +97,14 @@ class DeviceCache:
         """Bytes of the largest tensor."""
         return max((self.batch * self.row_bytes(spec) for spec in self.specs), default=0)
 
-    def clear_row(self, row: int) -> None:
-        """Zeros, in place of entries that hold NaN."""
+    def clear(self, row: int, first: int) -> None:
+        """Zeros in place of a row's entries from `first` on."""
         for side in range(self.sides):
             for index, spec in enumerate(self.specs):
-                size = self.row_bytes(spec)
-                self._device.zero(self.past(index, side) + row * size, size)
+                base = self.past(index, side) + row * self.row_bytes(spec)
+                for head in range(spec.heads):
+                    start = base + (head * self.bucket + first) * spec.entry
+                    self._device.zero(start, (self.bucket - first) * spec.entry)
 
     def close(self) -> None:
         """Frees the memory."""

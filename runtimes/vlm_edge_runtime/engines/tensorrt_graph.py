@@ -44,11 +44,12 @@ class TensorRTGraph:
         self._closed = False
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs for the named inputs. Raises DeviceError naming the graph, ValueError or TypeError for inputs that do not fit."""
+        """All outputs for the named inputs. Raises DeviceError naming the graph, TypeError for inputs of another kind."""
         wanted = [info for info in self.program.tensors.values() if info.is_input]
         if feeds.keys() != {info.name for info in wanted}:
             raise DeviceError(
-                f"graph '{self.role}' takes {', '.join(sorted(info.name for info in wanted))}; given were {', '.join(sorted(feeds))}"
+                f"graph '{self.role}' takes {', '.join(sorted(info.name for info in wanted))}; "
+                f"given were {', '.join(sorted(feeds))}"
             )
         arrays = {info.name: as_taken(info.name, np.asarray(feeds[info.name]), info.dtype) for info in wanted}
         with self._lock:
@@ -103,7 +104,8 @@ def fitting_profile(role: str, program: Program, shapes: Mapping[str, tuple[int,
     if not misfits:
         return 0
     raise DeviceError(
-        f"graph '{role}': {misfits[-1]}, the sizes its engine was built for: send less at once, or build the target with wider ranges."
+        f"graph '{role}': {misfits[-1]}, the sizes its engine was built for: send less at once, or build the target with wider "
+        "ranges."
     )
 
 

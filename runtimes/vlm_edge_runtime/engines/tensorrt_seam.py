@@ -1,7 +1,8 @@
 """The one place of the runtime that imports `tensorrt` or `tensorrt_rtx`: engines from disk to something that runs.
 
-Both have one Python API. TensorRT-RTX also compiles kernels for the GPU when a context is made or first run; what it compiled is kept in
-a runtime cache, a file for each engine, GPU, driver and version (docs.nvidia.com/deeplearning/tensorrt-rtx, "Runtime cache").
+Both have one Python API. TensorRT-RTX also compiles kernels for the GPU when a context is made or first run; what it compiled is
+kept in a runtime cache, a file for each engine, GPU, driver and version (docs.nvidia.com/deeplearning/tensorrt-rtx, "Runtime
+cache").
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import importlib
 import platform
 import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,8 +71,8 @@ class Runtime:
         """Engines are read by the version that wrote them. Raises DeviceError naming both."""
         if _numbers(built_with) != _numbers(self.version):
             raise DeviceError(
-                f"{where} was built with {self.flavour} {built_with}, installed is {self.version}, which cannot read it: {again} on this "
-                f"device, or install {self.flavour} {built_with}."
+                f"{where} was built with {self.flavour} {built_with}, installed is {self.version}, which cannot read it: {again} on "
+                f"this device, or install {self.flavour} {built_with}."
             )
 
     def load(self, path: Path, device: Device, *, key: str, again: str) -> TensorRTProgram:
@@ -81,8 +83,8 @@ class Runtime:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise DeviceError(
-                f"{self.flavour} {self.version} cannot load {path} on {device.name}{self._reason()}: the file is damaged, or was made for "
-                f"another GPU or version; {again} on this device."
+                f"{self.flavour} {self.version} cannot load {path} on {device.name}{self._reason()}: the file is damaged, or was "
+                f"made for another GPU or version; {again} on this device."
             )
         return TensorRTProgram(self, engine, device, path, key)
 
@@ -105,7 +107,7 @@ class TensorRTProgram:
         self.tensors: Mapping[str, TensorInfo] = {info.name: info for info in _tensors(runtime.module, engine)}
         self.profiles: Sequence[Profile] = [_profile(engine, self.tensors, i) for i in range(engine.num_optimization_profiles)]
         self._scratch: Memory = device.allocate(int(engine.device_memory_size_v2))
-        self._contexts: list[TensorRTContext] = []
+        self._contexts: weakref.WeakSet[TensorRTContext] = weakref.WeakSet()
         self._cache = _RuntimeCache(runtime, engine, device, key) if runtime.flavour == "tensorrt-rtx" else None
 
     def alias(self, output: str) -> str | None:
@@ -123,7 +125,7 @@ class TensorRTProgram:
             config.set_execution_context_allocation_strategy(managed)
             self._cache.give(config)
             strategies = module.DynamicShapesKernelSpecializationStrategy
-            # A step that will be captured must not change its kernels afterwards; prompts of ever new lengths must not wait for theirs.
+            # A captured step must not change its kernels afterwards; prompts of ever new lengths must not wait for theirs.
             config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if fixed else strategies.LAZY
             config.cuda_graph_strategy = module.CudaGraphStrategy.DISABLED
             made = self._engine.create_execution_context(config)
@@ -135,7 +137,7 @@ class TensorRTProgram:
         if len(self.profiles) > 1 and not made.set_optimization_profile_async(profile, self._device.stream):
             raise self.runtime.refused(f"{self.path} has no optimisation profile {profile}")
         context = TensorRTContext(self.runtime, made, self.path)
-        self._contexts.append(context)
+        self._contexts.add(context)
         return context
 
     def close(self) -> None:
@@ -146,7 +148,7 @@ class TensorRTProgram:
             self._cache.save()
         self._device.use()
         self._device.synchronize()
-        for context in self._contexts:
+        for context in list(self._contexts):
             context.close()
         self._engine = self._cache = None
         self._scratch.close()

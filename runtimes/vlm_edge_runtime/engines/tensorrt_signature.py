@@ -1,9 +1,9 @@
 """What a compiled decoder reads and gives, told apart by names and dimensions.
 
 The decoder of a TensorRT build takes `inputs_embeds` [batch, sequence, hidden], optionally `position_ids` [batch, sequence] or
-[3, batch, sequence] and `past_lengths` int32 [batch] (valid entries of each row before the step, which is where its first new entry is
-written), and for each cache tensor `past_key_values.*` [batch, kv_heads, capacity, width]; it gives `logits` float32 [batch, 1,
-vocab] of the last token and `present.*`. Further inputs are those of the portable decoder (see `DecoderInputs`).
+[3, batch, sequence] and `past_lengths` int32 [batch] (valid entries of each row before the step, which is where its first new
+entry is written), and for each cache tensor `past_key_values.*` [batch, kv_heads, capacity, width]; it gives `logits` float32
+[batch, 1, vocab] of the last token and `present.*`. Further inputs are those of the portable decoder (see `DecoderInputs`).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def read_signature(program: Program, specs: Sequence[TensorSpec], portable: Sequ
         or types["logits"] != "float32"
     ):
         raise DeviceError(
-            f"the decoder's engine gives logits {types['logits']} {list(logits)} for embeddings {list(named['inputs_embeds'].shape)}; "
-            "expected are float32 [batch, 1, vocabulary] and a fixed hidden size: build it again."
+            f"the decoder's engine gives logits {types['logits']} {list(logits)} for embeddings "
+            f"{list(named['inputs_embeds'].shape)}; expected are float32 [batch, 1, vocabulary] and a fixed hidden size: build it again."
         )
     caches = tuple(_cache(name, named, types, outputs) for name in inputs if name.startswith(PAST))
     capacities = {named[cache.past].shape[2] for cache in caches}

@@ -12,7 +12,7 @@ _INT32 = np.iinfo(np.int32)
 
 
 def as_taken(name: str, array: Array, dtype: str) -> Array:
-    """A C-contiguous array of type `dtype`. Raises TypeError for another kind of number, DeviceError for what int32 cannot hold."""
+    """A C-contiguous array of type `dtype`. Raises TypeError for another kind of number, DeviceError where int32 is too small."""
     given, wanted = array.dtype, np.dtype(dtype)
     if given == wanted:
         return np.ascontiguousarray(array).reshape(array.shape)

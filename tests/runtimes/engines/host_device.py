@@ -1,7 +1,9 @@
-"""Stand-ins for a GPU and for TensorRT, for tests on machines without either: device memory is this process's, compiled graphs are ONNX
-Runtime sessions on the CPU, the decode kernels are compiled as C++, and the C loop talks to a stand-in of the CUDA driver's library.
+"""Stand-ins for a GPU and for TensorRT, for tests on machines without either: device memory is this process's, compiled graphs are
+ONNX Runtime sessions on the CPU, the decode kernels are compiled as C++, and the C loop talks to a stand-in of the CUDA driver's
+library.
 
-Nothing is done when it is queued: work waits until somebody synchronises, as on a GPU, so that what is read too early is wrong here too.
+Nothing is done when it is queued: work waits until somebody synchronises, as on a GPU, so that what is read too early is wrong
+here too.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 import onnxruntime
 from host_kernels import HostKernels, compile_shared
 
-from vlm_edge_runtime.engines.cuda_device import ALIGNMENT, Shared
+from vlm_edge_runtime.engines.cuda_device import ALIGNMENT
 from vlm_edge_runtime.engines.tensorrt_program import Profile, Shape, TensorInfo
 from vlm_edge_runtime.errors import DeviceError
 
@@ -79,6 +81,17 @@ class HostMemory:
             self._raw[:] = 0xEE
 
 
+class HostShared:
+    """`cuda_device.Shared`."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.array = np.zeros(nbytes, np.uint8)
+        self.address = self.array.ctypes.data
+
+    def close(self) -> None:
+        self.address = 0
+
+
 class HostDevice:
     """`cuda_device.Device` without a GPU."""
 
@@ -110,9 +123,8 @@ class HostDevice:
         assert self.captured is None, "memory is allocated while capturing"
         return HostMemory(self, nbytes)
 
-    def shared(self, nbytes: int) -> Shared:
-        array = np.zeros(nbytes, np.uint8)
-        return Shared(array, array.ctypes.data)
+    def shared(self, nbytes: int) -> HostShared:
+        return HostShared(nbytes)
 
     def upload(self, address: int, array: np.ndarray) -> None:
         assert self.captured is None, "a copy from the host is captured"
@@ -203,7 +215,7 @@ class HostProgram:
         self, model: bytes | str, device: HostDevice, profiles: Sequence[Profile] = (), *, captures: bool = True
     ) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.device, self.profiles, self.captures = device, profiles, captures

@@ -1,0 +1,518 @@
+"""The device side of one decoder state: a row by itself (prefill), and steps of all rows, queued one by one or captured.
+
+A step is: token ids and positions from the rows' state → embed_tokens → decoder → the rows' state → the next tokens. Nothing in it
+needs the host, so that it can be captured as a CUDA graph; one graph for each side of a cache that is not updated in place.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_edge_runtime import _native
+from vlm_edge_runtime.errors import DeviceError
+
+from .base import Array
+from .cuda_device import Device
+from .cuda_layout import CONTROL, GUARDED, KEPT, MAX_THREADS, RECORD, ROW, STEP
+from .cuda_memory import Buffers
+from .tensorrt_cache import DeviceCache
+from .tensorrt_graph import buffer_size, fitting_profile
+from .tensorrt_program import Context, Program, Shape
+from .tensorrt_signature import PAST_LENGTHS, Signature
+from .tensorrt_types import as_taken
+
+SLOTS = 64
+"""Steps whose records the ring holds; two are under way at most."""
+_KEEP_BLOCKS = 8
+_PER_BLOCK = 4096
+"""Vocabulary entries of one block that computes exponentials."""
+
+
+@dataclass(slots=True, weakref_slot=True)
+class BoundContext:
+    """A context with fixed shapes, and what its addresses were last set for. States of one decoder share it."""
+
+    context: Context
+    owner: object = None
+
+
+class DecoderPrograms:
+    """A decoder's and its embedding's compiled graphs for one cache capacity, with the contexts that states share."""
+
+    def __init__(self, decoder: Program, embed: Program, signature: Signature, device: Device) -> None:
+        self.decoder, self.embed, self.signature, self.device = decoder, embed, signature, device
+        self.ids = next(info for info in embed.tensors.values() if info.is_input)
+        self.embeds = next(info for info in embed.tensors.values() if not info.is_input)
+        if self.embeds.dtype != signature.types["inputs_embeds"]:
+            raise DeviceError(
+                f"graph 'embed_tokens' gives {self.embeds.dtype}, graph 'decoder' takes {signature.types['inputs_embeds']}: build "
+                "both for one target."
+            )
+        self._rows: dict[int, Context] = {}
+        self._fixed: weakref.WeakValueDictionary[object, BoundContext] = weakref.WeakValueDictionary()
+
+    def row_context(self, shapes: Mapping[str, Shape]) -> Context:
+        """A context for one row of any length."""
+        index = fitting_profile("decoder", self.decoder, shapes)
+        if index not in self._rows:
+            self._rows[index] = self.decoder.context(index, fixed=False)
+        return self._rows[index]
+
+    def fixed(self, role: str, shapes: Mapping[str, Shape]) -> BoundContext:
+        """A context of `embed_tokens` or `decoder` with these shapes."""
+        key = (role, tuple(sorted(shapes.items())))
+        found = self._fixed.get(key)
+        if found is None:
+            program = self.decoder if role == "decoder" else self.embed
+            found = self._fixed[key] = BoundContext(program.context(fitting_profile(role, program, shapes), fixed=True))
+            for name, shape in shapes.items():
+                found.context.set_shape(name, shape)
+        return found
+
+    @property
+    def longest_row(self) -> int | None:
+        """Tokens that one row may have in one run; None: any number."""
+        limits = [profile.largest["inputs_embeds"][1] for profile in self.decoder.profiles if "inputs_embeds" in profile.largest]
+        return max(limits) if limits else None
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What ran: rows by themselves, steps queued one by one, steps launched as captured graphs, tokens chosen on the host."""
+
+    rows: int = 0
+    queued: int = 0
+    captured: int = 0
+    host_sampled: int = 0
+    not_captured_because: str = ""
+
+
+@dataclass(slots=True)
+class _Decode:
+    """The contexts of the present shapes, and what was captured with them."""
+
+    embed: BoundContext
+    decoder: BoundContext
+    generation: int
+    outputs: dict[str, Shape]
+    warm: set[int] = field(default_factory=set)
+    graphs: dict[int, int] = field(default_factory=dict)
+
+
+class DecoderSteps:
+    """Device memory of `batch` rows, and what runs on it. Not for two threads at once."""
+
+    def __init__(self, programs: DecoderPrograms, batch: int, capacity: int, counts: StepCounts) -> None:
+        self.programs, self.batch, self.capacity, self.counts = programs, batch, capacity, counts
+        self.signature = signature = programs.signature
+        self.device = device = programs.device
+        self.table = np.zeros(batch, ROW)
+        self.table["pending"] = -1
+        self.stride = -(-signature.vocab // 64) * 64  # rows of logits are aligned
+        self._blocks = -(-signature.vocab // _PER_BLOCK)
+        self._buffers, self._row_buffers = Buffers(device), Buffers(device)
+        self._decode: _Decode | None = None
+        self._static_key: object = None
+        self._token = object()
+        self.last_seconds = 0.0
+        self.cache = DeviceCache(device, signature, batch)
+        try:
+            self._ring = device.shared(SLOTS * batch * RECORD.itemsize)
+            self._reserve()
+        except BaseException:
+            self.close()
+            raise
+        self._records: npt.NDArray[np.void] = self._ring.array.view(RECORD).reshape(SLOTS, batch)
+
+    def _reserve(self) -> None:
+        batch, signature, put = self.batch, self.signature, self._buffers.reserve
+        put("logits", 4 * batch * self.stride, zeroed=True)
+        put("scores", 4 * batch * self.stride)
+        put("weights", 8 * batch * self.stride)
+        put("partials", 8 * batch * self._blocks)
+        put("rows", self.table.nbytes)
+        put("control", CONTROL.itemsize)
+        put("positions", 8 * batch * max(1, signature.axes))
+        put("ids", 8 * batch)
+        put("past", 4 * batch)
+        for name in signature.states:
+            put(name, batch * self.state_bytes(name), zeroed=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.nbytes
+
+    def state_bytes(self, name: str) -> int:
+        """Bytes of one row of a recurrent state."""
+        return buffer_size(self.programs.decoder, name, (1, *(int(size) for size in self.signature.specs[name].shape[1:])))
+
+    # --- one row by itself ---
+
+    def run_row(self, row: int, feeds: Mapping[str, Array], statics: Mapping[str, Array], static_key: object) -> dict[str, Array]:
+        """Appends tokens to a row: `feeds` has all but caches and states, [1, …] each; `statics` are uploaded again when their key
+
+        changes. The row's logits and states are set; further outputs are returned whole. The table is the caller's.
+        """
+        types, device = self.signature.types, self.device
+        first, tokens = int(self.table[row]["length"]), feeds["inputs_embeds"].shape[1]
+        given = {name: as_taken(name, array, types[name]) for name, array in {**feeds, **statics}.items() if name in types}
+        shapes: dict[str, Shape] = {name: array.shape for name, array in given.items()}
+        shapes |= {name: (1, *map(int, self.signature.specs[name].shape[1:])) for name in self.signature.states}
+        shapes |= {spec.past: (1, *map(int, self.signature.specs[spec.past].shape[1:])) for spec in self.signature.caches}
+        context = self.programs.row_context(shapes)
+        for name, shape in shapes.items():
+            context.set_shape(name, shape)
+        for name, array in given.items():
+            kept = name in statics and static_key == self._static_key
+            context.set_address(
+                name, self._row_buffers.reserve(name, array.nbytes) if kept else self._row_buffers.put(name, array)
+            )
+        self._static_key = static_key
+        staged = self._bind_row_cache(context, row)
+        for name, following in self.signature.states.items():
+            size = self.state_bytes(name)
+            before, after = self._row_buffers.reserve(name, size), self._row_buffers.reserve(following, size)
+            device.copy(before, self._state(name, row), size)
+            context.set_address(name, before)
+            context.set_address(following, after)
+        context.set_address("logits", self.logits_address(row))
+        outputs = {spec.name: np.empty(context.output_shape(spec.name), types[spec.name]) for spec in self.signature.further}
+        for name, array in outputs.items():
+            context.set_address(name, self._row_buffers.reserve(name, array.nbytes))
+        begin = time.perf_counter()
+        context.enqueue(device.stream)
+        for name, following in self.signature.states.items():
+            size = self.state_bytes(name)
+            device.copy(self._state(name, row), self._row_buffers.reserve(following, size), size)
+        self._settle(row, first, tokens, staged)
+        for name, array in outputs.items():
+            device.download(array, self._row_buffers.reserve(name, array.nbytes))
+        device.synchronize()
+        self.last_seconds = time.perf_counter() - begin
+        self.counts.rows += 1
+        return outputs
+
+    def _bind_row_cache(self, context: Context, row: int) -> bool:
+        """A row is a window of the cache; where TensorRT could not take its address, a copy. Whether it is one."""
+        window = self.cache.row_window(row)
+        for index, spec in enumerate(self.cache.specs):
+            if window is not None:
+                past, present = window[index]
+            else:
+                size = self.cache.row_bytes(spec)
+                past = present = self._row_buffers.reserve(spec.past, size)
+                if self.cache.sides > 1:
+                    present = self._row_buffers.reserve(spec.present, size)
+                self.device.copy(past, self.cache.past(index, self.cache.side) + row * size, size)
+            context.set_address(spec.past, past)
+            context.set_address(spec.present, present)
+        return window is None
+
+    def _settle(self, row: int, first: int, tokens: int, staged: bool) -> None:
+        if not staged:
+            self.cache.settle_row(row, first, tokens)
+            return
+        for index, spec in enumerate(self.cache.specs):
+            size = self.cache.row_bytes(spec)
+            name = spec.past if self.cache.sides == 1 else spec.present
+            to = self.cache.past(index, self.cache.side) + row * size
+            self.device.copy(to, self._row_buffers.reserve(name, size), size)
+
+    def _state(self, name: str, row: int) -> int:
+        size = self.state_bytes(name)
+        return self._buffers.reserve(name, self.batch * size) + row * size
+
+    def get_state(self, row: int, name: str) -> Array:
+        """A copy of a row's recurrent state."""
+        shape = [int(size) for size in self.signature.specs[name].shape[1:]]
+        found = np.empty(shape, self.signature.types[name])
+        self.device.download(found, self._state(name, row))
+        return found
+
+    def put_state(self, row: int, name: str, array: Array) -> None:
+        """Sets a row's recurrent state."""
+        self.device.upload(self._state(name, row), as_taken(name, array, self.signature.types[name]))
+
+    def copy_row(self, row: int, source: DecoderSteps, source_row: int, length: int) -> None:
+        """The first entries and the recurrent states of another row."""
+        self.cache.copy_entries(row, source.cache, source_row, length)
+        for name in self.signature.states:
+            self.device.copy(self._state(name, row), source._state(name, source_row), self.state_bytes(name))
+
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Row i becomes what row sources[i] is: entries, states, logits, further outputs of the last step."""
+        lengths = [int(length) for length in self.table["length"]]
+        shares = [(name, self.state_bytes(name)) for name in self.signature.states] + [("logits", 4 * self.stride)]
+        if self._decode is not None:
+            shares += [(f"kept {name}", size // self.batch) for name, size in self._output_bytes(self._decode).items()]
+        largest = max(self.cache.largest_tensor, *(self.batch * size for _, size in shares))
+        scratch = self._row_buffers.reserve("scratch", largest)
+        self.cache.reorder(sources, lengths, scratch)
+        for name, size in shares:
+            base = self._buffers.reserve(name, self.batch * size)
+            for row, source in enumerate(sources):
+                self.device.copy(scratch + row * size, base + source * size, size)
+            self.device.copy(base, scratch, self.batch * size)
+
+    def logits_address(self, row: int) -> int:
+        """Where a row's next-token logits are, float32 [vocab]."""
+        return self._buffers.reserve("logits", 4 * self.batch * self.stride) + 4 * row * self.stride
+
+    def logits(self, row: int) -> npt.NDArray[np.float32]:
+        """A copy of a row's next-token logits."""
+        found = np.empty(self.signature.vocab, np.float32)
+        self.device.download(found, self.logits_address(row))
+        return found
+
+    # --- steps of all rows ---
+
+    def set_inputs(self, feeds: Mapping[str, Array]) -> None:
+        """Static inputs and values of generated tokens, [batch, …] each. New shapes end what was captured."""
+        types = self.signature.types
+        arrays = {name: as_taken(name, array, types[name]) for name, array in feeds.items() if name in types}
+        for name, array in arrays.items():
+            self._buffers.put(name, array)
+        shapes: dict[str, Shape] = {name: array.shape for name, array in arrays.items()}
+        shapes["inputs_embeds"] = (self.batch, 1, self.signature.hidden)
+        if self.signature.axes:
+            shapes["position_ids"] = (self.batch, 1) if self.signature.axes == 1 else (self.signature.axes, self.batch, 1)
+        if PAST_LENGTHS in types:
+            shapes[PAST_LENGTHS] = (self.batch,)
+        for name in (*(spec.past for spec in self.signature.caches), *self.signature.states):
+            shapes[name] = (self.batch, *map(int, self.signature.specs[name].shape[1:]))
+        embed = self.programs.fixed("embed_tokens", {self.programs.ids.name: (self.batch, 1)})
+        decoder = self.programs.fixed("decoder", shapes)
+        known = self._decode
+        if (
+            known is not None
+            and known.decoder is decoder
+            and known.embed is embed
+            and known.generation == self._buffers.generation
+        ):
+            return
+        self._forget_graphs()
+        outputs = {spec.name: decoder.context.output_shape(spec.name) for spec in self.signature.further}
+        self._decode = _Decode(embed, decoder, 0, outputs)
+        self._lay_out(self._decode)
+        self._decode.generation = self._buffers.generation
+
+    def _output_bytes(self, decode: _Decode) -> dict[str, int]:
+        return {name: buffer_size(self.programs.decoder, name, shape) for name, shape in decode.outputs.items()}
+
+    def _lay_out(self, decode: _Decode) -> None:
+        """The tables that the kernels read: what rows keep of a step, the guarded entries, and a Step for each side."""
+        batch, vocab, put = self.batch, self.signature.vocab, self._buffers.reserve
+        outputs = self._output_bytes(decode)
+        kept = [
+            (put("step logits", 4 * batch * vocab), 4 * vocab, put("logits", 4 * batch * self.stride), 4 * self.stride, 4 * vocab)
+        ]
+        for name, following in self.signature.states.items():
+            size = self.state_bytes(name)
+            kept.append((put(following, batch * size), size, put(name, batch * size), size, size))
+        for name, size in outputs.items():
+            share = size // batch
+            kept.append((put(f"step {name}", size), share, put(f"kept {name}", size), share, share))
+        put("embeds", buffer_size(self.programs.embed, self.programs.embeds.name, (batch, 1, self.signature.hidden)))
+        # Idle rows write behind their last entry; only a row that fills the engine's cache has none behind.
+        guards = len(self.cache.specs) if self.capacity >= self.cache.bucket else 0
+        saves = [put(f"save {spec.past}", batch * spec.heads * spec.entry) for spec in self.cache.specs[:guards]]
+        put("kept", len(kept) * KEPT.itemsize)
+        for side in range(self.cache.sides):
+            put(f"guarded {side}", max(guards, 1) * GUARDED.itemsize)
+            put(f"step {side}", STEP.itemsize)
+        self._buffers.put("kept", np.array(kept, KEPT))
+        for side in range(self.cache.sides):
+            entries = [
+                (self.cache.past(i, side), self.cache.present(i, side), saves[i], spec.heads, spec.entry)
+                for i, spec in enumerate(self.cache.specs[:guards])
+            ]
+            self._buffers.put(f"guarded {side}", np.array(entries or [(0,) * 5], GUARDED))
+            self._buffers.put(f"step {side}", self._step(side, len(kept), guards))
+
+    def _step(self, side: int, kept: int, guards: int) -> npt.NDArray[np.void]:
+        step = np.zeros(1, STEP)
+        one, at = step[0], self._buffers.reserve
+        for name in ("rows", "control", "logits", "scores", "weights", "partials", "ids", "positions", "kept"):
+            one[name] = at(name, 0)
+        one["guarded"] = at(f"guarded {side}", 0)
+        one["past"] = at("past", 0) if PAST_LENGTHS in self.signature.types else 0
+        one["ring"] = self._ring.address
+        one["stride"], one["batch"], one["vocab"] = self.stride, self.batch, self.signature.vocab
+        one["capacity"], one["bucket"] = self.capacity, self.cache.bucket or np.iinfo(np.int32).max
+        one["axes"], one["slots"], one["blocks"] = self.signature.axes, SLOTS, self._blocks
+        one["wide_ids"] = self.programs.ids.dtype == "int64"
+        one["wide_positions"] = self.signature.types.get("position_ids") == "int64"
+        one["kept_count"], one["guarded_count"] = kept, guards
+        return step
+
+    def step(self, *, forward: bool, sample: bool) -> npt.NDArray[np.void]:
+        """Runs the rows that the table marks, and samples those that it marks, queued one by one. The rows' records [batch]."""
+        begin = time.perf_counter()
+        self._send_table()
+        side = self.cache.side
+        if forward:
+            self._enqueue_step(side, sample=sample)
+            self.cache.side = (side + 1) % self.cache.sides
+            self._now.warm.add(side)
+            self.counts.queued += 1
+        else:
+            self._launch("vlm_begin", side, (1, 1), 32)
+            self._enqueue_sampling(side)
+        self._fetch_table()
+        self.last_seconds = time.perf_counter() - begin
+        return self._records[0].copy()
+
+    def run_captured(self, loop: _native.CudaLoop, steps: int) -> npt.NDArray[np.void]:
+        """Up to `steps` captured steps, with the interpreter lock released: their records [done, batch]."""
+        graphs = self._graphs()
+        begin = time.perf_counter()
+        self._send_table()
+        events, side = self.device.events, self.cache.side
+        ring = self._ring.array.ctypes.data
+        data, launched = loop.run(self.device.stream, events, graphs, side, ring, SLOTS, self.batch, 0, steps)
+        self.cache.side = (side + launched) % self.cache.sides
+        self.counts.captured += launched
+        self._fetch_table()
+        records: npt.NDArray[np.void] = np.frombuffer(data, RECORD).reshape(-1, self.batch)
+        self.last_seconds = (time.perf_counter() - begin) / max(1, len(records))
+        return records
+
+    @property
+    def ready(self) -> bool:
+        """Whether `set_inputs` was called."""
+        return self._decode is not None
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether steps of the present shapes may run as captured graphs: each side ran once, and TensorRT allows it."""
+        decode = self._now
+        if len(decode.warm) < self.cache.sides or self.counts.not_captured_because:
+            return False
+        for bound, role in ((decode.embed, "embed_tokens"), (decode.decoder, "decoder")):
+            if not bound.context.capturable(self.device.stream):
+                self.counts.not_captured_because = f"the engine of graph '{role}' cannot be captured"
+                return False
+        return True
+
+    def kept_output(self, name: str, row: int) -> Array:
+        """A row's share of a further output of the last step that it ran in, without batch; sizes are the step's."""
+        decode = self._now
+        shape = decode.outputs[name]
+        found = np.empty(shape[1:], self.signature.types[name])
+        base = self._buffers.reserve(f"kept {name}", 0)
+        self.device.download(found, base + row * found.nbytes)
+        return found
+
+    @property
+    def _now(self) -> _Decode:
+        assert self._decode is not None, "set_inputs comes first"
+        return self._decode
+
+    def _graphs(self) -> tuple[int, int]:
+        decode = self._now
+        for side in range(self.cache.sides):
+            if side not in decode.graphs:
+                decode.graphs[side] = self._capture(side)
+        return decode.graphs[0], decode.graphs[self.cache.sides - 1]
+
+    def _capture(self, side: int) -> int:
+        self._bind(side)
+        self.device.begin_capture()
+        try:
+            self._enqueue_step(side, sample=True)
+        except BaseException:
+            self._abandon_capture()
+            raise
+        return self.device.end_capture()
+
+    def _abandon_capture(self) -> None:
+        try:
+            self.device.free_graph(self.device.end_capture())
+        except DeviceError:
+            return  # what made the capture fail is told by the caller's exception
+
+    def _bind(self, side: int) -> None:
+        """Sets the contexts' addresses, unless they are this state's and this side's already."""
+        decode, at = self._now, self._buffers.reserve
+        owner = (self._token, decode.generation)
+        if decode.embed.owner != owner:
+            decode.embed.context.set_address(self.programs.ids.name, at("ids", 0))
+            decode.embed.context.set_address(self.programs.embeds.name, at("embeds", 0))
+            decode.embed.owner = owner
+        if decode.decoder.owner == (*owner, side):
+            return
+        bind = decode.decoder.context.set_address
+        for name, info in self.programs.decoder.tensors.items():
+            if name == "inputs_embeds":
+                bind(name, at("embeds", 0))
+            elif name == "position_ids":
+                bind(name, at("positions", 0))
+            elif name == PAST_LENGTHS:
+                bind(name, at("past", 0))
+            elif name == "logits":
+                bind(name, at("step logits", 0))
+            elif name in decode.outputs:
+                bind(name, at(f"step {name}", 0))
+            elif name in self.signature.states or name in self.signature.states.values():
+                bind(name, at(name, 0))
+            elif info.is_input and name in self.signature.inputs.static | self.signature.inputs.tokens:
+                bind(name, at(name, 0))
+        for index, spec in enumerate(self.cache.specs):
+            bind(spec.past, self.cache.past(index, side))
+            bind(spec.present, self.cache.present(index, side))
+        decode.decoder.owner = (*owner, side)
+
+    def _enqueue_step(self, side: int, *, sample: bool) -> None:
+        decode, guarded = self._now, self.capacity >= self.cache.bucket and bool(self.cache.specs)
+        guards = (len(self.cache.specs), self.batch)
+        self._bind(side)
+        self._launch("vlm_begin", side, (1, 1), 32)
+        if guarded:
+            self._launch("vlm_save_last", side, guards, 64)
+        decode.embed.context.enqueue(self.device.stream)
+        decode.decoder.context.enqueue(self.device.stream)
+        if guarded:
+            self._launch("vlm_restore_last", side, guards, 64)
+        self._launch("vlm_keep", side, (_KEEP_BLOCKS, self.batch), 256)
+        self._launch("vlm_finish", side, (1, 1), 32)
+        if sample:
+            self._enqueue_sampling(side)
+
+    def _enqueue_sampling(self, side: int) -> None:
+        self._launch("vlm_controls", side, (1, self.batch), MAX_THREADS)
+        self._launch("vlm_weights", side, (self._blocks, self.batch), 256)
+        self._launch("vlm_choose", side, (1, self.batch), MAX_THREADS)
+
+    def _launch(self, kernel: str, side: int, grid: tuple[int, int], threads: int) -> None:
+        self.device.launch(kernel, self._buffers.reserve(f"step {side}", 0), grid, threads)
+
+    def _send_table(self) -> None:
+        self.device.upload(self._buffers.reserve("rows", 0), self.table)
+        self.device.zero(self._buffers.reserve("control", 0), CONTROL.itemsize)
+
+    def _fetch_table(self) -> None:
+        self.device.download(self.table, self._buffers.reserve("rows", 0))
+
+    def _forget_graphs(self) -> None:
+        if self._decode is not None:
+            for graph in self._decode.graphs.values():
+                self.device.free_graph(graph)
+            self._decode.graphs.clear()
+
+    def close(self) -> None:
+        """Frees all memory. Nothing may be under way."""
+        self._forget_graphs()
+        self._decode = None
+        self.cache.close()
+        self._buffers.close()
+        self._row_buffers.close()
+        ring = getattr(self, "_ring", None)
+        if ring is not None:
+            ring.close()
