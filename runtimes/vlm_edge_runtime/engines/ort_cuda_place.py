@@ -96,6 +96,7 @@ class Place:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.intra_op_num_threads = 1  # what stays on the CPU beside a GPU is arithmetic on shapes
         recorded = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
         if recorded:
             options.add_session_config_entry(_RECORD, "1")
