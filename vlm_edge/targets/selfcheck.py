@@ -69,6 +69,8 @@ def check_decoder(bundle: Bundle, built: Path, samples: Samples) -> Difference:
     reference, graph = session(bundle.graph_path("decoder")), session(built)
     inputs = {value.name: value.shape for value in graph.get_inputs()}
     capacity = next((shape[2] for name, shape in inputs.items() if name.startswith(PAST)), 0)
+    if is_static(list(inputs)) and capacity < min(past + sequence for _, sequence, past, _ in STEPS):
+        raise TargetError(f"{built}: a cache of {capacity} entries is too small to be compared with the portable decoder.")
     difference = Difference()
     for rows, sequence, past, padding in STEPS:
         if is_static(list(inputs)) and past + sequence > capacity:

@@ -56,7 +56,8 @@ class Emit:
         full: bool = False,
     ) -> ir.Node:
         """One node with as many outputs as types and shapes are given."""
-        made = insert(self.before, op, inputs, attributes, outputs=len(outputs))
+        name = f"{self._name}.{op}" if self._name else None
+        made = insert(self.before, op, inputs, attributes, outputs=len(outputs), name=name)
         made.metadata_props.update(self.metadata)
         if full:
             made.metadata_props[PRECISION] = "fp32"

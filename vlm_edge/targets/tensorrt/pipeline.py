@@ -25,6 +25,7 @@ from vlm_edge.passes.tensorrt.narrow_integers import NarrowIntegers
 from vlm_edge.passes.tensorrt.native_attention import NativeAttention
 from vlm_edge.passes.tensorrt.positive_indices import PositiveIndices
 from vlm_edge.passes.tensorrt.static_cache import StaticCache
+from vlm_edge.passes.tensorrt.unique_names import UniqueNames
 from vlm_edge.passes.tensorrt.unused_inputs import DropUnusedInputs
 from vlm_edge.targets.device import Device
 from vlm_edge.targets.pipeline import Inputs, Lowered
@@ -105,7 +106,14 @@ def passes_for(model: ir.Model, kind: Kind, device: Device, *, capacity: int | N
     if "RMSNormalization" not in native:
         steps.append(DecomposeRMSNormalization())
     wanted = _CACHE_OPSET if scatter else _NATIVE_OPSET if native else _DECOMPOSED_OPSET
-    steps += [CancelLayout(), NarrowIntegers(), Cleanup(), DropUnusedInputs(), LowerOpset(min(wanted, device.opset))]
+    steps += [
+        CancelLayout(),
+        NarrowIntegers(),
+        Cleanup(),
+        DropUnusedInputs(),
+        UniqueNames(),
+        LowerOpset(min(wanted, device.opset)),
+    ]
     return steps
 
 
