@@ -17,7 +17,7 @@ import onnx_ir as ir
 from vlm_edge.passes.half_twin import half_twin
 from vlm_edge.passes.strong_types import TYPED
 from vlm_edge.quantize.qdq_fold import FoldWeights
-from vlm_edge.targets.backend import Backend, Job, Option
+from vlm_edge.targets.backend import Backend, Job, Option, checked
 from vlm_edge.targets.pipeline import Lowered
 from vlm_edge.targets.precision import resolve_precision
 from vlm_edge.targets.selfcheck import Difference
@@ -28,6 +28,7 @@ from vlm_edge_runtime.errors import TargetError
 
 from . import pipeline
 from .engines import EngineMaker
+from .exactness import exact_difference
 from .profiles import buckets
 from .seam import Library, NotHere, check_sm, load_library, local_gpu
 
@@ -48,6 +49,7 @@ class TensorRTBackend(Backend):
         self._buckets: list[int] = []
         self._library: Library | None = None
         self._elsewhere = ""
+        self._exact: set[str] = set()
 
     def check(self, job: Job) -> None:
         """Finds the builder and what it compiles for. Raises TargetError where it should be here and is not, or does not fit."""
@@ -96,11 +98,21 @@ class TensorRTBackend(Backend):
         model = ir.load(built)
         if TYPED not in model.metadata_props:
             return super().compare(job, role, built)
+        self._check_passes(job, role)
         with tempfile.TemporaryDirectory(prefix="vlm-edge-witness-") as folder:
             witness = Path(folder) / built.name
             FoldWeights().apply(model)
             ir.save(half_twin(model), witness, external_data=f"{witness.name}.data")
             return super().compare(job, role, witness)
+
+    def _check_passes(self, job: Job, role: str) -> None:
+        """Whether the passes alone change what the graph computes, before types blur it; once for all capacities."""
+        if role not in self._exact:
+            self._exact.add(role)
+            kind, device = job.kinds[role], job.target.gpu()[0]
+            capacity = self._buckets[0] if kind == "decoder" and self._buckets else None
+            difference = exact_difference(job.bundle, role, kind, device, job.samples, capacity=capacity)
+            checked(difference, job, role, exact=True)
 
     def describe(self, job: Job, role: str, entry: GraphEntry) -> tuple[dict[str, Option], str]:
         """Whether the cache is written in place."""
