@@ -66,6 +66,8 @@ STRICTER = {
     "2 outputs are used": "the mask of Dropout; its documentation says that it has none",
     "attribute layout is 1": "documented as not supported",
     "its result is UINT8": "documented as not supported",
+    "(A) is UINT8": "documented as a type of the network's inputs and outputs alone",
+    "input 1 (axis) is computed": "CumSum's axis is documented as a build-time constant",
 }
 """What the table refuses knowingly, though the parser takes it: words of the reason → why."""
 LOOSER = ("celu_", "identity_", "mod_", "range_", "affine_grid_3d", "matmul_1d_3d")
