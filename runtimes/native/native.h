@@ -56,6 +56,7 @@ PyObject *native_runtime_version(PyObject *module, PyObject *args);
 PyObject *native_normalize_hwc_u8(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *native_resize_u8(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *native_merge_features(PyObject *module, PyObject *args, PyObject *kwargs);
+PyObject *native_plan_step(PyObject *module, PyObject *args);
 PyObject *native_uniform(PyObject *module, PyObject *args);
 PyObject *native_philox(PyObject *module, PyObject *args);
 

@@ -118,8 +118,16 @@ class Tensor:
 TensorInfo = tuple[str, str, tuple[int | str, ...]]
 """(name, numpy dtype, shape with names for dynamic dimensions)."""
 
+def plan_step(session: Session, feeds: Mapping[str, Buffer]) -> dict[str, tuple[bytes, str, tuple[int, ...]]]:
+    """One step of a decoder plan on arrays, as its lowered graph would be run: (bytes, dtype, shape) of each output.
+
+    For checking: the caches are copied. Raises ValueError for arrays that do not fit each other, DeviceError.
+    """
+
 class Session:
-    """One graph loaded by ONNX Runtime on the CPU.
+    """One graph loaded by ONNX Runtime on the CPU, or (`plan`) a decoder plan by its path, which runs in a DecoderState only.
+
+    `kernels`: the instruction set of a plan by name, None for the best that the CPU has.
 
     `model`: a path, or the bytes of a model. `threads` and `spin` describe the thread pool: sessions that agree share one
     pool, another wish gets a pool of its own. Raises DeviceError, naming the graph, when ONNX Runtime refuses.
@@ -133,6 +141,8 @@ class Session:
         optimization_level: int = 99,
         threads: int = 1,
         spin: bool = True,
+        plan: bool = False,
+        kernels: str | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -140,6 +150,10 @@ class Session:
     def inputs(self) -> list[TensorInfo]: ...
     @property
     def outputs(self) -> list[TensorInfo]: ...
+    @property
+    def kernels(self) -> str | None:
+        """The instruction set that a plan runs with ("avx512", "avx2", "neon", "scalar"); None for a graph of ONNX Runtime."""
+
     @property
     def shared_pool(self) -> bool:
         """Whether this session runs on the process-wide pool."""

@@ -159,7 +159,7 @@ class Compiler:
         return found
 
     def _two_products(self, layer: Gated) -> Product | None:
-        gate, up = layer.gate.producer(), layer.up.producer()
+        gate, up = (_product_node(one) for one in (layer.gate, layer.up))
         if gate is None or up is None:
             return None
         if gate is up and gate.op_type == "Split" and not gate.domain and len(gate.outputs) == 2:  # Phi-3 packs them
@@ -171,6 +171,8 @@ class Compiler:
             return whole.paired(np.arange(first, first + half), np.arange(half - first, 2 * half - first), (gate,))
         left, right = product(gate), product(up)
         if left is None or right is None or left.source is not right.source or left.width != right.width:
+            return None
+        if left.out is not layer.gate or right.out is not layer.up:
             return None
         both = stacked([left, right])
         return both and both.paired(np.arange(left.width), np.arange(left.width, 2 * left.width), ())
@@ -192,11 +194,11 @@ class Compiler:
         if one is None:
             raise NotExpressible(f"{node.op_type} of two computed matrices")
         rows = self.made.rows(one.source)
-        users = consumers(node.outputs[0])
-        found = activation(self._activated(node.outputs[0], users))
-        fused = found is not None and found.source is node.outputs[0] and set(users) <= set(found.nodes)
-        out, kind = node.outputs[0], Unary.IDENTITY
-        if fused and found is not None and not node.outputs[0].is_graph_output():
+        out, kind = one.out, Unary.IDENTITY
+        users = consumers(out)
+        found = activation(self._activated(out, users))
+        self.done.update(one.nodes)
+        if found is not None and set(users) <= set(found.nodes) and not out.is_graph_output():
             out, kind = found.nodes[0].outputs[0], found.kind
             self.done.update(found.nodes)
         ref = self.made.floats(one.width)
@@ -453,3 +455,11 @@ class Compiler:
         ref = self.tables[cosine, sine]
         rows = [self.made.rows(one.inputs[0]) for one in (query, key)]
         return rows[0], rows[1], value, [ref.buffer.width, interleaved, 3], ref
+
+
+def _product_node(value: ir.Value) -> ir.Node | None:
+    """The node behind a value that a product may be: itself, or the product that a bias is added to."""
+    node = value.producer()
+    if node is not None and node.op_type == "Add" and not node.domain:
+        return next((found for one in node.inputs if (found := producer(one, "MatMul")) is not None), node)
+    return node

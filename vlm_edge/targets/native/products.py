@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_edge.passes.graph import MICROSOFT, attribute_int, is_weight, rank
+from vlm_edge.passes.graph import MICROSOFT, attribute_int, fixed_dim, is_weight, only_consumer, rank
 
 from .errors import NotExpressible
 from .panels import PANEL, Quantised, floating, quantised, vector
@@ -32,8 +32,14 @@ class Product:
     bits: int
     block: int
     nodes: tuple[ir.Node, ...]
+    biases: tuple[ir.Value | None, ...]
     order: npt.NDArray[np.int64] | None = None
     pairs: int = 0
+
+    @property
+    def out(self) -> ir.Value:
+        """What comes out, bias included (of a single product)."""
+        return self.nodes[-1].outputs[0]
 
     def paired(self, gate: npt.NDArray[np.int64], up: npt.NDArray[np.int64], nodes: tuple[ir.Node, ...]) -> Product:
         """Panels of 16 gates and of what they let through in turn."""
@@ -62,13 +68,11 @@ class Product:
 
     def bias_weight(self) -> Weight | None:
         """The biases in the same order, zeros where there are none; None without any."""
-        biases = [_bias(one) for one in self.parts]
-        if all(one is None for one in biases):
+        if all(one is None for one in self.biases):
             return None
         widths = [_sizes(one)[1] for one in self.parts]
-        whole = np.concatenate(
-            [np.zeros(width, np.float32) if one is None else _array(one).reshape(-1) for one, width in zip(biases, widths, strict=True)]
-        )
+        given = zip(self.biases, widths, strict=True)
+        whole = np.concatenate([np.zeros(width) if one is None else _array(one).reshape(-1) for one, width in given])
         if self.order is not None:
             whole = np.where(self.order >= 0, whole[self.order], 0)
         return vector(whole.astype(np.float32))
@@ -82,7 +86,8 @@ def product(node: ir.Node | None) -> Product | None:
         if rank(node.inputs[1]) != 2 or node.inputs[1].dtype != ir.DataType.FLOAT:  # type: ignore[union-attr]
             return None
         depth, width = _sizes(node)
-        return Product(node.inputs[0], (node,), depth, width, 0, 0, (node,))
+        end, bias = _added(node, width)
+        return Product(node.inputs[0], (node,), depth, width, 0, 0, tuple(dict.fromkeys((node, end))), (bias,))
     if node.op_type != "MatMulNBits" or node.domain != MICROSOFT:
         return None
     bits, block = attribute_int(node, "bits", 4), attribute_int(node, "block_size", 0)
@@ -93,7 +98,7 @@ def product(node: ir.Node | None) -> Product | None:
     if bits not in (4, 8) or block not in _BLOCKS:
         raise NotExpressible(f"{bits}-bit weights in blocks of {block}")
     depth, width = _sizes(node)
-    return Product(node.inputs[0], (node,), depth, width, bits, block, (node,))
+    return Product(node.inputs[0], (node,), depth, width, bits, block, (node,), (_bias(node),))
 
 
 def stacked(products: Sequence[Product]) -> Product | None:
@@ -101,8 +106,13 @@ def stacked(products: Sequence[Product]) -> Product | None:
     first = products[0]
     if any((one.source, one.depth, one.bits, one.block) != (first.source, first.depth, first.bits, first.block) for one in products):
         return None
-    parts = tuple(part for one in products for part in one.parts)
-    return replace(first, parts=parts, width=sum(one.width for one in products), nodes=tuple(node for one in products for node in one.nodes))
+    return replace(
+        first,
+        parts=tuple(part for one in products for part in one.parts),
+        width=sum(one.width for one in products),
+        nodes=tuple(node for one in products for node in one.nodes),
+        biases=tuple(bias for one in products for bias in one.biases),
+    )
 
 
 def _sizes(node: ir.Node) -> tuple[int, int]:
@@ -112,8 +122,18 @@ def _sizes(node: ir.Node) -> tuple[int, int]:
     return int(shape[0]), int(shape[1])
 
 
+def _added(node: ir.Node, width: int) -> tuple[ir.Node, ir.Value | None]:
+    """(the last node, the bias): the Add of a stored vector right after a MatMul, if there is one."""
+    add = only_consumer(node.outputs[0])
+    if add is not None and add.op_type == "Add" and not add.domain:
+        bias = next((one for one in add.inputs if one is not None and is_weight(one) and rank(one) == 1), None)
+        if bias is not None and fixed_dim(bias, 0) == width:
+            return add, bias
+    return node, None
+
+
 def _bias(node: ir.Node) -> ir.Value | None:
-    if node.op_type != "MatMulNBits" or len(node.inputs) < 6:
+    if len(node.inputs) < 6:
         return None
     bias = node.inputs[5]
     if bias is not None and not is_weight(bias):
