@@ -6,7 +6,22 @@ from collections.abc import Callable
 
 import transformers as t
 
-from .common import HEADS, IMAGE, LAYERS, MLP, PATCH, TEMPLATE, VISION, WIDTH, Parts, generating, text_config, tokenizer
+from .common import (
+    HEADS,
+    IMAGE,
+    LAYERS,
+    MLP,
+    PATCH,
+    TEMPLATE,
+    TEXT,
+    VISION,
+    WIDTH,
+    WINDOW,
+    Parts,
+    generating,
+    text_config,
+    tokenizer,
+)
 
 PINPOINTS = [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE], [2 * IMAGE, 2 * IMAGE], [IMAGE, 3 * IMAGE], [3 * IMAGE, IMAGE]]
 CONTEXT = 512
@@ -119,10 +134,66 @@ def internvl(kind: str = "qwen2") -> Parts:
     return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<IMG_CONTEXT>\n'")
 
 
+SHUFFLED = (IMAGE // PATCH) ** 2 // 4
+"""Tokens of a tile after a pixel shuffle by two."""
+
+
+def cohere2() -> t.PreTrainedConfig:
+    """A decoder with attention and feed-forward side by side; its full layers have no positions."""
+    layers = ["sliding_attention", "full_attention"]
+    sizes = {**TEXT, "max_position_embeddings": CONTEXT}
+    return t.Cohere2Config(**sizes, layer_types=layers, sliding_window=WINDOW, logit_scale=0.25, tie_word_embeddings=True)
+
+
+def aya_vision() -> Parts:
+    """Aya Vision: up to 4 tiles, each after its number, and the whole image."""
+    words = tokenizer(["<image>", "<|IMG_PATCH|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>"], image_token="<image>")
+    config = t.AyaVisionConfig(
+        vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=cohere2(),
+        image_token_index=words.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        alignment_intermediate_size=2 * MLP,
+    )
+    images = t.GotOcr2ImageProcessorPil(size={"height": IMAGE, "width": IMAGE}, min_patches=1, max_patches=4)
+    processor = {"processor_class": "AyaVisionProcessor", "patch_size": PATCH, "img_size": IMAGE, "downsample_factor": 2}
+    model = generating(t.AyaVisionForConditionalGeneration(config))
+    return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<image>'")
+
+
+def cohere2_vision() -> Parts:
+    """Command A Vision: up to 4 tiles and the whole image, each with a token that ends it."""
+    names = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>", "img_line_break_token": "<line>"}
+    words = tokenizer(list(names.values()), **names)
+    config = t.Cohere2VisionConfig(
+        vision_config=t.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=cohere2(),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        alignment_intermediate_size=2 * MLP,
+    )
+    side = {"height": IMAGE, "width": IMAGE}
+    # Its own processor needs torchvision to be made; what it would save is this.
+    images = t.GotOcr2ImageProcessorPil(size=side, crop_to_patches=True, max_patches=4)
+    processor = {
+        "processor_class": "Cohere2VisionProcessor",
+        "image_processor": {
+            "image_processor_type": "Cohere2VisionImageProcessor",
+            "size": side,
+            "resample": 3,
+            "crop_to_patches": True,
+            "max_patches": 4,
+            "patch_size": PATCH,
+        },
+    }
+    model = generating(t.Cohere2VisionForConditionalGeneration(config))
+    return model, images, words, processor, TEMPLATE.replace("IMAGE", "'<image>'")
+
+
 CHECKPOINTS: dict[str, Callable[[], Parts]] = {
     "llava_next": lambda: llava_next("mistral"),
     "llava_next-siglip": lambda: llava_next("llama", "siglip", [-2, -1]),
     "llava_onevision": llava_onevision,
     "internvl": internvl,
     "internvl-qwen3": lambda: internvl("qwen3"),
+    "aya_vision": aya_vision,
+    "cohere2_vision": cohere2_vision,
 }

@@ -1,7 +1,7 @@
 """Family `projector`: the features of an image take the place of its image tokens in the decoder's input.
 
 LLaVA (arXiv 2304.08485), Idefics3 (2408.12637), SmolVLM (2504.05299), LLaVA-OneVision (2408.03326), InternVL3 (2504.10479),
-Qwen2-VL (2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631), Pixtral (2410.07073). Four graphs:
+Aya Vision (2505.08751), Qwen2-VL (2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631), Pixtral (2410.07073). Four graphs:
 `vision_encoder`, `projector`, `embed_tokens`, `decoder`. The model's own `get_image_features` is the description of the first
 two; the call of its projector is the seam between them. How an image enters differs, and is the *layout* of the registry's line:
 
@@ -9,7 +9,8 @@ two; the call of its projector is the seam between them. How an image enters dif
 - `crops`: so is each crop of an image that was cut up in addition to being seen whole;
 - `tiles`: an image is cut into rows × columns of full tiles and a global view; pixel shuffle belongs to the projector;
 - `any_resolution`: tiles and the whole image, whose features the host puts back together, without padding;
-- `framed_tiles`: tiles and the whole image, one after another in one frame;
+- `framed_tiles`: tiles and the whole image, one after another in one frame; `numbered_tiles`: so, each after its number;
+  `ended_tiles`: so, each with an end of its own;
 - `patches`: an image of any size is one row of patches, in blocks that become one token; what depends on its size (the height and
   width index of each patch, windows, resampled positions) is computed on the host;
 - `patch_rows`: so it is, in reading order, and the prompt shows its rows; `patch_grid`: the prompt does not.
@@ -40,13 +41,26 @@ from .projector_states import action_tokens, state_modality
 from .projector_vision import vision_plans
 from .registry import Entry
 
-LayoutName = Literal["image", "crops", "tiles", "any_resolution", "framed_tiles", "patches", "patch_rows", "patch_grid"]
+LayoutName = Literal[
+    "image",
+    "crops",
+    "tiles",
+    "any_resolution",
+    "framed_tiles",
+    "numbered_tiles",
+    "ended_tiles",
+    "patches",
+    "patch_rows",
+    "patch_grid",
+]
 LAYOUTS: dict[LayoutName, tuple[Callable[[Part, Part, torch.nn.Module], Layout], Literal["image", "tile", "patches"]]] = {
     "image": (image_layout, "image"),
     "crops": (image_layout, "tile"),
     "tiles": (tile_layout, "tile"),
     "any_resolution": (any_resolution_layout, "tile"),
     "framed_tiles": (framed_layout, "tile"),
+    "numbered_tiles": (framed_layout, "tile"),
+    "ended_tiles": (framed_layout, "tile"),
     "patches": (patch_layout, "patches"),
     "patch_rows": (patch_rows_layout, "patches"),
     "patch_grid": (patch_rows_layout, "patches"),

@@ -23,6 +23,7 @@ from vlm_edge_runtime.bundle.vision_layout import (
     AnyResolutionPlaceholder,
     FramedTilesPlaceholder,
     LabelledFramesPlaceholder,
+    MarkedTilesPlaceholder,
     PatchRowsPlaceholder,
     PooledFramesPlaceholder,
     TimedFramesPlaceholder,
@@ -133,6 +134,36 @@ def _framed(checkpoint: Checkpoint, image_token: str, tokens: int) -> Placeholde
     )
 
 
+def _numbered(checkpoint: Checkpoint, image_token: str, tokens: int) -> Placeholder:
+    """AyaVisionProcessor's: each tile's number before it, in words that processor_config.json may change."""
+    own = checkpoint.processor or {}
+    return MarkedTilesPlaceholder(
+        image_token=own.get("image_token", "<image>"),
+        soft_token=image_token,
+        start=_known(checkpoint, own.get("start_of_img_token", "<|START_OF_IMG|>"), "begins an image"),
+        tile=f"{own.get('tile_token', 'TILE')}_{{number}}",
+        whole=own.get("tile_global_token", "TILE_GLOBAL"),
+        tile_end="",
+        end=_known(checkpoint, own.get("end_of_img_token", "<|END_OF_IMG|>"), "ends an image"),
+        tokens_per_tile=tokens,
+    )
+
+
+def _ended(checkpoint: Checkpoint, image_token: str, tokens: int) -> Placeholder:
+    """Cohere2VisionProcessor's: a token after each tile; the tokenizer names all of them."""
+    start, tile, end = (getattr(checkpoint.tokenizer, f"{name}_token", None) for name in ("boi", "img_line_break", "eoi"))
+    return MarkedTilesPlaceholder(
+        image_token=image_token,
+        soft_token=image_token,
+        start=_known(checkpoint, start, "begins an image (boi_token)"),
+        tile="",
+        whole="",
+        tile_end=_known(checkpoint, tile, "ends a tile (img_line_break_token)"),
+        end=_known(checkpoint, end, "ends an image (eoi_token)"),
+        tokens_per_tile=tokens,
+    )
+
+
 def _grid(checkpoint: Checkpoint, image_token: str, tokens: int) -> Placeholder:
     return GridPlaceholder(image_token=image_token, merge_size=int(checkpoint.config.vision_config.spatial_merge_size))
 
@@ -212,6 +243,8 @@ _PLACEHOLDERS: dict[str, Callable[[Checkpoint, str, int], Placeholder]] = {
     "tiles": _tiles,
     "any_resolution": _any_resolution,
     "framed_tiles": _framed,
+    "numbered_tiles": _numbered,
+    "ended_tiles": _ended,
     "patches": _grid,
     "patch_rows": _patch_rows,
     "patch_grid": _patch_grid,

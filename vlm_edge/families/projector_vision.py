@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from vlm_edge.export.attention import attention_implementation
@@ -76,4 +78,4 @@ def vision_plans(model: Part, projector: torch.nn.Module, layout: Layout) -> tup
         sample=lambda case: (*outcome(case)[0], *layout.places(case)),
         reference=lambda case, inputs: outcome(case)[1],
     )
-    return vision, mapped, 0 if flat else features[0].shape[1]
+    return vision, mapped, 0 if flat else math.prod(features[0].shape[1:-1])

@@ -37,6 +37,22 @@ class FramedTilesPlaceholder(_Placeholder, tag="framed_tiles"):
     tokens_per_tile: int
 
 
+class MarkedTilesPlaceholder(_Placeholder, tag="marked_tiles"):
+    """Aya Vision, Command A Vision: each tile between marks of its own, the whole image after its tiles.
+
+    With T standing for `{soft_token × tokens_per_tile}{tile_end}`, `{start}({tile}T) × tiles {whole}T{end}` takes the place of
+    `image_token`; `{number}` in `tile` counts from 1. An image that was not cut is the whole one alone.
+    """
+
+    soft_token: str
+    start: str
+    tile: str
+    whole: str
+    tile_end: str
+    end: str
+    tokens_per_tile: int
+
+
 class PatchRowsPlaceholder(_Placeholder, tag="patch_rows"):
     """Pixtral: a line of `image_token`s per row of (merged) patches; `break_token` after each but the last, then `end_token`."""
 

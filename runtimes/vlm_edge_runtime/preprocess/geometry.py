@@ -132,6 +132,23 @@ def tile_arrangement(height: int, width: int, tile: tuple[int, int], least: int,
     return best[1], best[0]
 
 
+def least_scaled_arrangement(height: int, width: int, side: int, most: int) -> tuple[int, int]:
+    """Command A Vision: (rows, columns) of at most `most` tiles that an image must be enlarged least to fit into, whole.
+
+    Where all are too small, the one that it must be shrunk least for. Of equals the first by number of tiles, then by columns.
+    """
+    sides = range(1, most + 1)
+    choices = sorted(
+        ((columns, rows) for columns in sides for rows in sides if columns * rows <= most), key=lambda one: one[0] * one[1]
+    )
+    scales = [min(columns * side / width, rows * side / height) for columns, rows in choices]
+    if max(scales) < 1:
+        best = scales.index(max(scales))
+    else:
+        best = min((index for index, scale in enumerate(scales) if scale >= 1), key=lambda index: scales[index])
+    return choices[best][1], choices[best][0]
+
+
 def whole_patches_size(height: int, width: int, largest: tuple[int, int], patch: int) -> tuple[int, int]:
     """Pixtral: shrunk to fit into `largest` where it does not, then both sides rounded up to multiples of `patch`."""
     ratio = max(height / largest[0], width / largest[1])

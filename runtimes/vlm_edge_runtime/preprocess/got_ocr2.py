@@ -1,4 +1,4 @@
-"""GotOcr2ImageProcessor (transformers `models/got_ocr2`), which InternVL uses: tiles arranged like the image's shape."""
+"""GotOcr2ImageProcessor (transformers `models/got_ocr2`), which InternVL and Aya Vision use: tiles in the image's own shape."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .base import EncodedImage, ImageProcessor
-from .geometry import tile_arrangement
+from .geometry import least_scaled_arrangement, tile_arrangement
 from .ops import Pixels, resize
 from .options import CLIP_MEAN, CLIP_STD, positive
 
-_ALWAYS_TILING = frozenset({"InternVLProcessor"})
+_ALWAYS_TILING = frozenset({"InternVLProcessor", "AyaVisionProcessor"})
 """Processors that switch `crop_to_patches` on in code, whatever the file says; `max_patches` 1 still makes one tile."""
 
 
@@ -48,7 +48,7 @@ class GotOcr2ImageProcessor(ImageProcessor):
         if not self.tiling:
             frame = resize(pixels, self.tile, options.resample) if options.do_resize else pixels
             return EncodedImage({"pixel_values": self.normalize(frame)}, size)
-        rows, columns = tile_arrangement(pixels.shape[0], pixels.shape[1], self.tile, *self.bounds)
+        rows, columns = self.arrangement(pixels.shape[0], pixels.shape[1])
         whole = resize(pixels, (rows * tall, columns * wide), options.resample)
         frames = [
             whole[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide]
@@ -59,3 +59,23 @@ class GotOcr2ImageProcessor(ImageProcessor):
             return EncodedImage({"pixel_values": self.normalize(*frames)}, size)
         frames.append(resize(pixels, self.tile, options.resample))
         return EncodedImage({"pixel_values": self.normalize(*frames)}, size, rows=rows, columns=columns)
+
+    def arrangement(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles for an image of that size."""
+        return tile_arrangement(height, width, self.tile, *self.bounds)
+
+
+class Cohere2VisionImageProcessor(GotOcr2ImageProcessor):
+    """Cohere2VisionImageProcessor (transformers `models/cohere2_vision`): tiles that need the least change of size."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        **GotOcr2ImageProcessor.defaults,
+        "size": {"height": 512, "width": 512},
+        "crop_to_patches": True,
+        "patch_size": 16,
+    }
+    own_options: ClassVar[frozenset[str]] = GotOcr2ImageProcessor.own_options | {"patch_size"}
+
+    def arrangement(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles: `min_patches` plays no part, as in the original."""
+        return least_scaled_arrangement(height, width, self.tile[0], self.bounds[1])

@@ -13,7 +13,7 @@ from .chameleon import ChameleonImageProcessor
 from .clip import ClipImageProcessor, LlavaImageProcessor
 from .donut import DonutImageProcessor
 from .gemma3 import Gemma3ImageProcessor
-from .got_ocr2 import GotOcr2ImageProcessor
+from .got_ocr2 import Cohere2VisionImageProcessor, GotOcr2ImageProcessor
 from .idefics import IdeficsImageProcessor
 from .idefics3 import Idefics3ImageProcessor
 from .janus import JanusImageProcessor
@@ -43,6 +43,7 @@ PROCESSORS: dict[str, type[ImageProcessor]] = {
     "LlavaNextImageProcessor": LlavaNextImageProcessor,
     "LlavaOnevisionImageProcessor": LlavaOnevisionImageProcessor,
     "GotOcr2ImageProcessor": GotOcr2ImageProcessor,
+    "Cohere2VisionImageProcessor": Cohere2VisionImageProcessor,
     "PixtralImageProcessor": PixtralImageProcessor,
     "ChameleonImageProcessor": ChameleonImageProcessor,
     "JanusImageProcessor": JanusImageProcessor,

@@ -9,6 +9,7 @@ from vlm_edge_runtime.bundle.vision_layout import (
     AnyResolutionPlaceholder,
     FramedTilesPlaceholder,
     LabelledFramesPlaceholder,
+    MarkedTilesPlaceholder,
     PatchRowsPlaceholder,
     PooledFramesPlaceholder,
     TimedFramesPlaceholder,
@@ -29,8 +30,15 @@ def _repeated(tokens: Callable[[Any, Any], int]) -> Callable[[Any, Any], str]:
     return lambda one, image: one.image_token * tokens(one, image)
 
 
-def _framed_tokens(one: FramedTilesPlaceholder, image: Any) -> int:
+def _framed_tokens(one: FramedTilesPlaceholder | MarkedTilesPlaceholder, image: Any) -> int:
     return int(one.tokens_per_tile * (image.rows * image.columns + 1))
+
+
+def _marked_text(one: MarkedTilesPlaceholder, image: Any) -> str:
+    """AyaVisionProcessor and Cohere2VisionProcessor."""
+    tile = one.soft_token * one.tokens_per_tile + one.tile_end
+    tiles = "".join(one.tile.format(number=number) + tile for number in range(1, image.rows * image.columns + 1))
+    return f"{one.start}{tiles}{one.whole}{tile}{one.end}"
 
 
 def _rows(one: PatchRowsPlaceholder, image: Any) -> tuple[int, int]:
@@ -77,6 +85,7 @@ VISION_RULES: dict[type, tuple[Callable[[Any, Any], int], Callable[[Any, Any], s
         _framed_tokens,
         lambda one, image: f"{one.start_token}{one.image_token * _framed_tokens(one, image)}{one.end_token}",
     ),
+    MarkedTilesPlaceholder: (_framed_tokens, _marked_text),
     PatchRowsPlaceholder: (lambda one, image: _rows(one, image)[0] * _rows(one, image)[1], _rows_text),
     TimedFramesPlaceholder: (lambda one, video: _step_tokens(one, video)[0] * _step_tokens(one, video)[1], _timed_text),
     LabelledFramesPlaceholder: (lambda one, video: video.tiles * one.tokens_per_frame, _labelled_text),

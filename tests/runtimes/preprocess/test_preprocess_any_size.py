@@ -16,6 +16,7 @@ from transformers import (
 
 from vlm_edge_runtime.errors import ImageError, UnsupportedModelError
 from vlm_edge_runtime.preprocess import load_image_processor
+from vlm_edge_runtime.preprocess.geometry import least_scaled_arrangement
 
 REFERENCE = {
     "LlavaNextImageProcessor": LlavaNextImageProcessorPil,
@@ -101,9 +102,10 @@ def test_pixtral_follows_its_joint_processor(photographs: dict[str, Image.Image]
         np.testing.assert_array_equal(_image(found.arrays["pixel_values"], found.grid, 7), expected, err_msg=label)
 
 
-def test_internvl_tiles_whatever_the_file_says(photographs: dict[str, Image.Image]) -> None:
+@pytest.mark.parametrize("joint", ["InternVLProcessor", "AyaVisionProcessor"])
+def test_some_processors_tile_whatever_the_file_says(joint: str, photographs: dict[str, Image.Image]) -> None:
     config = {"image_processor_type": "GotOcr2ImageProcessor", **TILED, "crop_to_patches": False}
-    encoded = load_image_processor(config, {"processor_class": "InternVLProcessor"})(photographs["coffee.png"])
+    encoded = load_image_processor(config, {"processor_class": joint})(photographs["coffee.png"])
     expected = GotOcr2ImageProcessorPil(**TILED)(photographs["coffee.png"], return_tensors="np")
     assert encoded.tiles == int(expected["num_patches"][0]) > 1
 
@@ -122,3 +124,19 @@ def test_internvl_tiles_whatever_the_file_says(photographs: dict[str, Image.Imag
 def test_what_cannot_be_honoured_is_refused(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UnsupportedModelError, match=said):
         load_image_processor({"image_processor_type": name, **options})
+
+
+@pytest.mark.parametrize("most", [1, 4, 12])
+def test_command_a_visions_tiles_are_those_of_its_processor(most: int) -> None:
+    """Its module needs torchvision; the rule, as its `get_optimal_tiled_canvas` computes it, is spelt out with numpy."""
+    grids = sorted(
+        ((w, h) for w in range(1, most + 1) for h in range(1, most + 1) if w * h <= most), key=lambda one: one[0] * one[1]
+    )
+    generator = np.random.default_rng(0)
+    for height, width in [(32, 32), (64, 64), (8, 8), *generator.integers(1, 400, (200, 2)).tolist()]:
+        scales = (np.array(grids) * 32 / np.stack([width, height])).min(-1, keepdims=True)
+        if (scales < 1).all():
+            expected = grids[int(scales.argmax())]
+        else:
+            expected = grids[int(np.where(scales < 1.0, 10e9, scales).argmin())]
+        assert least_scaled_arrangement(height, width, 32, most) == expected[::-1], (height, width)

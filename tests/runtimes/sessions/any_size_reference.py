@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor
+from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor
+from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2VisionProcessor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -34,7 +36,7 @@ class AnySizeReference(Reference):
         written: list[str] = []
         if images:
             found, written = _WRITERS[self.kind](self, list(images), token)
-        before, *parts = text.split(token)
+        before, *parts = text.split(getattr(self.tokenizer, "image_token", token))
         assert len(parts) == len(written)
         text = before + "".join(one + part for one, part in zip(written, parts, strict=True))
         found |= dict(self.tokenizer(text, return_tensors="pt"))
@@ -115,6 +117,37 @@ def _internvl(reference: AnySizeReference, images: list[Any], token: str) -> tup
     return found, written
 
 
+def _aya_vision(reference: AnySizeReference, images: list[Any], token: str) -> tuple[dict[str, Any], list[str]]:
+    found, own = reference.images(images, **AyaVisionProcessor.images_kwargs), reference.own
+    joint = SimpleNamespace(
+        start_of_img_token="<|START_OF_IMG|>",
+        end_of_img_token="<|END_OF_IMG|>",
+        img_patch_token=token,
+        tile_token="TILE",
+        tile_global_token="TILE_GLOBAL",
+        patch_size=own["patch_size"] * own["downsample_factor"],
+        img_size=own["img_size"],
+    )
+    written = [AyaVisionProcessor.replace_image_token(joint, found, index) for index in range(len(images))]
+    del found["num_patches"]
+    return found, written
+
+
+def _cohere2_vision(reference: AnySizeReference, images: list[Any], token: str) -> tuple[dict[str, Any], list[str]]:
+    """Its image processor needs torchvision; GotOcr2's arranges these photographs' tiles in the same way."""
+    found, words = reference.images(images), reference.tokenizer
+    joint = SimpleNamespace(
+        boi_token=words.boi_token,
+        eoi_token=words.eoi_token,
+        image_token=token,
+        img_line_break_token=words.img_line_break_token,
+        patch_size=2,
+    )
+    written = [Cohere2VisionProcessor.replace_image_token(joint, found, index) for index in range(len(images))]
+    del found["num_patches"]
+    return found, written
+
+
 def _pixtral(reference: AnySizeReference, images: list[Any], token: str) -> tuple[dict[str, Any], list[str]]:
     """PixtralProcessor's module imports torchvision: its two methods, spelt out."""
     own = reference.own
@@ -146,6 +179,8 @@ _WRITERS = {
     "qwen3_vl": _qwen,
     "llava_onevision": _onevision,
     "internvl": _internvl,
+    "aya_vision": _aya_vision,
+    "cohere2_vision": _cohere2_vision,
     "llava": _pixtral,
     "mistral3": _pixtral,
     "lighton_ocr": _lighton_ocr,

@@ -26,7 +26,16 @@ PROMPTS = [
 SIZES = [(37, 95), (130, 41)]
 """(height, width): tiles beside and above each other, with padding; windows that are cut off."""
 FAST = ["llava_next", "qwen2_5_vl", "qwen3_vl"]
-SLOW = ["llava_next-siglip", "llava_onevision", "internvl", "internvl-qwen3", "pixtral", "mistral3", "lighton_ocr"]
+SLOW = [
+    "llava_next-siglip",
+    "llava_onevision",
+    "internvl",
+    "internvl-qwen3",
+    "aya_vision",
+    "pixtral",
+    "mistral3",
+    "lighton_ocr",
+]
 NAMES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
