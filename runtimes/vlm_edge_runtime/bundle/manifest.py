@@ -18,6 +18,7 @@ from .vision_layout import (
     FramedTilesPlaceholder,
     Geometry,
     LabelledFramesPlaceholder,
+    MarkedTilesPlaceholder,
     PatchRowsPlaceholder,
     PooledFramesPlaceholder,
     TimedFramesPlaceholder,
@@ -152,6 +153,7 @@ Placeholder = (
     | GridPlaceholder
     | AnyResolutionPlaceholder
     | FramedTilesPlaceholder
+    | MarkedTilesPlaceholder
     | PatchRowsPlaceholder
     | PooledFramesPlaceholder
     | TimedFramesPlaceholder
