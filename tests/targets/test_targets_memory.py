@@ -5,6 +5,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from one_node import scatter
+from sketch_bundle import embedding, projector_contract, write_bundle
+from small_decoder import Shape, decoder
 from small_graphs import Sketch
 
 from vlm_edge.targets import load_target
@@ -197,3 +199,31 @@ def test_the_context_stops_where_the_model_does(vlm_bundle):
 def test_a_target_of_the_cpu_is_refused(vlm_bundle):
     with pytest.raises(TargetError, match="describes no GPU"):
         examine(vlm_bundle, "cpu-int4")
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_decoder_of_smolvlm_256m(tmp_path):
+    """30 layers of 576, 9 heads and 3 for the cache, 49,280 words: its sizes are known from its shape alone."""
+    shape = Shape(layers=30, heads=9, kv_heads=3, size=64, width=576, vocab=49_280, ffn=1536)
+    contract = msgspec.structs.replace(projector_contract(shape), context_length=8192)
+    contract.modalities = []
+    graphs = {"embed_tokens": embedding(shape.vocab, shape.width), "decoder": decoder(shape)}
+    bundle = write_bundle(tmp_path / "smol.vlm", graphs, contract)
+    body, head = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536), 576 * 49_280
+    token = 2 * 30 * 3 * 64 * 2
+    for target, word, width, copies in (
+        ("rtx-4090", "fp16", 2.0, 1),
+        ("jetson-orin-nano", "int4", 0.5 + 2 / 128, 1),
+        ("jetson-orin-nano-jp62", "int4", 0.5 + 2 / 128, 2),
+    ):
+        found = examine(bundle, target, context=4096, batch=1)
+        plan = found.plan()
+        graph = next(one for one in plan.graphs if one.role == "decoder")
+        assert found.problems == [] and plan.fits
+        assert (graph.name, graph.word, graph.in_place) == ("decoder.c4096", word, copies == 1)
+        # Norms and rotary tables come on top of the products: less than 2 MB.
+        assert 0 <= graph.weights - (body * width + head * 2) < 2e6
+        assert graph.elements == pytest.approx(body + head, rel=0.01)
+        assert plan.kv_cache == token * 4096 * copies
+        # At the least the hidden states of a chunk in and out of the widest product, and the logits' products beside them.
+        assert 1024 * (576 + 2 * 1536) * 2 < graph.activations < 1.5e9

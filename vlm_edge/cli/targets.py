@@ -21,6 +21,7 @@ _GROUPS = {
     "tensorrt-rtx": "GeForce RTX, by TensorRT-RTX (engines are compiled on any machine)",
     "tensorrt": "Jetson and data centre, by TensorRT (engines are compiled on the device)",
 }
+_PLAIN = ("fp32", "fp16", "bf16")
 
 
 @click.command(name="targets", short_help="List build targets.")
@@ -50,6 +51,7 @@ def command(name: str | None, as_json: bool) -> None:
 
 def _cpus(title: str, known: Sequence[Target]) -> None:
     drawn = table(title, "name", "precision", "runs well on", "what it is")
+    drawn.columns[0].no_wrap = True
     for target in known:
         drawn.add_row(target.name, _words(target), ", ".join(target.architectures), target.description)
     stdout.print(drawn, highlight=False)
@@ -57,7 +59,8 @@ def _cpus(title: str, known: Sequence[Target]) -> None:
 
 def _gpus(title: str, known: Sequence[Target]) -> None:
     right = ("memory", "GB/s")
-    drawn = table(f"\n{title}", "name", "SM", "TensorRT", "built as", "hardware has", *right, right=right)
+    drawn = table(f"\n{title}", "name", "SM", "TensorRT", "built as", "can also", *right, right=right)
+    drawn.columns[0].no_wrap = drawn.columns[2].no_wrap = True
     for target in known:
         device, _ = target.gpu()
         drawn.add_row(
@@ -65,7 +68,7 @@ def _gpus(title: str, known: Sequence[Target]) -> None:
             " ".join(f"{sm // 10}.{sm % 10}" for sm in device.sm),
             device.tensorrt or "–",
             _words(target),
-            " ".join(device.precisions),
+            " ".join(word for word in device.precisions if word not in _PLAIN),
             f"{device.memory_gib:g} GiB{' shared' if device.memory_shared else ''}",
             f"{device.bandwidth_gbs:g}",
         )
@@ -80,6 +83,7 @@ def _details(target: Target) -> None:
     stdout.print(
         f"context buckets {', '.join(map(str, context.buckets))} tokens, up to {context.max_batch} rows", highlight=False
     )
+    stdout.print(f"precisions of the hardware: {', '.join(device.precisions)}", highlight=False)
     native = ", ".join(device.imports) or "none of the operators of opset 23 and 24"
     stdout.print(f"opset {device.opset} at most; imports {native}", highlight=False)
     stdout.print(f"{device.reserved_gib:g} GiB of the memory stay with the system", highlight=False)
