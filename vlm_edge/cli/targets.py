@@ -69,7 +69,7 @@ def _gpus(title: str, known: Sequence[Target]) -> None:
             device.tensorrt or "–",
             _words(target),
             " ".join(word for word in device.precisions if word not in _PLAIN),
-            f"{device.memory_gib:g} GiB{' shared' if device.memory_shared else ''}",
+            f"{device.memory_gib:g} GiB",
             f"{device.bandwidth_gbs:g}",
         )
     stdout.print(drawn, highlight=False)
@@ -86,7 +86,8 @@ def _details(target: Target) -> None:
     stdout.print(f"precisions of the hardware: {', '.join(device.precisions)}", highlight=False)
     native = ", ".join(device.imports) or "none of the operators of opset 23 and 24"
     stdout.print(f"opset {device.opset} at most; imports {native}", highlight=False)
-    stdout.print(f"{device.reserved_gib:g} GiB of the memory stay with the system", highlight=False)
+    shared = ", which the CPU shares," if device.memory_shared else ""
+    stdout.print(f"{device.reserved_gib:g} GiB of the memory{shared} stay with the system", highlight=False)
 
 
 def _words(target: Target) -> str:

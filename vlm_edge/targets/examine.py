@@ -22,6 +22,8 @@ from .samples import Samples
 from .target import Target, load_target
 from .tensorrt.profiles import CHUNK, Weights, decoder_profiles, graph_profiles
 
+_PICTURES = {"images": 4, "tiles": 17, "frames": 16, "texts": 16}
+"""Rows of what a prompt brings, where no engine's profile says it."""
 _NO_FILE = FileRef(file="", sha256="", bytes=0)
 
 
@@ -88,8 +90,8 @@ class Examination:
 
     def _profiles(self, role: str, model: ir.Model) -> list[EngineProfile]:
         job, entry = self._job, _entry(role, model)
-        if job.kinds[role] == "decoder" and not job.target.backend.startswith("tensorrt"):
-            return [self._unlimited(entry)]
+        if not job.target.backend.startswith("tensorrt"):
+            return [self._usual(entry)]
         if job.kinds[role] != "decoder":
             return graph_profiles(job.bundle, role, entry, max_batch=self.batch, longest=self.context)
         stored = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
@@ -108,9 +110,9 @@ class Examination:
         )
         return profiles
 
-    def _unlimited(self, entry: GraphEntry) -> EngineProfile:
-        """A decoder outside TensorRT: all rows, a chunk of the prompt, and a cache of the whole context."""
-        known = {"batch": self.batch, "sequence": min(CHUNK, self.context), "total_sequence_length": 1}
+    def _usual(self, entry: GraphEntry) -> EngineProfile:
+        """Sizes of a graph that is compiled for none: all rows, a chunk of the prompt, a cache of the whole context."""
+        known = {"batch": self.batch, "sequence": min(CHUNK, self.context), "total_sequence_length": 1} | _PICTURES
 
         def size(dim: int | str) -> int:
             return dim if isinstance(dim, int) else known.get(dim, self.context)
