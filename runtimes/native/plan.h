@@ -27,12 +27,13 @@ typedef enum {
     STEP_ROTARY,       /* queries in0, keys in1 → rotated; keys and values in2 into the cache; queries → out0. See plan_attention.c */
     STEP_ATTENTION,    /* queries in0 over the cache → out0 */
     STEP_COMBINE,      /* the parts of an attention of single tokens, brought together; follows its STEP_ATTENTION */
-    STEP_CROSS,        /* queries in0 over static keys and values → out0 */
+    STEP_CROSS,        /* queries in0 over static keys and values → out0. See plan_attention.c */
     STEP_LAST,         /* the last token's row of in0 → out0 */
     STEP_UNARY,        /* unary arg0 of in0 · real0 → out0, times real1 */
     STEP_ADD,          /* in0 + in1 (or + weight0, a vector) → out0 */
     STEP_MULTIPLY,     /* in0 · in1 (or · weight0) → out0 */
     STEP_LOOKUP,       /* row arg0 + position of table weight0 → out0; arg1: 1 for the entry's index instead of the position */
+    STEP_SELECT,       /* in0 where the token's block is not 0, else in1 → out0 */
     STEP_KINDS
 } StepKind;
 

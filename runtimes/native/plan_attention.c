@@ -138,7 +138,8 @@ static size_t padded(size_t size) { return (size + PANEL - 1) / PANEL * PANEL; }
 size_t attention_scratch(const PlanStep *step) {
     const size_t size = padded((size_t)step->arg[ARG_SIZE]), group = (size_t)(step->arg[ARG_HEADS] / step->arg[ARG_KV_HEADS]);
     const size_t rows = group < QUERIES ? QUERIES : group;
-    const size_t block = rows * (2 * size + ATTENTION_KEYS + 2) + 2 * ATTENTION_KEYS * size;
+    const size_t lines = group * TILE > 2 * ATTENTION_KEYS * size ? group * TILE : 2 * ATTENTION_KEYS * size; /* cross_work scores into them */
+    const size_t block = rows * (2 * size + ATTENTION_KEYS + 2) + lines;
     const size_t single = group * (TILE + size + 2);
     return ((block > single ? block : single) * sizeof(float) + 63) / 64 * 64;
 }
@@ -169,10 +170,37 @@ static void take_scores(const Kernels *kernels, float *scores, size_t count, flo
     *sum += kernels->exponentials(scores, count, *highest);
 }
 
-/* The keys [begin, end) of one token's query heads that share a key head: sums, and what brings them to scale. */
-static void attend_one(const PlanCall *call, const PlanStep *step, const Heads *h, const float *queries, const uint8_t *keys, const uint8_t *values,
+/* Which keys may be seen: all, those that `mask` [keys] names, or, causally, those up to a token's own and what shares its block. */
+typedef struct {
+    bool causal;
+    size_t window, past;
+    int mutual;            /* 1: tokens of a block see each other; 2: within the window */
+    const int64_t *blocks; /* of the row's new tokens, or NULL */
+    const int64_t *mask;   /* or NULL */
+} Sight;
+
+/* Keys that the token at `position` may not see become −∞. */
+static void hide(const Sight *sight, size_t position, size_t key, size_t count, float *scores) {
+    for (size_t i = 0; i < count; i++) {
+        const size_t at = key + i;
+        bool seen = sight->mask == NULL || sight->mask[at] != 0;
+        if (sight->causal) {
+            const bool near = sight->window == 0 || at + sight->window > position;
+            const int64_t *blocks = sight->blocks;
+            seen = at <= position && near;
+            if (blocks != NULL && at >= sight->past && blocks[position - sight->past] > 0 && blocks[at - sight->past] == blocks[position - sight->past]) {
+                seen = sight->mutual == 1 || near;
+            }
+        }
+        if (!seen) {
+            scores[i] = -INFINITY;
+        }
+    }
+}
+
+/* The keys [begin, end) for the query heads of one token that share a key head: sums, and what brings them to scale. */
+static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const float *queries, const uint8_t *keys, const uint8_t *values,
                        size_t begin, size_t end, float *highest, float *sum, float *out, float *scores) {
-    const Kernels *kernels = call->plan->kernels;
     for (size_t g = 0; g < h->group; g++) {
         highest[g] = -INFINITY;
         sum[g] = 0.0f;
@@ -182,7 +210,10 @@ static void attend_one(const PlanCall *call, const PlanStep *step, const Heads *
         const size_t count = end - key < TILE ? end - key : TILE;
         kernels->scores(queries, h->group, h->size, keys + key * h->entry_bytes, h->format, count, scores, TILE);
         for (size_t g = 0; g < h->group; g++) {
-            soft_cap(kernels, step->real[1], scores + g * TILE, count);
+            soft_cap(kernels, cap, scores + g * TILE, count);
+            if (sight->mask != NULL) {
+                hide(sight, 0, key, count, scores + g * TILE);
+            }
             take_scores(kernels, scores + g * TILE, count, &highest[g], &sum[g], out + g * h->size, h->size);
         }
         kernels->weighted(scores, TILE, h->group, h->size, values + key * h->entry_bytes, h->format, count, out);
@@ -206,7 +237,8 @@ static void single_work(const PlanCall *call, const PlanStep *step, size_t item,
     const size_t at = row * h.row_bytes + kv * h.head_bytes;
     const float *queries = plan_row(call, step->in[0], false, row) + kv * h.group * h.size;
     float *scores = (float *)(void *)scratch, *sums = scores + h.group * TILE, *highest = sums + h.group * h.size, *sum = highest + h.group;
-    attend_one(call, step, &h, queries, h.keys + at, h.values + at, begin, end, highest, sum, sums, scores);
+    const Sight sight = {.causal = true}; /* the range says it all */
+    attend_one(call->plan->kernels, &h, &sight, step->real[1], queries, h.keys + at, h.values + at, begin, end, highest, sum, sums, scores);
     for (size_t g = 0; g < h.group; g++) {
         if (call->parts == 1) {
             call->plan->kernels->scale(sums + g * h.size, 1.0f / sum[g], h.size, plan_row(call, step->out[0], false, row) + (kv * h.group + g) * h.size);
@@ -280,74 +312,99 @@ static void load_block(const Kernels *kernels, const Heads *h, const uint8_t *ke
     }
 }
 
-/* Keys that the token at `position` may not see become −∞. A block's tokens see each other, before and behind. */
-static void hide(const PlanCall *call, const PlanStep *step, size_t row, size_t position, size_t key, size_t count, float *scores) {
-    const size_t window = (size_t)step->arg[ARG_WINDOW], past = plan_past(call, row);
-    const int64_t *blocks = NULL;
-    if (step->arg[ARG_BLOCKS] != 0 && call->plan->block_input >= 0) {
-        blocks = (const int64_t *)(const void *)call->run->inputs[call->plan->block_input] + row * call->run->tokens;
+/* The memory of an item of several tokens. */
+typedef struct {
+    float *queries, *sums, *scores, *panels, *lines, *highest, *sum;
+} Block;
+
+static Block block_memory(uint8_t *scratch, const Heads *h, size_t rows) {
+    const size_t size = padded(h->size);
+    Block b = {.queries = (float *)(void *)scratch};
+    b.sums = b.queries + rows * h->size;
+    b.scores = b.sums + rows * size;
+    b.panels = b.scores + rows * ATTENTION_KEYS;
+    b.lines = b.panels + ATTENTION_KEYS * size;
+    b.highest = b.panels + (h->group * TILE > 2 * ATTENTION_KEYS * size ? h->group * TILE : 2 * ATTENTION_KEYS * size);
+    b.sum = b.highest + rows;
+    return b;
+}
+
+/* Queries [rows][size], `group` of them for each token from `position` on, over the keys [begin, end). */
+static void attend_block(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const Block *b, size_t rows, size_t position, const uint8_t *keys,
+                         const uint8_t *values, size_t begin, size_t end) {
+    const size_t size = padded(h->size);
+    memset(b->sums, 0, rows * size * sizeof *b->sums);
+    for (size_t i = 0; i < rows; i++) {
+        b->highest[i] = -INFINITY;
+        b->sum[i] = 0.0f;
     }
-    for (size_t i = 0; i < count; i++) {
-        const size_t at = key + i;
-        const bool near = window == 0 || at + window > position;
-        bool seen = at <= position && near;
-        if (blocks != NULL && at >= past && blocks[position - past] > 0 && blocks[at - past] == blocks[position - past]) {
-            seen = step->arg[ARG_BLOCKS] == 1 || near; /* 2: the window holds inside blocks, too */
+    for (size_t key = begin / ATTENTION_KEYS * ATTENTION_KEYS; key < end; key += ATTENTION_KEYS) {
+        const size_t some = end - key < ATTENTION_KEYS ? end - key : ATTENTION_KEYS;
+        load_block(kernels, h, keys + key * h->entry_bytes, values + key * h->entry_bytes, some, b->panels, b->lines);
+        for (size_t p = 0; p < ATTENTION_KEYS / PANEL; p++) {
+            kernels->float32(b->panels + p * h->size * PANEL, PANEL, h->size, b->queries, h->size, rows, b->scores + p * PANEL, ATTENTION_KEYS, false);
         }
-        if (!seen) {
-            scores[i] = -INFINITY;
+        for (size_t i = 0; i < rows; i++) {
+            const size_t at = position + i / h->group;
+            float *line = b->scores + i * ATTENTION_KEYS;
+            soft_cap(kernels, cap, line, some);
+            if (sight->mask != NULL || sight->blocks != NULL ||
+                (sight->causal && (key + some > at + 1 || (sight->window > 0 && key + sight->window <= at)))) {
+                hide(sight, at, key, some, line);
+            }
+            take_scores(kernels, line, some, &b->highest[i], &b->sum[i], b->sums + i * size, size);
+            memset(line + some, 0, (ATTENTION_KEYS - some) * sizeof *line);
+        }
+        for (size_t d = 0; d < size; d += PANEL) {
+            kernels->float32(b->lines + d, size, ATTENTION_KEYS, b->scores, ATTENTION_KEYS, rows, b->sums + d, size, true);
         }
     }
 }
 
-static void block_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
-    const Kernels *kernels = call->plan->kernels;
-    const Heads h = heads_of(call, step);
-    const size_t tokens = block_tokens(&h), blocks = (call->tokens + tokens - 1) / tokens, size = padded(h.size);
-    const size_t kv = item / blocks % h.kv_heads, row = item / blocks / h.kv_heads;
+/* Which of a row's tokens, and which key head, an item is for. */
+typedef struct {
+    size_t row, kv, first, count;
+} Item;
+
+static Item item_of(const PlanCall *call, const Heads *h, size_t item) {
+    const size_t tokens = block_tokens(h), blocks = (call->tokens + tokens - 1) / tokens;
     /* The last tokens see the most keys: they go first, so that no thread is left with a long item at the end. */
-    const size_t first = (blocks - 1 - item % blocks) * tokens, count = call->tokens - first < tokens ? call->tokens - first : tokens;
-    const size_t past = plan_past(call, row), rows = count * h.group;
-    const bool mutual = step->arg[ARG_BLOCKS] != 0 && call->plan->block_input >= 0;
-    const size_t window = (size_t)step->arg[ARG_WINDOW];
-    const size_t begin = window > 0 && !mutual && past + first + 1 > window ? past + first + 1 - window : 0;
-    const size_t end = mutual ? past + call->tokens : past + first + count;
-    float *queries = (float *)(void *)scratch, *sums = queries + rows * h.size, *scores = sums + rows * size;
-    float *panels = scores + rows * ATTENTION_KEYS, *lines = panels + ATTENTION_KEYS * size, *highest = lines + ATTENTION_KEYS * size, *sum = highest + rows;
-    for (size_t t = 0; t < count; t++) {
-        const float *from = plan_row(call, step->in[0], false, row * call->tokens + first + t) + kv * h.group * h.size;
-        memcpy(queries + t * h.group * h.size, from, h.group * h.size * sizeof *from);
+    const size_t first = (blocks - 1 - item % blocks) * tokens;
+    return (Item){.row = item / blocks / h->kv_heads,
+                  .kv = item / blocks % h->kv_heads,
+                  .first = first,
+                  .count = call->tokens - first < tokens ? call->tokens - first : tokens};
+}
+
+static void take_queries(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, float scale, float *queries) {
+    for (size_t t = 0; t < item->count; t++) {
+        const float *from = plan_row(call, step->in[0], step->last != 0, step->last ? item->row : item->row * call->tokens + item->first + t);
+        call->plan->kernels->scale(from + item->kv * h->group * h->size, scale, h->group * h->size, queries + t * h->group * h->size);
     }
-    memset(sums, 0, rows * size * sizeof *sums);
-    for (size_t i = 0; i < rows; i++) {
-        highest[i] = -INFINITY;
-        sum[i] = 0.0f;
+}
+
+static void give_sums(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, const Block *b) {
+    for (size_t i = 0; i < item->count * h->group; i++) {
+        float *out = plan_row(call, step->out[0], step->last != 0, step->last ? item->row : item->row * call->tokens + item->first + i / h->group);
+        call->plan->kernels->scale(b->sums + i * padded(h->size), 1.0f / b->sum[i], h->size, out + (item->kv * h->group + i % h->group) * h->size);
     }
-    const size_t at = row * h.row_bytes + kv * h.head_bytes;
-    for (size_t key = begin / ATTENTION_KEYS * ATTENTION_KEYS; key < end; key += ATTENTION_KEYS) {
-        const size_t some = end - key < ATTENTION_KEYS ? end - key : ATTENTION_KEYS;
-        load_block(kernels, &h, h.keys + at + key * h.entry_bytes, h.values + at + key * h.entry_bytes, some, panels, lines);
-        for (size_t p = 0; p < ATTENTION_KEYS / PANEL; p++) {
-            kernels->float32(panels + p * h.size * PANEL, PANEL, h.size, queries, h.size, rows, scores + p * PANEL, ATTENTION_KEYS, false);
-        }
-        for (size_t i = 0; i < rows; i++) {
-            const size_t position = past + first + i / h.group;
-            float *line = scores + i * ATTENTION_KEYS;
-            soft_cap(kernels, step->real[1], line, some);
-            if (mutual || key + some > position + 1 || (window > 0 && key + window <= position)) {
-                hide(call, step, row, position, key, some, line);
-            }
-            take_scores(kernels, line, some, &highest[i], &sum[i], sums + i * size, size);
-            memset(line + some, 0, (ATTENTION_KEYS - some) * sizeof *line);
-        }
-        for (size_t d = 0; d < size; d += PANEL) {
-            kernels->float32(lines + d, size, ATTENTION_KEYS, scores, ATTENTION_KEYS, rows, sums + d, size, true);
-        }
+}
+
+static void block_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_t *scratch) {
+    const Heads h = heads_of(call, step);
+    const Item item = item_of(call, &h, index);
+    const size_t past = plan_past(call, item.row), rows = item.count * h.group, window = (size_t)step->arg[ARG_WINDOW];
+    const Block b = block_memory(scratch, &h, rows);
+    Sight sight = {.causal = true, .window = window, .past = past, .mutual = step->arg[ARG_BLOCKS]};
+    if (sight.mutual != 0 && call->plan->block_input >= 0) {
+        sight.blocks = (const int64_t *)(const void *)call->run->inputs[call->plan->block_input] + item.row * call->run->tokens + call->first;
     }
-    for (size_t i = 0; i < rows; i++) {
-        float *out = plan_row(call, step->out[0], false, row * call->tokens + first + i / h.group) + (kv * h.group + i % h.group) * h.size;
-        kernels->scale(sums + i * size, 1.0f / sum[i], h.size, out);
-    }
+    const size_t begin = window > 0 && sight.blocks == NULL && past + item.first + 1 > window ? past + item.first + 1 - window : 0;
+    const size_t end = sight.blocks != NULL ? past + call->tokens : past + item.first + item.count;
+    const size_t at = item.row * h.row_bytes + item.kv * h.head_bytes;
+    take_queries(call, step, &h, &item, 1.0f, b.queries);
+    attend_block(call->plan->kernels, &h, &sight, step->real[1], &b, rows, past + item.first, h.keys + at, h.values + at, begin, end);
+    give_sums(call, step, &h, &item, &b);
 }
 
 void attention_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
@@ -356,4 +413,47 @@ void attention_work(const PlanCall *call, const PlanStep *step, size_t item, uin
     } else {
         block_work(call, step, item, scratch);
     }
+}
+
+/* Static keys and values [rows][kv heads][entries][size] of float32; a mask [rows][entries] of int64. */
+enum { ARG_MASK = 5 };
+
+static Heads cross_heads(const PlanCall *call, const PlanStep *step) {
+    const int32_t *a = step->arg;
+    const size_t entry = (size_t)a[ARG_SIZE] * sizeof(float), entries = call->run->input_sizes[a[ARG_KEYS]];
+    return (Heads){.format = CACHE_FLOAT32,
+                   .heads = (size_t)a[ARG_HEADS],
+                   .kv_heads = (size_t)a[ARG_KV_HEADS],
+                   .group = (size_t)(a[ARG_HEADS] / a[ARG_KV_HEADS]),
+                   .size = (size_t)a[ARG_SIZE],
+                   .keys = call->run->inputs[a[ARG_KEYS]],
+                   .values = call->run->inputs[a[ARG_VALUES]],
+                   .row_bytes = (size_t)a[ARG_KV_HEADS] * entries * entry,
+                   .head_bytes = entries * entry,
+                   .entry_bytes = entry};
+}
+
+size_t cross_items(const PlanCall *call, const PlanStep *step) {
+    const Heads h = cross_heads(call, step);
+    const size_t tokens = block_tokens(&h);
+    return call->run->rows * h.kv_heads * (step->last ? 1 : (call->tokens + tokens - 1) / tokens);
+}
+
+void cross_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_t *scratch) {
+    const Heads h = cross_heads(call, step);
+    const bool single = step->last || call->tokens == 1;
+    const Item item = single ? (Item){.row = index / h.kv_heads, .kv = index % h.kv_heads, .count = 1} : item_of(call, &h, index);
+    const size_t entries = call->run->input_sizes[step->arg[ARG_KEYS]], rows = item.count * h.group, at = item.row * h.row_bytes + item.kv * h.head_bytes;
+    Sight sight = {0};
+    if (step->arg[ARG_MASK] >= 0) {
+        sight.mask = (const int64_t *)(const void *)call->run->inputs[step->arg[ARG_MASK]] + item.row * entries;
+    }
+    const Block b = block_memory(scratch, &h, rows);
+    take_queries(call, step, &h, &item, step->real[0], b.queries);
+    if (single && h.size == padded(h.size)) { /* the scores of a group fit where those of a block do */
+        attend_one(call->plan->kernels, &h, &sight, step->real[1], b.queries, h.keys + at, h.values + at, 0, entries, b.highest, b.sum, b.sums, b.panels);
+    } else {
+        attend_block(call->plan->kernels, &h, &sight, step->real[1], &b, rows, 0, h.keys + at, h.values + at, 0, entries);
+    }
+    give_sums(call, step, &h, &item, &b);
 }

@@ -296,6 +296,29 @@ static bool attention_fits(const Plan *p, const PlanStep *s) {
     return s->width == width && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
 }
 
+/* Further input number `index`, of that type and rank; `heads` not 0: [batch, heads, …, size]. */
+static bool input_fits(const Plan *p, int32_t index, uint32_t type, uint32_t rank, int64_t heads, int64_t size) {
+    for (uint32_t i = 0; i < p->input_count && index >= 0; i++) {
+        const PlanValue *v = &p->inputs[i];
+        const bool known = strcmp(v->name, "inputs_embeds") == 0 || strcmp(v->name, "position_ids") == 0 || strcmp(v->name, "seqlens_k") == 0 ||
+                           strcmp(v->name, "total_sequence_length") == 0 || strncmp(v->name, "past_key_values.", 16) == 0;
+        if (!known && index-- == 0) {
+            return v->type == type && v->rank == rank && v->shape[0] < 0 && (heads == 0 || (v->shape[1] == heads && v->shape[rank - 1] == size));
+        }
+    }
+    return false;
+}
+
+static bool cross_fits(const Plan *p, const PlanStep *s) {
+    const int32_t *a = s->arg; /* keys, values, heads, kv heads, head size, mask */
+    if (a[2] <= 0 || a[3] <= 0 || a[4] <= 0 || a[2] % a[3] != 0 || !input_fits(p, a[0], 1, 4, a[3], a[4]) ||
+        !input_fits(p, a[1], 1, 4, a[3], a[4]) || (a[5] >= 0 && !input_fits(p, a[5], 7, 2, 0, 0))) {
+        return false;
+    }
+    const size_t width = (size_t)a[2] * (size_t)a[4];
+    return s->width == width && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
+}
+
 static bool step_fits(const Plan *p, const PlanStep *s) {
     const size_t width = s->width;
     switch ((StepKind)s->kind) {
@@ -314,6 +337,11 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
     case STEP_ATTENTION:
     case STEP_COMBINE:
         return attention_fits(p, s) && !s->last;
+    case STEP_CROSS:
+        return cross_fits(p, s);
+    case STEP_SELECT:
+        return input_fits(p, p->block_input, 7, 2, 0, 0) && !s->last && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->in[1], width, false) &&
+               ref_fits(p, s->out[0], width, false);
     case STEP_LAST:
         return s->last && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
     case STEP_UNARY:
@@ -341,6 +369,9 @@ static const char *check(Plan *p) {
     }
     for (uint32_t i = 0; i < p->input_count; i++) {
         p->cache_count += strncmp(p->inputs[i].name, "past_key_values.", 16) == 0;
+    }
+    if (p->block_input >= 0 && !input_fits(p, p->block_input, 7, 2, 0, 0)) {
+        return "the numbers of blocks are no input";
     }
     bool last = false;
     for (uint32_t i = 0; i < p->step_count; i++) {

@@ -208,6 +208,12 @@ static void row_work(const PlanCall *call, const PlanStep *step, size_t row) {
     case STEP_LOOKUP:
         lookup_row(call, step, row);
         break;
+    case STEP_SELECT: {
+        const size_t token = row / call->tokens * call->run->tokens + call->first + row % call->tokens;
+        const bool inside = ((const int64_t *)(const void *)call->run->inputs[call->plan->block_input])[token] != 0;
+        memcpy(plan_row(call, step->out[0], false, row), plan_row(call, step->in[inside ? 0 : 1], false, row), width * sizeof(float));
+        break;
+    }
     default:
         break;
     }
@@ -238,6 +244,9 @@ static size_t step_items(void *context, size_t index, bool *small) {
         *small = call->rows * call->longest * step->width < SMALL_NUMBERS;
         return attention_items(call, step);
     }
+    if (step->kind == STEP_CROSS) {
+        return cross_items(call, step);
+    }
     *small = rows * step->width < SMALL_NUMBERS;
     const size_t each = rows_per_item(call, step);
     return (rows + each - 1) / each;
@@ -254,6 +263,8 @@ static void step_work(void *context, size_t index, size_t item, size_t thread) {
         }
     } else if (step->kind == STEP_ATTENTION) {
         attention_work(call, step, item, scratch);
+    } else if (step->kind == STEP_CROSS) {
+        cross_work(call, step, item, scratch);
     } else {
         const size_t each = rows_per_item(call, step), rows = rows_of(call, step);
         for (size_t row = item * each; row < (item + 1) * each && row < rows; row++) {
@@ -330,8 +341,22 @@ static bool has_blocks(const Plan *plan, const PlanRun *run) {
     return false;
 }
 
+/* Keys, values and masks that belong together have as many entries each. */
+static int check_static(const Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
+    for (uint32_t i = 0; i < plan->step_count; i++) {
+        const PlanStep *step = &plan->steps[i];
+        if (step->kind == STEP_CROSS) {
+            const size_t entries = run->input_sizes[step->arg[0]];
+            if (run->input_sizes[step->arg[1]] != entries || (step->arg[5] >= 0 && run->input_sizes[step->arg[5]] != entries)) {
+                return fail(message, "static keys, values and their mask have unlike lengths");
+            }
+        }
+    }
+    return 0;
+}
+
 int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
-    if (check_positions(plan, run, message) != 0) {
+    if (check_positions(plan, run, message) != 0 || check_static(plan, run, message) != 0) {
         return -1;
     }
     const size_t chunk = run->rows > 1 || has_blocks(plan, run) || run->tokens < CHUNK ? run->tokens : CHUNK;

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
 from .errors import NotExpressible
+from .probe import part
 
 _TOKENS = 7
 
@@ -30,7 +30,7 @@ def rotary_angles(model: ir.Model, cosine: ir.Value, sine: ir.Value, axes: int) 
     from what the graph gives where one axis is 1 and the others 0, and the result is compared on random positions. Raises
     NotExpressible for tables that are something else.
     """
-    session = _session(model, cosine, sine)
+    session = part(model, [cosine, sine], ["position_ids"])
 
     def tables(positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         fed = positions.reshape(1, _TOKENS) if axes < 2 else positions.reshape(axes, 1, _TOKENS)
@@ -70,62 +70,3 @@ def _along(axes: int, axis: int, position: int) -> npt.NDArray[np.int64]:
 
 def _phases(cosine: npt.NDArray[np.float64], sine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(np.arctan2(sine[0], cosine[0]), np.float64)
-
-
-def _session(model: ir.Model, *outputs: ir.Value) -> ort.InferenceSession:
-    """A session over the part of the graph that makes `outputs` from `position_ids`."""
-    needed: list[ir.Node] = []
-    seen: set[ir.Node] = set()
-    inputs = {value for value in model.graph.inputs}
-    weights: dict[str, ir.Value] = {}
-
-    def visit(value: ir.Value | None) -> None:
-        if value is None:
-            return
-        if value in inputs:
-            if value.name != "position_ids":
-                raise NotExpressible(f"rotary tables that depend on '{value.name}'")
-            return
-        node = value.producer()
-        if node is None:
-            weights[str(value.name)] = value
-        elif node not in seen:
-            seen.add(node)
-            for one in node.inputs:
-                visit(one)
-            needed.append(node)
-
-    for value in outputs:
-        visit(value)
-    positions = next(value for value in model.graph.inputs if value.name == "position_ids")
-    graph = ir.Graph(
-        [ir.Value(name="position_ids", type=positions.type, shape=positions.shape)],
-        [],
-        nodes=[],
-        name="angles",
-        opset_imports=dict(model.graph.opset_imports),
-    )
-    copies: dict[ir.Value, ir.Value] = {positions: graph.inputs[0]}
-    for name, weight in weights.items():
-        tensor = weight.const_value
-        if tensor is None:
-            raise NotExpressible(f"rotary tables that depend on '{name}'")
-        copies[weight] = ir.Value(name=name, const_value=ir.tensor(tensor.numpy(), name=name), type=weight.type, shape=weight.shape)
-        graph.register_initializer(copies[weight])
-    for node in needed:
-        made = ir.node(
-            node.op_type,
-            [None if one is None else copies[one] for one in node.inputs],
-            {name: attribute.value for name, attribute in node.attributes.items()},
-            domain=node.domain,
-            num_outputs=len(node.outputs),
-        )
-        for old, new in zip(node.outputs, made.outputs, strict=True):
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-            copies[old] = new
-        graph.append(made)
-    graph.outputs.extend(copies[value] for value in outputs)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -28,11 +28,13 @@ from .errors import NotExpressible
 from .panels import integers, vector
 from .patterns import Gated, activation, gated
 from .plan_file import BufferKind, Kind, Plan, Ref, Unary, Value, Weight
+from .probe import hides_where_zero
 from .products import Product, product, stacked
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _KNOWN = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length")
-_LENGTHS = ("seqlens_k", "total_sequence_length")
+_CROSS, _SOURCE_MASK = "cross_key_values.", "encoder_attention_mask"
+_GEOMETRY = ("Shape", "Size", "ConstantOfShape")
 
 
 class Compiler:
@@ -58,7 +60,7 @@ class Compiler:
         if hidden is None or vocab is None:
             raise NotExpressible("sizes that are not fixed")
         for name in self.further:
-            if name != BLOCK_IDS:
+            if name not in (BLOCK_IDS, _SOURCE_MASK) and not name.startswith(_CROSS):
                 raise NotExpressible(f"an input '{name}'")
         start = self.made.floats(hidden)
         start.buffer.kind = BufferKind.EMBEDS
@@ -115,6 +117,7 @@ class Compiler:
             (MICROSOFT, "MatMulNBits"): self._matmul,
             ("", "MatMul"): self._matmul,
             (MICROSOFT, "GroupQueryAttention"): self._attention,
+            (MICROSOFT, "MultiHeadAttention"): self._cross_attention,
             (MICROSOFT, "SkipSimplifiedLayerNormalization"): self._skip_norm,
             (MICROSOFT, "SkipLayerNormalization"): self._skip_norm,
             ("", "RMSNormalization"): self._norm,
@@ -122,6 +125,7 @@ class Compiler:
             ("", "Gather"): self._gather,
             ("", "Reshape"): self._reshape,
             ("", "Split"): self._split,
+            ("", "Where"): self._select,
             ("", "RotaryEmbedding"): self._later,
             ("", "Add"): self._add,
             ("", "Mul"): self._multiply,
@@ -135,7 +139,8 @@ class Compiler:
             (MICROSOFT, "QuickGelu"): self._activation,
         }
         handler = handlers.get((node.domain, node.op_type))
-        if not any(value in self.made.values for value in node.inputs) and (node.domain, node.op_type) != ("", "Gather"):
+        computed = any(value in self.made.values for value in node.inputs)
+        if node.op_type in _GEOMETRY or (not computed and (node.domain, node.op_type) != ("", "Gather")):
             return  # geometry: shapes, positions, tables; whoever needs it asks for it
         if handler is None:
             raise NotExpressible(f"{node.op_type}")
@@ -374,7 +379,43 @@ class Compiler:
                     return int(found)
         return None
 
+    def _select(self, node: ir.Node) -> None:
+        """Rows of one kind for tokens inside a block (a picture's), of another for the rest."""
+        test = node.inputs[0]
+        while test is not None and (found := producer(test, "Unsqueeze", "Cast")) is not None:
+            test = found.inputs[0]
+        inside = producer(test, "Greater")
+        if inside is None or inside.inputs[0] is not self.inputs.get(BLOCK_IDS) or scalar(inside.inputs[1]) != 0:
+            raise NotExpressible("a Where whose condition is not block_ids > 0")
+        left, right = self.made.rows(node.inputs[1]), self.made.rows(node.inputs[2])
+        if (left.width, left.last) != (right.width, right.last) or left.last:
+            raise NotExpressible("a Where of unlike rows")
+        ref = self.made.floats(left.width)
+        self.made.add(Kind.SELECT, left.width, False, [left.ref, right.ref], [ref])
+        self.made.define(node.outputs[0], ref, left.width, False)
+
     # --- attention ---
+
+    def _cross_attention(self, node: ir.Node) -> None:
+        inputs = [*node.inputs, *[None] * 10]
+        query, key, value = self.made.rows(inputs[0]), inputs[1], inputs[2]
+        names = [str(one.name) if one is not None else "" for one in (key, value)]
+        heads = attribute_int(node, "num_heads", 0)
+        if any(name not in self.further for name in names) or any(one is not None for one in (inputs[3], inputs[4], *inputs[6:])):
+            raise NotExpressible("attention over other than static keys and values")
+        size, kv_heads = fixed_dim(key, -1) or 0, fixed_dim(key, 1) or 0
+        mask = -1
+        if inputs[5] is not None:
+            if _SOURCE_MASK not in self.further or not hides_where_zero(self.model, inputs[5], _SOURCE_MASK):
+                raise NotExpressible("a cross-attention mask that is not encoder_attention_mask's")
+            mask = self.further.index(_SOURCE_MASK)
+        if not size or heads != kv_heads or heads * size != query.width:
+            raise NotExpressible("cross-attention whose heads are not those of its keys")
+        out = self.made.floats(query.width)
+        arguments = [self.further.index(names[0]), self.further.index(names[1]), heads, kv_heads, size, mask]
+        reals = [attribute_float(node, "scale", 0.0) or size**-0.5, 0.0]
+        self.made.add(Kind.CROSS, query.width, query.last, [query.ref], [out], [], arguments, reals)
+        self.made.define(node.outputs[0], out, query.width, query.last)
 
     def _attention(self, node: ir.Node) -> None:
         inputs = [*node.inputs, *[None] * 12]

@@ -35,6 +35,7 @@ class Kind(IntEnum):
     ADD = 12
     MULTIPLY = 13
     LOOKUP = 14
+    SELECT = 15
 
 
 class Unary(IntEnum):
