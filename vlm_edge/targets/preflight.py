@@ -79,7 +79,7 @@ def refuse(problems: Sequence[Problem], target: Target) -> None:
         told[-1] += f" ({one.way_out})" if one.way_out else ""
     raise TargetError(
         f"{len(problems)} node{'s' if len(problems) > 1 else ''} cannot be built for {target.name}: {'; '.join(told)}. "
-        "Choose another precision or target, or run the build with what is named."
+        "Choose another precision or target, or report this model."
     )
 
 
