@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from .dtypes import inner_graphs
 from .graph import consumers, is_weight, only_consumer, producer, scalar
 
 Half = Literal["fp16", "bf16"]
@@ -143,15 +144,26 @@ def exact_values(graph: ir.Graph) -> set[ir.Value]:
     """
     found: set[ir.Value] = set()
     for node in graph:
-        weights = [value for value in node.inputs if is_weight(value) and is_float(value)]
-        computed = [value for value in node.inputs if value is not None and not is_weight(value) and is_float(value)]
+        read = [value for value in (*node.inputs, *_captured(node)) if value is not None and is_float(value)]
+        weights = [value for value in read if is_weight(value)]
+        computed = [value for value in read if not is_weight(value)]
         if any(value not in found for value in computed):
             continue
-        if weights and not computed and (node.op_type != "Where" or _large(weights)):  # a table that is looked up
+        if weights and not computed and (node.op_type not in ("Where", "If") or _large(weights)):  # a table that is looked up
             continue
         if node.op_type in _PRODUCTS and _large(weights):
             continue
         found |= {out for out in node.outputs if is_float(out)}
+    return found
+
+
+def _captured(node: ir.Node) -> list[ir.Value]:
+    """What the subgraphs of a node read from outside of them."""
+    found: list[ir.Value] = []
+    for branch in inner_graphs(node):
+        for inner in branch:
+            found += [value for value in inner.inputs if value is not None and value.graph is not branch]
+            found += _captured(inner)
     return found
 
 
