@@ -32,8 +32,8 @@ def open_driver() -> int:
         result = api.cuInit(0)
     except Exception as error:  # cuda-bindings raises classes of its own for a library that is not there
         raise DeviceError(
-            f"this machine has no NVIDIA driver ({str(error).splitlines()[0]}): a GPU build runs on the GPU it was built for; here "
-            'use device="cpu" with a build for a cpu target.'
+            f"this machine has no NVIDIA driver ({str(error).splitlines()[0]}): a GPU build runs on the GPU it was built for; "
+            'here use device="cpu" with a build for a cpu target.'
         ) from None
     if result[0] != api.CUresult.CUDA_SUCCESS:
         name = _error_name(result[0])

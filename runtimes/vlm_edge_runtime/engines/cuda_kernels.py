@@ -67,8 +67,8 @@ def compile_kernels(sm: int) -> bytes:
     known = [int(arch) for arch in _done(nvrtc, nvrtc.nvrtcGetSupportedArchs())[0]]
     if sm not in known:
         raise DeviceError(
-            f"the installed NVRTC compiles for compute capabilities {known[0] / 10} to {known[-1] / 10}, not for {sm / 10}: install "
-            "a version of nvidia-cuda-nvrtc that knows this GPU."
+            f"the installed NVRTC compiles for compute capabilities {known[0] / 10} to {known[-1] / 10}, not for {sm / 10}: "
+            "install a version of nvidia-cuda-nvrtc that knows this GPU."
         )
     files = {name: text.encode() for name, text in kernel_files().items()}
     names = [*HEADERS, *SOURCES]

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: the compiled engines of one build on the GPU of this machine. Nothing here runs on the CPU instead."""
+"""TensorRT and TensorRT-RTX: the compiled engines of one build on this machine's GPU. Nothing here runs on the CPU instead."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class TensorRTEngine:
         self._closed = False
         if not self.build.engines:
             raise DeviceError(
-                f"build '{self.build.name}' of {bundle.path} has graphs and no engines yet: {self._again} on this device, which compiles "
-                "them."
+                f"build '{self.build.name}' of {bundle.path} has graphs and no engines yet: {self._again} on this device, which "
+                "compiles them."
             )
 
     def graph(self, role: str) -> TensorRTGraph:
@@ -90,7 +90,8 @@ class TensorRTEngine:
                         f"build '{self.build.name}' of {self.bundle.path} has no engine of a decoder: {self._again}."
                     )
                 graphs = {one.capacity: one.graph for one in entries}
-                capacities: list[int | None] = [None] if None in graphs else sorted(size for size in graphs if size is not None)
+                sizes = sorted(size for size in graphs if size is not None)
+                capacities: list[int | None] = [None] if None in graphs else [*sizes]
                 self._recorder(_DECODER)
 
                 def load(capacity: int | None) -> tuple[Program, Sequence[TensorSpec]]:
@@ -185,8 +186,8 @@ class TensorRTEngine:
             raise DeviceError(f"{str(error).rstrip('.')} (this machine's GPU is {self.device.name}).") from None
         if entry.platform != platform_tag():
             raise DeviceError(
-                f"{entry.file.file} of {self.bundle.path} was built on {entry.platform}, this is {platform_tag()}: {self._again} on this "
-                "device."
+                f"{entry.file.file} of {self.bundle.path} was built on {entry.platform}, this is {platform_tag()}: {self._again} "
+                "on this device."
             )
         self._runtime.check_version(entry.builder_version, entry.file.file, self._again)
         return entry

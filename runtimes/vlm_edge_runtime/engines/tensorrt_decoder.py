@@ -1,4 +1,4 @@
-"""The decoder pair of a TensorRT build: one compiled decoder per context bucket, loaded when a state of that size is asked for."""
+"""The decoder pair of a TensorRT build: one compiled decoder per context bucket, loaded when a state of its size is wanted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .tensorrt_graph import TensorRTGraph
 from .tensorrt_program import Program
 from .tensorrt_signature import Signature, read_signature
 from .tensorrt_state import TensorRTDecoderState
-from .tensorrt_step import DecoderPrograms, StepCounts
+from .tensorrt_contexts import DecoderPrograms
+from .tensorrt_step import StepCounts
 
 MAX_BATCH = 1024
 
@@ -96,8 +97,8 @@ class TensorRTDecoder:
                 signature = read_signature(program, specs, self._portable)
                 if signature.capacity != capacity:
                     raise DeviceError(
-                        f"the manifest says {capacity} cache entries of the decoder's engine, which has {signature.capacity}: build it "
-                        "again."
+                        f"the manifest says {capacity} cache entries of the decoder's engine, which has {signature.capacity}: "
+                        "build it again."
                     )
                 self._programs[capacity] = DecoderPrograms(program, self._embed.program, signature, self._device)
             return self._programs[capacity]

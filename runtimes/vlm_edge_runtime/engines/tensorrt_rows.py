@@ -1,4 +1,4 @@
-"""One row of a decoder state as the host knows it. Its length, pending token and position are in the table that the device shares."""
+"""One row of a decoder state as the host knows it. Length, pending token and position are in the table that the device shares."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ class Runtime:
         """Engines are read by the version that wrote them. Raises DeviceError naming both."""
         if _numbers(built_with) != _numbers(self.version):
             raise DeviceError(
-                f"{where} was built with {self.flavour} {built_with}, installed is {self.version}, which cannot read it: {again} on "
-                f"this device, or install {self.flavour} {built_with}."
+                f"{where} was built with {self.flavour} {built_with}, installed is {self.version}, which cannot read it: {again} "
+                f"on this device, or install {self.flavour} {built_with}."
             )
 
     def load(self, path: Path, device: Device, *, key: str, again: str) -> TensorRTProgram:

@@ -78,7 +78,8 @@ def read_signature(program: Program, specs: Sequence[TensorSpec], portable: Sequ
     ):
         raise DeviceError(
             f"the decoder's engine gives logits {types['logits']} {list(logits)} for embeddings "
-            f"{list(named['inputs_embeds'].shape)}; expected are float32 [batch, 1, vocabulary] and a fixed hidden size: build it again."
+            f"{list(named['inputs_embeds'].shape)}; expected are float32 [batch, 1, vocabulary] and a fixed hidden size: build "
+            "it again."
         )
     caches = tuple(_cache(name, named, types, outputs) for name in inputs if name.startswith(PAST))
     capacities = {named[cache.past].shape[2] for cache in caches}

@@ -1,13 +1,12 @@
 """The device side of one decoder state: a row by itself (prefill), and steps of all rows, queued one by one or captured.
 
-A step is: token ids and positions from the rows' state → embed_tokens → decoder → the rows' state → the next tokens. Nothing in it
-needs the host, so that it can be captured as a CUDA graph; one graph for each side of a cache that is not updated in place.
+A step is: token ids and positions from the rows' state → embed_tokens → decoder → the rows' state → the next tokens. Nothing
+in it needs the host, so that it can be captured as a CUDA graph; one graph for each side of a cache that is not updated in place.
 """
 
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,13 +17,14 @@ from vlm_edge_runtime import _native
 from vlm_edge_runtime.errors import DeviceError
 
 from .base import Array
-from .cuda_device import Device
 from .cuda_layout import CONTROL, GUARDED, KEPT, MAX_THREADS, RECORD, ROW, STEP
 from .cuda_memory import Buffers
 from .tensorrt_cache import DeviceCache
-from .tensorrt_graph import buffer_size, fitting_profile
-from .tensorrt_program import Context, Program, Shape
-from .tensorrt_signature import PAST_LENGTHS, Signature
+from .tensorrt_contexts import BoundContext, DecoderPrograms
+from .tensorrt_graph import buffer_size
+from .tensorrt_program import Shape
+from .tensorrt_row_run import RowRuns
+from .tensorrt_signature import PAST_LENGTHS
 from .tensorrt_types import as_taken
 
 SLOTS = 64
@@ -32,54 +32,6 @@ SLOTS = 64
 _KEEP_BLOCKS = 8
 _PER_BLOCK = 4096
 """Vocabulary entries of one block that computes exponentials."""
-
-
-@dataclass(slots=True, weakref_slot=True)
-class BoundContext:
-    """A context with fixed shapes, and what its addresses were last set for. States of one decoder share it."""
-
-    context: Context
-    owner: object = None
-
-
-class DecoderPrograms:
-    """A decoder's and its embedding's compiled graphs for one cache capacity, with the contexts that states share."""
-
-    def __init__(self, decoder: Program, embed: Program, signature: Signature, device: Device) -> None:
-        self.decoder, self.embed, self.signature, self.device = decoder, embed, signature, device
-        self.ids = next(info for info in embed.tensors.values() if info.is_input)
-        self.embeds = next(info for info in embed.tensors.values() if not info.is_input)
-        if self.embeds.dtype != signature.types["inputs_embeds"]:
-            raise DeviceError(
-                f"graph 'embed_tokens' gives {self.embeds.dtype}, graph 'decoder' takes {signature.types['inputs_embeds']}: build "
-                "both for one target."
-            )
-        self._rows: dict[int, Context] = {}
-        self._fixed: weakref.WeakValueDictionary[object, BoundContext] = weakref.WeakValueDictionary()
-
-    def row_context(self, shapes: Mapping[str, Shape]) -> Context:
-        """A context for one row of any length."""
-        index = fitting_profile("decoder", self.decoder, shapes)
-        if index not in self._rows:
-            self._rows[index] = self.decoder.context(index, fixed=False)
-        return self._rows[index]
-
-    def fixed(self, role: str, shapes: Mapping[str, Shape]) -> BoundContext:
-        """A context of `embed_tokens` or `decoder` with these shapes."""
-        key = (role, tuple(sorted(shapes.items())))
-        found = self._fixed.get(key)
-        if found is None:
-            program = self.decoder if role == "decoder" else self.embed
-            found = self._fixed[key] = BoundContext(program.context(fitting_profile(role, program, shapes), fixed=True))
-            for name, shape in shapes.items():
-                found.context.set_shape(name, shape)
-        return found
-
-    @property
-    def longest_row(self) -> int | None:
-        """Tokens that one row may have in one run; None: any number."""
-        limits = [profile.largest["inputs_embeds"][1] for profile in self.decoder.profiles if "inputs_embeds" in profile.largest]
-        return max(limits) if limits else None
 
 
 @dataclass(slots=True)
@@ -116,9 +68,9 @@ class DecoderSteps:
         self.table["pending"] = -1
         self.stride = -(-signature.vocab // 64) * 64  # rows of logits are aligned
         self._blocks = -(-signature.vocab // _PER_BLOCK)
-        self._buffers, self._row_buffers = Buffers(device), Buffers(device)
+        self._buffers = Buffers(device)
         self._decode: _Decode | None = None
-        self._static_key: object = None
+        self.rows = RowRuns(self)
         self._token = object()
         self.last_seconds = 0.0
         self.cache = DeviceCache(device, signature, batch)
@@ -153,79 +105,7 @@ class DecoderSteps:
         """Bytes of one row of a recurrent state."""
         return buffer_size(self.programs.decoder, name, (1, *(int(size) for size in self.signature.specs[name].shape[1:])))
 
-    # --- one row by itself ---
-
-    def run_row(self, row: int, feeds: Mapping[str, Array], statics: Mapping[str, Array], static_key: object) -> dict[str, Array]:
-        """Appends tokens to a row: `feeds` has all but caches and states, [1, …] each; `statics` are uploaded again when their key
-
-        changes. The row's logits and states are set; further outputs are returned whole. The table is the caller's.
-        """
-        types, device = self.signature.types, self.device
-        first, tokens = int(self.table[row]["length"]), feeds["inputs_embeds"].shape[1]
-        given = {name: as_taken(name, array, types[name]) for name, array in {**feeds, **statics}.items() if name in types}
-        shapes: dict[str, Shape] = {name: array.shape for name, array in given.items()}
-        shapes |= {name: (1, *map(int, self.signature.specs[name].shape[1:])) for name in self.signature.states}
-        shapes |= {spec.past: (1, *map(int, self.signature.specs[spec.past].shape[1:])) for spec in self.signature.caches}
-        context = self.programs.row_context(shapes)
-        for name, shape in shapes.items():
-            context.set_shape(name, shape)
-        for name, array in given.items():
-            kept = name in statics and static_key == self._static_key
-            context.set_address(
-                name, self._row_buffers.reserve(name, array.nbytes) if kept else self._row_buffers.put(name, array)
-            )
-        self._static_key = static_key
-        staged = self._bind_row_cache(context, row)
-        for name, following in self.signature.states.items():
-            size = self.state_bytes(name)
-            before, after = self._row_buffers.reserve(name, size), self._row_buffers.reserve(following, size)
-            device.copy(before, self._state(name, row), size)
-            context.set_address(name, before)
-            context.set_address(following, after)
-        context.set_address("logits", self.logits_address(row))
-        outputs = {spec.name: np.empty(context.output_shape(spec.name), types[spec.name]) for spec in self.signature.further}
-        for name, array in outputs.items():
-            context.set_address(name, self._row_buffers.reserve(name, array.nbytes))
-        begin = time.perf_counter()
-        context.enqueue(device.stream)
-        for name, following in self.signature.states.items():
-            size = self.state_bytes(name)
-            device.copy(self._state(name, row), self._row_buffers.reserve(following, size), size)
-        self._settle(row, first, tokens, staged)
-        for name, array in outputs.items():
-            device.download(array, self._row_buffers.reserve(name, array.nbytes))
-        device.synchronize()
-        self.last_seconds = time.perf_counter() - begin
-        self.counts.rows += 1
-        return outputs
-
-    def _bind_row_cache(self, context: Context, row: int) -> bool:
-        """A row is a window of the cache; where TensorRT could not take its address, a copy. Whether it is one."""
-        window = self.cache.row_window(row)
-        for index, spec in enumerate(self.cache.specs):
-            if window is not None:
-                past, present = window[index]
-            else:
-                size = self.cache.row_bytes(spec)
-                past = present = self._row_buffers.reserve(spec.past, size)
-                if self.cache.sides > 1:
-                    present = self._row_buffers.reserve(spec.present, size)
-                self.device.copy(past, self.cache.past(index, self.cache.side) + row * size, size)
-            context.set_address(spec.past, past)
-            context.set_address(spec.present, present)
-        return window is None
-
-    def _settle(self, row: int, first: int, tokens: int, staged: bool) -> None:
-        if not staged:
-            self.cache.settle_row(row, first, tokens)
-            return
-        for index, spec in enumerate(self.cache.specs):
-            size = self.cache.row_bytes(spec)
-            name = spec.past if self.cache.sides == 1 else spec.present
-            to = self.cache.past(index, self.cache.side) + row * size
-            self.device.copy(to, self._row_buffers.reserve(name, size), size)
-
-    def _state(self, name: str, row: int) -> int:
+    def state_address(self, name: str, row: int) -> int:
         size = self.state_bytes(name)
         return self._buffers.reserve(name, self.batch * size) + row * size
 
@@ -233,18 +113,18 @@ class DecoderSteps:
         """A copy of a row's recurrent state."""
         shape = [int(size) for size in self.signature.specs[name].shape[1:]]
         found = np.empty(shape, self.signature.types[name])
-        self.device.download(found, self._state(name, row))
+        self.device.download(found, self.state_address(name, row))
         return found
 
     def put_state(self, row: int, name: str, array: Array) -> None:
         """Sets a row's recurrent state."""
-        self.device.upload(self._state(name, row), as_taken(name, array, self.signature.types[name]))
+        self.device.upload(self.state_address(name, row), as_taken(name, array, self.signature.types[name]))
 
     def copy_row(self, row: int, source: DecoderSteps, source_row: int, length: int) -> None:
         """The first entries and the recurrent states of another row."""
         self.cache.copy_entries(row, source.cache, source_row, length)
         for name in self.signature.states:
-            self.device.copy(self._state(name, row), source._state(name, source_row), self.state_bytes(name))
+            self.device.copy(self.state_address(name, row), source.state_address(name, source_row), self.state_bytes(name))
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row i becomes what row sources[i] is: entries, states, logits, further outputs of the last step."""
@@ -253,7 +133,7 @@ class DecoderSteps:
         if self._decode is not None:
             shares += [(f"kept {name}", size // self.batch) for name, size in self._output_bytes(self._decode).items()]
         largest = max(self.cache.largest_tensor, *(self.batch * size for _, size in shares))
-        scratch = self._row_buffers.reserve("scratch", largest)
+        scratch = self.rows.buffers.reserve("scratch", largest)
         self.cache.reorder(sources, lengths, scratch)
         for name, size in shares:
             base = self._buffers.reserve(name, self.batch * size)
@@ -359,15 +239,17 @@ class DecoderSteps:
         side = self.cache.side
         if forward:
             self._enqueue_step(side, sample=sample)
-            self.cache.side = (side + 1) % self.cache.sides
-            self._now.warm.add(side)
-            self.counts.queued += 1
         else:
             self._launch("vlm_begin", side, (1, 1), 32)
             self._enqueue_sampling(side)
         self._fetch_table()
+        if forward:  # not where it failed: then the other side holds nothing that counts
+            self.cache.side = (side + 1) % self.cache.sides
+            self._now.warm.add(side)
+            self.counts.queued += 1
         self.last_seconds = time.perf_counter() - begin
-        return self._records[0].copy()
+        records: npt.NDArray[np.void] = self._records[0].copy()
+        return records
 
     def run_captured(self, loop: _native.CudaLoop, steps: int) -> npt.NDArray[np.void]:
         """Up to `steps` captured steps, with the interpreter lock released: their records [done, batch]."""
@@ -449,21 +331,11 @@ class DecoderSteps:
         if decode.decoder.owner == (*owner, side):
             return
         bind = decode.decoder.context.set_address
-        for name, info in self.programs.decoder.tensors.items():
-            if name == "inputs_embeds":
-                bind(name, at("embeds", 0))
-            elif name == "position_ids":
-                bind(name, at("positions", 0))
-            elif name == PAST_LENGTHS:
-                bind(name, at("past", 0))
-            elif name == "logits":
-                bind(name, at("step logits", 0))
-            elif name in decode.outputs:
-                bind(name, at(f"step {name}", 0))
-            elif name in self.signature.states or name in self.signature.states.values():
-                bind(name, at(name, 0))
-            elif info.is_input and name in self.signature.inputs.static | self.signature.inputs.tokens:
-                bind(name, at(name, 0))
+        buffers = {"inputs_embeds": "embeds", "position_ids": "positions", PAST_LENGTHS: "past", "logits": "step logits"}
+        buffers |= {name: f"step {name}" for name in decode.outputs}
+        caches = {name for spec in self.cache.specs for name in (spec.past, spec.present)}
+        for name in self.programs.decoder.tensors.keys() - caches:
+            bind(name, at(buffers.get(name, name), 0))
         for index, spec in enumerate(self.cache.specs):
             bind(spec.past, self.cache.past(index, side))
             bind(spec.present, self.cache.present(index, side))
@@ -512,7 +384,7 @@ class DecoderSteps:
         self._decode = None
         self.cache.close()
         self._buffers.close()
-        self._row_buffers.close()
+        self.rows.buffers.close()
         ring = getattr(self, "_ring", None)
         if ring is not None:
             ring.close()

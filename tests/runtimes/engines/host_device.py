@@ -1,6 +1,6 @@
-"""Stand-ins for a GPU and for TensorRT, for tests on machines without either: device memory is this process's, compiled graphs are
-ONNX Runtime sessions on the CPU, the decode kernels are compiled as C++, and the C loop talks to a stand-in of the CUDA driver's
-library.
+"""Stand-ins for a GPU and for TensorRT, for tests on machines without either: device memory is this process's, compiled graphs
+are ONNX Runtime sessions on the CPU, the decode kernels are compiled as C++, and the C loop talks to a stand-in of the CUDA
+driver's library.
 
 Nothing is done when it is queued: work waits until somebody synchronises, as on a GPU, so that what is read too early is wrong
 here too.
@@ -8,6 +8,7 @@ here too.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,10 @@ class HostMemory:
         if self._device.live.pop(id(self), None) is not None:
             assert not self._device.queue, "memory is freed while queued work may use it"
             self._raw[:] = 0xEE
+
+    def __del__(self) -> None:  # freeing waits for the device, as cuMemFree does
+        if self._device.live.pop(id(self), None) is not None:
+            self._device.drain()
 
 
 class HostShared:
@@ -157,6 +162,12 @@ class HostDevice:
         assert self.captured is None, "the stream is synchronised while capturing"
         self._run(self._done + len(self.queue))
 
+    def drain(self) -> None:
+        """Finishes what is queued, whatever comes of it."""
+        while self.queue:
+            with contextlib.suppress(Exception):
+                self._run(self._done + len(self.queue))
+
     def launch(self, kernel: str, step: int, grid: tuple[int, int], threads: int) -> None:
         assert threads & (threads - 1) == 0
         self.enqueue(lambda: self.kernels.launch(kernel, step, grid, 1))
@@ -197,7 +208,12 @@ class HostDevice:
     def _run(self, until: int) -> None:
         while self._done < until:
             self._done += 1
-            self.queue.pop(0)()
+            try:
+                self.queue.pop(0)()
+            except BaseException:  # what follows a failed run is not done
+                self._done += len(self.queue)
+                self.queue.clear()
+                raise
 
 
 @dataclass(slots=True)
@@ -291,7 +307,11 @@ class HostContext:
                 if info.is_input
             }
             names = [info.name for info in program.tensors.values() if not info.is_input]
-            for name, array in zip(names, program.session.run(names, feeds), strict=True):
+            try:
+                results = program.session.run(names, feeds)
+            except Exception as error:  # ONNX Runtime's own classes
+                raise DeviceError(str(error)) from error
+            for name, array in zip(names, results, strict=True):
                 data = np.ascontiguousarray(array)
                 assert data.dtype == program.tensors[name].dtype
                 ctypes.memmove(call.addresses[name], data.ctypes.data, data.nbytes)
