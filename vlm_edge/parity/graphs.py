@@ -110,7 +110,11 @@ def _compare_rows(graph: ort.InferenceSession, entry: GraphEntry, case: GraphCas
 
 
 def open_session(path: Path, role: str) -> ort.InferenceSession:
-    """A CPU session. Raises ParityError when ONNX Runtime cannot load the graph."""
+    """A CPU session, or one of a decoder's plan. Raises ParityError when the graph cannot be loaded."""
+    if path.suffix == ".plan":
+        from vlm_edge.targets.native.session import PlanSession
+
+        return PlanSession(path)  # type: ignore[return-value]  # what is used of a session, it has
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from vlm_edge_runtime.bundle.manifest import GenerativeContract
+from vlm_edge_runtime.bundle.manifest import Build, GenerativeContract
+from vlm_edge_runtime.bundle.writer import BuildWriter
 from vlm_edge_runtime.errors import TargetError
 
 from .backend import Backend, Job
+from .native.build import native_decoder
 from .pipeline import Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder, lower_recurrent_decoder
 from .precision import stored_as
 
@@ -28,6 +30,11 @@ class CpuBackend(Backend):
         stored = stored_as(kind, word)
         calibration = job.calibration(role)
         return {role: lower_encoder(model, precision=stored, block_size=job.block_size, options=options, calibration=calibration)}
+
+    def finish(self, job: Job, writer: BuildWriter, build: Build) -> None:
+        """See `Backend.finish`; the decoder becomes a plan where the target wants native kernels."""
+        if job.target.options.kernels == "native":
+            native_decoder(job, writer, build, exact=self.is_exact(job, "decoder"))
 
 
 def _decoder(job: Job, model: ir.Model) -> Lowered:

@@ -54,12 +54,20 @@ class Lowered:
 
 
 def lower_decoder(
-    model: ir.Model, *, precision: str, head: str, context_length: int, block_size: int = 32, options: Options | None = None
+    model: ir.Model,
+    *,
+    precision: str,
+    head: str,
+    context_length: int,
+    block_size: int = 32,
+    options: Options | None = None,
+    branches: bool = True,
 ) -> Lowered:
     """Portable decoder → GroupQueryAttention on a shared KV buffer, last-token logits, weights in `precision`.
 
-    `precision` and `head` (the logits' product) are fp32, int8 or int4, weights only. Raises TargetError for a decoder
-    that the target cannot run (see LowerToGroupQueryAttention).
+    `precision` and `head` (the logits' product) are fp32, int8 or int4, weights only. Without `branches`, attention in which the
+    tokens of a block see each other stays one operator, told by its metadata: for a plan, not for ONNX Runtime. Raises
+    TargetError for a decoder that the target cannot run (see LowerToGroupQueryAttention).
     """
     options = options or Options()
     steps: list[GraphPass] = [
@@ -72,7 +80,7 @@ def lower_decoder(
         CancelLayout(),
         FuseRotaryEmbedding(context_length),
         PackQKV(),
-        BlockAttention(),
+        *([BlockAttention()] if branches else []),
         LastTokenLogits(),
         FuseSkipNorm(),
         Cleanup(),

@@ -38,7 +38,11 @@ _IDS = 20
 
 
 def session(path: Path) -> ort.InferenceSession:
-    """A CPU session of a graph on disk."""
+    """A CPU session of a graph on disk, or of a decoder's plan."""
+    if path.suffix == ".plan":
+        from .native.session import PlanSession
+
+        return PlanSession(path)  # type: ignore[return-value]  # what is used of a session, it has
     options = ort.SessionOptions()
     options.log_severity_level = 3
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

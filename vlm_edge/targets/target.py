@@ -20,7 +20,7 @@ _SUFFIX = ".toml"
 
 
 class Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How graphs are quantised for a target; the meaning of each stands in export_configs/targets/cpu.toml."""
+    """How graphs are quantised for a target, and what runs a decoder; the meaning of each stands in export_configs/targets/cpu.toml."""
 
     accuracy_level: Literal[1, 4] = 4
     scheme: Literal["mse", "absmax"] = "mse"
@@ -29,6 +29,7 @@ class Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     keep_first: int = 0
     keep_last: int = 0
     calibration: Literal["minmax", "percentile", "mse"] = "mse"
+    kernels: Literal["native", "onnxruntime"] = "onnxruntime"
 
 
 class Target(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

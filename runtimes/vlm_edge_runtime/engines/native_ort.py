@@ -219,8 +219,8 @@ class NativeOrtEngine:
                 raise DeviceError(f"the engine of {self.bundle.path} is closed")
             if role not in self._graphs:
                 times = self._times.setdefault(role, deque(maxlen=_KEPT_TIMES))
-                path = str(self.bundle.graph_path(role))
-                session = _native.Session(path, role, threads=self.threads, spin=self.options.spin)
+                path, plan = str(self.bundle.graph_path(role)), self.bundle.graphs[role].format == "plan"
+                session = _native.Session(path, role, threads=self.threads, spin=self.options.spin, plan=plan)
                 self._graphs[role] = NativeGraph(session, times.append)
             return self._graphs[role]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from vlm_edge.passes.attention_mask import BLOCK_IDS, mask_rule
@@ -432,9 +431,8 @@ class Compiler:
         last = query.last
         arguments = [*cache, heads, kv_heads, size]
         scale = attribute_float(node, "scale", 0.0) or size**-0.5
-        refs, weights = [query.ref, key.ref, value.ref, table if isinstance(table, Ref) else None], [None, None]
-        if isinstance(table, tuple):
-            weights = [vector(one) for one in table]  # type: ignore[misc]
+        refs = [query.ref, key.ref, value.ref, table if isinstance(table, Ref) else None]
+        weights: list[Weight | None] = [*table] if isinstance(table, tuple) else []
         self.made.add(Kind.ROTARY, width, last, refs, [turned], weights, [*arguments, *rotary], [scale])
         mutual = 0 if rule.kind != "blocks" else 2 if rule.windowed_blocks else 1
         window = attribute_int(node, "local_window_size", -1)
@@ -446,7 +444,7 @@ class Compiler:
 
     def _rotated(
         self, node: ir.Node, inputs: list[ir.Value | None], heads: int, kv_heads: int, size: int
-    ) -> tuple[Rows, Rows, Rows, list[int], Ref | tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]:
+    ) -> tuple[Rows, Rows, Rows, list[int], Ref | tuple[Weight, Weight] | None]:
         """(query, key, value, [rotary size, interleaved, source of angles], angles or tables of cosines and sines)."""
         if inputs[1] is None:
             packed = self.made.rows(inputs[0])
@@ -463,17 +461,19 @@ class Compiler:
         given = inputs[9] is not None
         if given and inputs[9] is not self.inputs.get("position_ids"):
             raise NotExpressible("rotary positions that are not position_ids")
-        return query, key, value, [2 * cosine.shape[1], attribute_int(node, "rotary_interleaved", 0), 1 if given else 2], (cosine, sine)
+        return query, key, value, [2 * cosine.width, attribute_int(node, "rotary_interleaved", 0), 1 if given else 2], (cosine, sine)
 
-    def _table(self, value: ir.Value | None) -> npt.NDArray[np.float32]:
+    def _table(self, value: ir.Value | None) -> Weight:
         tensor = value.const_value if value is not None and is_weight(value) else None
-        if tensor is None:
+        if tensor is None or value is None:
             raise NotExpressible("rotary tables that are not stored")
-        return np.asarray(tensor.numpy(), np.float32)
+        if value not in self.vectors:
+            self.vectors[value] = vector(np.asarray(tensor.numpy(), np.float32))
+        return self.vectors[value]
 
     def _computed_angles(
         self, query: ir.Node, key: ir.Node, value: Rows, size: int
-    ) -> tuple[Rows, Rows, Rows, list[int], Ref | tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None]:
+    ) -> tuple[Rows, Rows, Rows, list[int], Ref | tuple[Weight, Weight] | None]:
         cosine, sine = query.inputs[1:3]
         interleaved = attribute_int(query, "interleaved", 0)
         if cosine is None or sine is None or list(key.inputs[1:3]) != [cosine, sine] or interleaved != attribute_int(key, "interleaved", 0):
@@ -483,7 +483,7 @@ class Compiler:
             if query.inputs[3] is not self.inputs.get("position_ids"):
                 raise NotExpressible("rotary positions that are not position_ids")
             rows = [self.made.rows(one.inputs[0]) for one in (query, key)]
-            return rows[0], rows[1], value, [2 * stored[0].shape[1], interleaved, 1], stored
+            return rows[0], rows[1], value, [2 * stored[0].width, interleaved, 1], stored
         if (cosine, sine) not in self.tables:
             positions = self.inputs["position_ids"]
             axes = fixed_dim(positions, 0) if positions.shape is not None and len(positions.shape) == 3 else 1

@@ -1,0 +1,53 @@
+"""A plan where a graph is expected: run step by step on arrays, to be compared with the graph it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlm_edge_runtime import _native
+
+SUFFIX = ".plan"
+_TYPES = {"float32": "float", "float64": "double"}
+
+
+@dataclass(slots=True, frozen=True)
+class Argument:
+    """An input or output as ONNX Runtime describes one."""
+
+    name: str
+    type: str
+    shape: list[int | str]
+
+
+class PlanSession:
+    """What comparisons need of `onnxruntime.InferenceSession`, over a plan."""
+
+    def __init__(self, path: Path, *, threads: int = 1, kernels: str | None = None) -> None:
+        """`kernels`: an instruction set by name, None for the best. Raises DeviceError for a file that is no plan."""
+        self._session = _native.Session(str(path), path.stem, threads=threads, spin=False, plan=True, kernels=kernels)
+        self._dtypes = {name: dtype for name, dtype, _ in self._session.inputs}
+
+    def get_inputs(self) -> list[Argument]:
+        """Inputs in the plan's order."""
+        return [_argument(*one) for one in self._session.inputs]
+
+    def get_outputs(self) -> list[Argument]:
+        """Outputs in the plan's order."""
+        return [_argument(*one) for one in self._session.outputs]
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """The named outputs (None: all). Caches are given and returned whole, and copied; floats are cast to the plan's type."""
+        given = {name: np.ascontiguousarray(feeds[name], dtype=dtype) for name, dtype in self._dtypes.items()}
+        found = _native.plan_step(self._session, given)
+        wanted = names if names is not None else [one.name for one in self.get_outputs()]
+        return [np.frombuffer(data, dtype).reshape(shape) for data, dtype, shape in (found[name] for name in wanted)]
+
+
+def _argument(name: str, dtype: str, shape: Sequence[int | str]) -> Argument:
+    return Argument(name, f"tensor({_TYPES.get(dtype, dtype)})", list(shape))
