@@ -121,6 +121,8 @@ def test_a_double_buffer_is_counted_twice_and_contexts_once():
     plan = memory_plan(decoders, target, kv=KV, context=1024, batch=1)
     assert plan.kv_cache == 2 * ENTRY * 1024
     assert plan.activations == 300 * MIB
+    assert plan.others == decoders[0].engine + 100 * MIB
+    assert any("engines of other contexts" in note for note in plan.notes)
 
 
 def test_too_long_a_context_names_the_longest_that_fits():

@@ -80,8 +80,10 @@ class GraphMemory(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class MemoryPlan(msgspec.Struct, kw_only=True, frozen=True):
-    """What a build needs on its target, in bytes. Of decoders for several contexts the one that needs most is counted.
+    """What a build needs on its target, in bytes.
 
+    Of decoders for several contexts the one that needs most is counted; `others` is what the rest add when they are used beside
+    it (an engine stays loaded, its weights are its own).
     `capacity`: the device's memory; `reserved`: what stays with the system. `build_least`, `build_most`: the process that
     compiles, and `build_on_device` whether that has to fit as well. `advice`: what would fit, where this does not.
     """
@@ -96,6 +98,7 @@ class MemoryPlan(msgspec.Struct, kw_only=True, frozen=True):
     build_least: int
     build_most: int
     build_on_device: bool
+    others: int = 0
     notes: list[str] = []
     advice: str = ""
 
@@ -178,6 +181,7 @@ def memory_plan(
         build_least=least,
         build_most=most,
         build_on_device=target.backend == "tensorrt",
+        others=sum(one.engine + one.activations for one in graphs) - sum(one.engine + one.activations for one in counted),
     )
     return msgspec.structs.replace(
         plan, notes=list(_notes(plan)), advice="" if plan.fits else _advice(plan, target, entry, longest)
@@ -227,6 +231,9 @@ def _notes(plan: MemoryPlan) -> Iterator[str]:
     if scores:
         beyond = ", which would not fit" if plan.total + scores > plan.usable else ""
         yield f"attention without a fused kernel would need {gib(scores)} more{beyond}"
+    if plan.others:
+        beyond = ", which would not fit" if plan.total + plan.others > plan.usable else ""
+        yield f"engines of other contexts, used in the same process, take {gib(plan.others)} more{beyond}"
     guessed = sum(graph.guessed for graph in plan.graphs)
     if guessed:
         yield f"{guessed} values have no size before the graphs run; each is counted as the largest value its node reads"
