@@ -13,6 +13,7 @@ from vlm_edge.passes.tensorrt.lower_opset import LowerOpset
 from vlm_edge.passes.tensorrt.narrow_integers import NarrowIntegers
 from vlm_edge.passes.tensorrt.native_attention import DECOMPOSABLE, NativeAttention
 from vlm_edge.passes.tensorrt.positive_indices import PositiveIndices
+from vlm_edge.passes.tensorrt.single_step import SingleStep
 from vlm_edge.passes.tensorrt.unused_inputs import DropUnusedInputs
 from vlm_edge_runtime.errors import TargetError
 
@@ -241,6 +242,45 @@ def test_int64_inputs_and_outputs_become_int32():
     assert found["twice"].dtype == np.int32
     assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
     assert not NarrowIntegers().apply(model)
+
+
+def recurrent(direction: int = 0) -> ir.Model:
+    """state' = tanh(state · w + x) over the tokens, every state given out as well."""
+    sketch, weight = Sketch(), np.array([0.3, -0.7, 1.1, 0.2], np.float32)
+    state, tokens = sketch.input("state.0", ["batch", 4]), sketch.input("x", ["batch", "sequence", 4])
+    turned = sketch.node("Transpose", [tokens], {"perm": [1, 0, 2]}, shape=["sequence", "batch", 4])
+    inner = Sketch()
+    before, token = inner.input("before", ["batch", 4]), inner.input("token", ["batch", 4])
+    scaled = inner.node("Mul", [before, inner.weight("w", weight)], shape=["batch", 4])
+    summed = inner.node("Add", [scaled, token], shape=["batch", 4])
+    after = inner.node("Tanh", [summed], shape=["batch", 4])
+    scaled.name, summed.name = "scaled", "summed"
+    inner.output("after", after)
+    inner.output("seen", inner.node("Identity", [after], shape=["batch", 4]))
+    body = inner.model().graph
+    attributes = {"body": body, "num_scan_inputs": 1, "scan_input_directions": [direction]}
+    last, seen = sketch.node("Scan", [state, turned], attributes, shapes=[["batch", 4], ["sequence", "batch", 4]], name="loop")
+    sketch.output("present_state.0", last)
+    sketch.output("out", sketch.node("Transpose", [seen], {"perm": [1, 0, 2]}, shape=["batch", "sequence", 4]))
+    return sketch.model()
+
+
+def test_a_loop_over_tokens_becomes_one_step():
+    model, state, tokens = recurrent(), real(2, 4), real(2, 3, 4)
+    assert SingleStep().apply(model) and not SingleStep().apply(model)
+    assert "Scan" not in ops(model)
+    assert [str(value.shape) for value in model.graph.inputs] == ["[batch,4]", "[batch,1,4]"]
+    wanted = run(recurrent(), {"state.0": state, "x": tokens})
+    for token in range(3):
+        found = run(model, {"state.0": state, "x": tokens[:, token : token + 1]})
+        state = found["present_state.0"]
+        assert largest_difference(found["out"][:, 0], wanted["out"][:, token]) <= TOLERANCE
+    assert largest_difference(state, wanted["present_state.0"]) <= TOLERANCE
+
+
+def test_a_loop_that_runs_backwards_is_refused():
+    with pytest.raises(TargetError, match="Scan 'loop' has scan_input_directions"):
+        SingleStep().apply(recurrent(1))
 
 
 def test_an_input_that_nothing_reads_goes_and_is_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -132,6 +133,19 @@ def test_modules_stay_known(portable_bundle):
     model = lowered(open_bundle(portable_bundle("tiny-llava")), "decoder", "legacy")
     softmax = next(node for node in model.graph if node.op_type == "Softmax")
     assert softmax.metadata_props["vlm_edge.scope"].endswith("layers.0.self_attn")
+
+
+def test_a_parser_that_knows_attention_alone(portable_bundle):
+    """TensorRT 10.14 imports Attention, and neither TensorScatter nor the rest."""
+    bundle = open_bundle(portable_bundle("tiny-llava"))
+    device = msgspec.structs.replace(load_target("rtx-40").gpu()[0], imports=["Attention"])
+    model = ir.load(bundle.graph_path("decoder"))
+    lower_exactly(model, "decoder", device, capacity=CAPACITY)
+    kinds = {node.op_type for node in model.graph}
+    assert {"Attention", "ScatterND"} <= kinds and not kinds & {"TensorScatter", "RotaryEmbedding", "RMSNormalization"}
+    assert model.graph.opset_imports[""] == 23 and parsed(model) == []
+    difference = exact_difference(bundle, "decoder", "decoder", device, Samples(bundle), capacity=CAPACITY)
+    assert difference.relative <= FP32_TOLERANCE
 
 
 def test_a_decoder_needs_a_capacity(portable_bundle):

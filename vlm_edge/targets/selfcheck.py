@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import TargetError
 
-from .samples import PAST, Samples, run_graph, session
-from .steps import STEPS, is_shared, is_static, laid_beside, shared_feeds, static_cache_feeds
+from .samples import PAST, Feeds, Samples, run_graph, session
+from .steps import STEPS, is_shared, is_static, laid_beside, shared_feeds, split_inputs, static_cache_feeds
 
 FP32_TOLERANCE = 1e-4
 """fp32 graphs differ by the order of additions only: 1e-4 of the largest value."""
@@ -61,6 +62,17 @@ def check_encoder(bundle: Bundle, role: str, built: Path, samples: Samples, *, s
     return difference
 
 
+def _token_by_token(bundle: Bundle, graph: ort.InferenceSession, feeds: Feeds) -> Feeds:
+    """The last call's outputs of a recurrent decoder that takes one token a call."""
+    by_token, _ = split_inputs(bundle.graphs["decoder"].inputs)
+    outputs: Feeds = {}
+    for token in range(feeds["inputs_embeds"].shape[1]):
+        one = {name: array[:, token : token + 1] if name in by_token else array for name, array in feeds.items()}
+        states = {name.removeprefix("present_"): array for name, array in outputs.items() if name.startswith("present_state.")}
+        outputs = run_graph(graph, one | states)
+    return outputs
+
+
 def check_decoder(bundle: Bundle, built: Path, samples: Samples) -> Difference:
     """The lowered decoder against the portable one: prefill, a chunk after a past, decode of one row and of several.
 
@@ -82,7 +94,7 @@ def check_decoder(bundle: Bundle, built: Path, samples: Samples) -> Difference:
             feeds = static_cache_feeds(portable, capacity=capacity)
         elif is_shared(list(inputs)):
             feeds = shared_feeds(portable, capacity=past + sequence + _SPARE)
-        found = run_graph(graph, feeds)
+        found = _token_by_token(bundle, graph, feeds) if inputs["inputs_embeds"][1] == 1 else run_graph(graph, feeds)
         for _, got, expected in laid_beside(found, wanted, portable):
             difference.add(got, expected)
     return difference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Emit:
         self.before = before
         self.metadata = dict(source.metadata_props) if source is not None else {}
         self._name = source.name if source is not None else None
+        self._made: Counter[str] = Counter()
 
     def __call__(
         self,
@@ -56,14 +58,20 @@ class Emit:
         full: bool = False,
     ) -> ir.Node:
         """One node with as many outputs as types and shapes are given."""
-        name = f"{self._name}.{op}" if self._name else None
-        made = insert(self.before, op, inputs, attributes, outputs=len(outputs), name=name)
+        made = insert(self.before, op, inputs, attributes, outputs=len(outputs), name=self._named(op))
         made.metadata_props.update(self.metadata)
         if full:
             made.metadata_props[PRECISION] = "fp32"
         for value, (dtype, shape) in zip(made.outputs, outputs, strict=True):
             typed(value, dtype, shape)
         return made
+
+    def _named(self, op: str) -> str | None:
+        """The source's name with the operator behind it, and a number from the second on."""
+        if not self._name:
+            return None
+        self._made[op] += 1
+        return f"{self._name}.{op}" + (f"_{self._made[op] - 1}" if self._made[op] > 1 else "")
 
     def const(self, name: str, array: npt.ArrayLike, dtype: npt.DTypeLike) -> ir.Value:
         """A stored constant; the same name with the same numbers is one tensor."""

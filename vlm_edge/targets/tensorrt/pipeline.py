@@ -24,6 +24,7 @@ from vlm_edge.passes.tensorrt.lower_opset import LowerOpset
 from vlm_edge.passes.tensorrt.narrow_integers import NarrowIntegers
 from vlm_edge.passes.tensorrt.native_attention import NativeAttention
 from vlm_edge.passes.tensorrt.positive_indices import PositiveIndices
+from vlm_edge.passes.tensorrt.single_step import SingleStep
 from vlm_edge.passes.tensorrt.static_cache import StaticCache
 from vlm_edge.passes.tensorrt.unique_names import UniqueNames
 from vlm_edge.passes.tensorrt.unused_inputs import DropUnusedInputs
@@ -58,8 +59,9 @@ def lower(
 
     A decoder keeps its cache in slots 0, 1, … of `past_key_values.{i}.key/.value` [batch, kv_heads, capacity, head_dim], reads
     `past_lengths` int32 [batch] in place of `attention_mask`, and gives the last token's `logits` [batch, 1, vocabulary].
-    int64 inputs and outputs become int32. Whoever parses the graph sets `decomposable` on its attentions (see
-    `NativeAttention`). Raises TargetError, naming the node, for what the target cannot express.
+    A recurrent decoder takes one token a call. int64 inputs and outputs become int32. Whoever parses the graph sets
+    `decomposable` on its attentions (see `NativeAttention`). Raises TargetError, naming the node, for what the target cannot
+    express.
     """
     model = ir.load(bundle.graph_path(role))
     changes = lower_exactly(model, kind, target.gpu()[0], capacity=capacity)
@@ -89,7 +91,7 @@ def passes_for(model: ir.Model, kind: Kind, device: Device, *, capacity: int | N
     if kind == "decoder" and cached and (capacity is None or capacity < 1):
         raise TargetError("a decoder's cache has a static capacity in TensorRT: say for how many tokens.")
     scatter = cached and "TensorScatter" in native
-    steps: list[GraphPass] = [Cleanup(), GemmToMatMul(), DenseSelection()]
+    steps: list[GraphPass] = [Cleanup(), *([SingleStep()] if kind == "decoder" else []), GemmToMatMul(), DenseSelection()]
     if kind == "decoder":
         steps.append(RecomposeRotary())
         if cached and capacity is not None:
