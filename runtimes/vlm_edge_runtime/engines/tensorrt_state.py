@@ -1,7 +1,7 @@
 """The rows of a decoder on the GPU: `engines.base.DecoderState` over `tensorrt_step.DecoderSteps`.
 
 Tokens are chosen on the device, by captured steps that the C loop launches. What the sampling kernels do not know (the most
-likely tokens' log probabilities) goes to the host row by row: its logits are copied and the C sampler chooses; `StepCounts` tells.
+likely tokens' log probabilities) goes to the host row by row: its logits are copied, the C sampler chooses, `StepCounts` counts.
 """
 
 from __future__ import annotations

@@ -66,8 +66,7 @@ class HostRuntime:
         self.version_checks.append(built_with)
 
     def load(self, path: Path, device: Device, *, key: str, again: str) -> Program:
-        assert isinstance(device, HostDevice)
-        program = HostProgram(str(path), device, captures=self.captures)
+        program = HostProgram(str(path), device, captures=self.captures)  # type: ignore[arg-type]
         program.in_place = self.native
         if self.chunk is not None and "inputs_embeds" in program.tensors and program.tensors["inputs_embeds"].is_input:
             hidden = program.tensors["inputs_embeds"].shape[-1]
@@ -78,7 +77,7 @@ class HostRuntime:
 
 def toy_engine(
     folder: Path,
-    kernels: HostKernels,
+    kernels: HostKernels | None,
     toy: Toy,
     *,
     native: bool = True,
@@ -86,6 +85,7 @@ def toy_engine(
     options: EngineOptions | None = None,
     chunk: int | None = None,
     captures: bool = True,
+    device: Device | None = None,
 ) -> TensorRTEngine:
     """The engine for a toy's decoder, lowered as for TensorRT with a cache updated in place (`native`) or by ScatterND."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,8 @@ def toy_engine(
         builds={"toy": build},
     )
     bundle = Bundle(folder, manifest, build, portable | graphs)
-    return TensorRTEngine(bundle, HostDevice(kernels, folder), HostRuntime(native, chunk, captures), options)
+    runtime = HostRuntime(native, chunk, captures)
+    return TensorRTEngine(bundle, device or HostDevice(kernels, folder), runtime, options)
 
 
 def toy_bench(engine: TensorRTEngine, toy: Toy) -> Bench:
