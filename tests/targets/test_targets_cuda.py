@@ -7,8 +7,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import small_decoder
-from small_graphs import largest_difference, run
+from small_graphs import Sketch, largest_difference, run
 
+from vlm_edge.passes.cuda_kernels import CudaKernels
 from vlm_edge.passes.dtypes import inner_graphs
 from vlm_edge.passes.half_twin import half_twin
 from vlm_edge.targets.build import build
@@ -156,3 +157,24 @@ def test_trained_models(name, portable_bundle, tmp_path):
         for name, graph in (("typed", model), ("twin", half_twin(model))):
             ir.save(graph, tmp_path / f"{name}.onnx", external_data=f"{name}.data")
             assert check_decoder(bundle, tmp_path / f"{name}.onnx", samples).cosine > least, (precision, name)
+
+
+def test_whole_numbers_go_through_fp32():
+    """ArgMax of token ids, and a padded mask of block numbers: the CUDA provider has these kernels for floats only."""
+    sketch = Sketch()
+    ids = sketch.input("ids", ["batch", 4], ir.DataType.INT64)
+    ends = sketch.weight("ends", np.array([0, 2, 0, 1]))
+    seven = sketch.weight("seven", np.array(7))
+    padded = sketch.node("Pad", [ids, ends, seven], shape=["batch", "padded"], dtype=ir.DataType.INT64)
+    where = sketch.node("ArgMax", [padded], {"axis": 1, "keepdims": 0}, shape=["batch"], dtype=ir.DataType.INT64)
+    sketch.output("padded", padded)
+    sketch.output("where", where)
+    model = sketch.model()
+    given = {"ids": np.array([[3, 49407, 5, 1], [9, 2, 6, 4]])}
+    wanted = run(model, given)
+    assert CudaKernels().apply(model).counts == {"Pad through fp32": 1, "ArgMax through fp32": 1}
+    assert {str(value.dtype) for value in model.graph.outputs} == {"INT64"}
+    assert all(node.inputs[0].dtype == ir.DataType.FLOAT for node in model.graph if node.op_type in ("Pad", "ArgMax"))
+    found = run(model, given)
+    assert all(np.array_equal(found[name], wanted[name]) for name in ("padded", "where"))
+    assert not CudaKernels().apply(model)

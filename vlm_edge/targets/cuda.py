@@ -11,6 +11,7 @@ import onnx_ir as ir
 from vlm_edge.passes.base import Changes, GraphPass, run_passes
 from vlm_edge.passes.block_attention import BlockAttention
 from vlm_edge.passes.cleanup import Cleanup
+from vlm_edge.passes.cuda_kernels import CudaKernels
 from vlm_edge.passes.flatten import Unflatten
 from vlm_edge.passes.fuse_rotary import FuseRotaryEmbedding
 from vlm_edge.passes.fuse_skip_norm import FuseSkipNorm
@@ -130,7 +131,7 @@ def _structure(model: ir.Model, kind: Kind, precision: str, context_length: int,
         steps += [FuseRotaryEmbedding(context_length), PackQKV(), BlockAttention()]
     if kind == "decoder":
         steps.append(LastTokenLogits())
-    return [*steps, FuseSkipNorm(), Cleanup()]
+    return [*steps, FuseSkipNorm(), CudaKernels(), Cleanup()]
 
 
 class _Shared(LowerToGroupQueryAttention):
