@@ -16,7 +16,9 @@ _SEQUENCE = "sequence"
 
 
 class SingleStep(GraphPass):
-    """`Scan` over the tokens of a call → what it does for one token; `sequence` is 1 in the graph's signature from then on.
+    """`Scan` over the tokens of a call → what it does for one token; `sequence` is 1 in the graph's inputs from then on.
+
+    Outputs besides `logits` keep the dimension's name, by which callers know which values belong to a token.
 
     TensorRT compiles a Scan to a loop on the device, and a network with loops cannot be captured in a CUDA graph
     (`IExecutionContext::isStreamCapturable`, TensorRT-RTX 1.2). A recurrent decoder reads its prompt one token after another
@@ -33,11 +35,12 @@ class SingleStep(GraphPass):
         if len(found) > 1:
             raise TargetError(f"the decoder has {len(found)} Scan nodes; one loop over the tokens is known.")
         _inline(model.graph, found[0])
+        for value in model.graph.inputs:
+            _one(value)
         for node in model.graph.all_nodes():
             for value in node.outputs:
-                _one(value)
-        for value in (*model.graph.inputs, *model.graph.outputs):
-            _one(value)
+                if not value.is_graph_output() or value.name == "logits":
+                    _one(value)
         changes.add("loops over tokens")
         return changes
 
