@@ -25,6 +25,7 @@ import click
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,13 +106,17 @@ def train(
     minutes: float | None,
     report: Callable[[int, float, dict[str, float]], None],
     done_at: Callable[[int, Parts], bool] | None = None,
+    start: Path | None = None,
 ) -> tuple[Parts, int]:
     """The trained model with its processor, and the number of steps made.
 
-    `done_at(step, parts)` is asked after every step whether the student knows enough already.
+    `done_at(step, parts)` is asked after every step whether the student knows enough already. `start`: a checkpoint of this
+    student to go on from.
     """
     torch.manual_seed(seed)
     parts = student.build(seed)
+    if start is not None:
+        parts.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # tied weights are there once
     model: Any = parts.model.train()
     probes, lessons = Probes(WIDTH), Lessons(student, parts, seed)
     lessons.check(parts.processor)
@@ -226,9 +231,19 @@ def measure(folder: Path, name: str, count: int = 2000) -> tuple[dict[str, float
 @click.option("--steps", type=int, help="Training steps at most [the student's own]; the rate falls towards them.")
 @click.option("--until", type=float, help="Stop when this share of 300 held-out questions is right (asked every 200 steps).")
 @click.option("--minutes", type=float, help="Stop by the clock instead; quick to try, but not reproducible.")
+@click.option(
+    "--start", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint of NAME to go on from."
+)
 @click.option("--count", default=2000, show_default=True, help="Held-out questions to measure on.")
 def main(
-    name: str, out: Path | None, seed: int, steps: int | None, until: float | None, minutes: float | None, count: int
+    name: str,
+    out: Path | None,
+    seed: int,
+    steps: int | None,
+    until: float | None,
+    minutes: float | None,
+    start: Path | None,
+    count: int,
 ) -> None:
     """Train the student NAME, save it and measure it on held-out scenes."""
     torch.set_num_threads(1)
@@ -255,12 +270,16 @@ def main(
         return right >= until
 
     began, total = time.monotonic(), steps or student.steps
-    parts, made = train(student, seed, total, minutes, report, enough)
+    parts, made = train(student, seed, total, minutes, report, enough, start)
     _save(parts, folder)
     accuracy, wrong = measure(folder, name, count)
-    stopped = f" --until {until}" if until is not None else ""
+    command = f"python -m benchmarks.train.teach {name} --seed {seed} --steps {total}"
+    command += f" --until {until}" if until is not None else ""
+    if start is not None:
+        before = json.loads((start / "training.json").read_text())["command"]
+        command = f"{before} --out {start.name} && {command} --start {start.name}"
     record = {
-        "command": f"python -m benchmarks.train.teach {name} --seed {seed} --steps {total}{stopped}",
+        "command": command,
         "donor": student.donor,
         "accuracy": {key: round(value, 5) for key, value in accuracy.items()},
         "measured_with": "the checkpoint's own processor and greedy generate() on the saved float16 weights, computed in float32",
