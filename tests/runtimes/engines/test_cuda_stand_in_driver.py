@@ -1,4 +1,4 @@
-"""`CudaDevice` through the real cuda-bindings, on a stand-in for the driver's library (stand_in_libcuda.c), each in its own process."""
+"""`CudaDevice` through the real cuda-bindings, on a stand-in for the driver's library (stand_in_libcuda.c), in own processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def _environment(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("driver")
     HostKernels(folder)
     source = (HERE / "stand_in_libcuda.c").read_text(encoding="utf-8")
-    library = compile_shared(source, "cuda", folder, "-Wall", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-ldl", compiler="gcc")
+    options = ("-Wall", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1", "-ldl")
+    library = compile_shared(source, "cuda", folder, *options, compiler="gcc")
     library.rename(folder / "libcuda.so.1")
     found = {
         **os.environ,
