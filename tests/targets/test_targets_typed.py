@@ -38,7 +38,7 @@ VISION = {
     "nvfp4": 0.99,
 }
 """Least cosine of a trained vision encoder's output to the portable graph's, on a picture that was not calibrated on."""
-DECODER = {"fp16": 0.99999, "int8": 0.999, "int4": 0.98, "fp8w": 0.998, "nvfp4": 0.98}
+DECODER = {"fp16": 0.99999, "int8": 0.999, "int4": 0.98, "fp8": 0.998, "nvfp4": 0.98}
 """The same of the logits, over prefill and decode steps."""
 
 
@@ -125,7 +125,7 @@ def test_decoders_of_the_trained_models(name, word, target, portable_bundle, rtx
     bundle, chosen = open_bundle(portable_bundle(name)), load_target(target)
     if target != "rtx-50" and word in OLDEST:
         pytest.skip("Orin has no such number format")
-    words = {"decoder": word, "lm_head": "int8" if word == "int4" else "fp8w" if word == "nvfp4" else word}
+    words = {"decoder": word, "lm_head": "int8" if word == "int4" else "fp8" if word == "nvfp4" else word}
     model = lower(bundle, "decoder", "decoder", words, chosen, capacity=CAPACITY).model
     samples, reference, graph = Samples(bundle), session(bundle.graph_path("decoder")), twin_session(model)
     for rows, sequence, past, padding in STEPS:
@@ -191,7 +191,7 @@ def test_fp32_stays_as_it_is():
 
 @pytest.mark.parametrize("word", ["int8", "fp8"])
 def test_activations_without_anything_to_calibrate_on(word):
-    with pytest.raises(TargetError, match=f"name some pictures to calibrate on .* choose {word}w"):
+    with pytest.raises(TargetError, match=f"name some pictures to calibrate on, .* choose {word}w"):
         typed_block(word=word)
 
 

@@ -44,7 +44,7 @@ TENSORRT_WORDS: Words = {
 }
 """TensorRT: what is not quantised computes in fp16 or bf16, but for islands that stay fp32. `fp8` is of weights and activations,
 
-`fp8w` and `nvfp4` of weights alone.
+`fp8w` and `nvfp4` of weights alone; a decoder's and a head's `fp8` is of weights alone too.
 """
 BACKEND_WORDS: dict[str, Words] = {
     "ort-cpu": CPU_WORDS,
@@ -202,5 +202,8 @@ def _default(defaults: Mapping[str, str], role: str, kind: Kind) -> str:
 
 
 def stored_as(kind: Kind, word: str) -> str:
-    """A precision word as the manifest names it: a decoder's `int8` is `int8w` there, for its activations stay fp32."""
-    return "int8w" if word == "int8" and kind in ("decoder", "head") else word
+    """A precision word as the manifest names it: a decoder's `int8` is `int8w` there (and `fp8` `fp8w`): its activations are not
+
+    quantised.
+    """
+    return f"{word}w" if word in ("int8", "fp8") and kind in ("decoder", "head") else word

@@ -119,8 +119,8 @@ def _thresholds(model: ir.Model, word: str, options: Options, calibration: Input
     """The magnitude of the largest code of each activation. Raises TargetError without inputs to look at."""
     if calibration is None:
         raise TargetError(
-            f"{word} needs to see what the graph is given: name some pictures to calibrate on (calibration=…), or choose {word}w "
-            "(weights only) or fp16."
+            f"{word} needs to see what a graph is given: name some pictures to calibrate on, or, for a graph that no picture "
+            f"passes through, choose {word}w (weights only) or fp16."
         )
     histograms = activation_histograms(model, activations_to_calibrate(model.graph), calibration())
     # fp8 has a wide range and few digits: clipping costs more than it gains.
