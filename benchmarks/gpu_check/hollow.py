@@ -1,6 +1,6 @@
 """Graphs that travel without their large weights, which are filled with random numbers of the same spread on arrival.
 
-`strip` leaves a graph with tensors of up to 64 KiB inside it (norms, biases, tables: as they were) and a list of what the
+`strip` leaves a graph with tensors below 8 KiB inside it (norms, biases, tables: as they were) and a list of what the
 others looked like; `fill` writes them again. Speed does not depend on the values; they only must stay finite.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-LARGE = 64 << 10
+LARGE = 8 << 10
 """Bytes from which on a tensor is left behind."""
 SUFFIX = ".hollow.json"
 _ALIGNMENT = 4096
@@ -57,7 +57,13 @@ def strip(model: ir.Model, folder: Path, name: str) -> int:
             spreads[id(tensor)] = _spread(tensor)
         left.append(Left(at, tensor.nbytes, _stored(tensor), *spreads[id(tensor)]))
         value.const_value = ir.ExternalTensor(
-            f"{name}.data", at, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=str(value.name), base_dir=folder
+            f"{name}.data",
+            at,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.numpy().shape),
+            name=str(value.name),
+            base_dir=folder,
         )
         at += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     folder.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,12 @@ def make_shape(name: str, folder: Path, builds: dict[str, str | None] | None = N
         for label, precision in (BUILDS if builds is None else builds).items():
             build(bundle, "cuda-desktop", precision=precision, name=label)
         hollow_bundle(bundle, folder / f"{name}.vlm", shape)
+    describe(name, special, folder)
+
+
+def describe(name: str, special: dict[str, int], folder: Path) -> None:
+    """Writes NAME.json: the ids of special tokens, which the peers need, and the shape's figures."""
+    shape = SHAPES[name]
     known = {"shape": name, "special": special, "decoder_parameters": shape.decoder_parameters}
     known |= {"kv_bytes_per_token": shape.kv_bytes_per_token, "image_tokens": shape.image_tokens, "source": shape.source}
     (folder / f"{name}.json").write_text(json.dumps(known, indent=2) + "\n")
