@@ -56,6 +56,11 @@ class DeviceRows:
         return [int(length) for length in self._table["length"]]
 
     @property
+    def held_entries(self) -> int:
+        """Cache entries that each row takes memory for, used or not."""
+        return self._steps.cache.bucket * self._steps.cache.sides
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the cache, all of them on the device from the beginning."""
         return self._steps.nbytes

@@ -83,8 +83,12 @@ class Slots:
         self.bound_bytes[row] = prompt.bound_bytes
 
     def touch(self) -> None:
-        """Notes how far each row has been written: that memory stays taken until the cache is closed."""
-        self.touched = [max(pair) for pair in zip(self.touched, self.state.lengths, strict=True)]
+        """Notes how far each row has been written: that memory stays taken until the cache is closed.
+
+        A GPU's cache takes all of it from the beginning (`held_entries` of its state).
+        """
+        held = getattr(self.state, "held_entries", 0)
+        self.touched = [max(*pair, held) for pair in zip(self.touched, self.state.lengths, strict=True)]
 
 
 Source = tuple[Slots | None, int, int]

@@ -27,7 +27,7 @@ from .conversation import Conversation
 from .forced import logits_along
 from .image_tokens import GeneratedImage, ImageKeywords, image_prompt, write_image
 from .inputs import Given, as_given, as_list, as_rows
-from .kv_plan import KVPlan
+from .kv_plan import KVPlan, cache_sizes
 from .media import Medium
 from .parts import assemble
 from .prepared import PreparedInput, PreparedPrompt
@@ -67,9 +67,12 @@ class VisionLanguageModel(Session):
         contract = bundle.manifest.contract
         if not isinstance(contract, GenerativeContract) or bundle.kv is None:
             raise BundleError(f"{bundle.path} is of family {bundle.manifest.family}: it does not generate text.")
-        limit = context_length if context_length is not None else contract.context_length
-        if not 2 <= limit <= contract.context_length:
-            raise OptionError(f"context_length={limit} is out of range: this model's is 2 … {contract.context_length}.")
+        sizes = cache_sizes(bundle.build)
+        most = min(contract.context_length, *sizes[-1:]) if sizes else contract.context_length
+        limit = context_length if context_length is not None else most
+        if not 2 <= limit <= most:
+            whose = "this model's" if most == contract.context_length else f"what build '{bundle.build_name}' has an engine for"
+            raise OptionError(f"context_length={limit} is out of range: {whose} is 2 … {most}.")
         if image_options and contract.modality("image") is None:
             raise OptionError(f"image_options={dict(image_options)!r}: {bundle.path} takes no images.")
         self._parts = assemble(
@@ -77,7 +80,7 @@ class VisionLanguageModel(Session):
             engine,
             contract,
             lambda: self._image_processor(image_options),
-            plan=KVPlan.make(bundle.kv, limit),
+            plan=KVPlan.make(bundle.kv, limit, getattr(engine, "kv_budget", None), sizes),
             image_cache_bytes=image_cache_bytes,
             prefix_cache_bytes=prefix_cache_bytes if prefix_cache else None,
         )

@@ -145,7 +145,8 @@ def test_every_name_that_the_seam_uses_is_one_of_tensorrt_rtx() -> None:
     module = pytest.importorskip("tensorrt_rtx")
     names = {
         module.ICudaEngine: "num_io_tensors get_tensor_name get_tensor_dtype get_tensor_shape get_tensor_mode "
-        "num_optimization_profiles get_tensor_profile_shape device_memory_size_v2 get_aliased_input_tensor create_runtime_config create_execution_context",
+        "num_optimization_profiles get_tensor_profile_shape device_memory_size_v2 get_aliased_input_tensor "
+        "create_runtime_config create_execution_context",
         module.IExecutionContext: "set_device_memory set_optimization_profile_async set_input_shape set_tensor_address "
         "get_tensor_shape execute_async_v3 is_stream_capturable",
         module.IRuntimeConfig: "set_execution_context_allocation_strategy dynamic_shapes_kernel_specialization_strategy "
