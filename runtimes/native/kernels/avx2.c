@@ -22,6 +22,7 @@ typedef int32_t vi __attribute__((vector_size(32)));
 #define v_fma(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define v_bits(v) ((vi)(v))
 #define v_floats(v) ((vf)(v))
+#define v_power(n) v_floats(((n) + 127) << 23)
 #define v_less(a, b) ((vi)_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_LT_OQ))
 #define v_choose(mask, a, b) ((vf)_mm256_blendv_ps((__m256)(b), (__m256)(a), (__m256)(mask)))
 

@@ -24,6 +24,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 #define v_highest(v) _mm512_reduce_max_ps((__m512)(v))
 #define v_bits(v) ((vi)(v))
 #define v_floats(v) ((vf)(v))
+#define v_power(n) v_floats(((n) + 127) << 23)
 #define v_less(a, b) ((vi)_mm512_movm_epi32(_mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_LT_OQ)))
 #define v_choose(mask, a, b) ((vf)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)(mask)), (__m512)(b), (__m512)(a)))
 

@@ -29,6 +29,7 @@ typedef int32x4_t vi;
 #define v_sums(v) vpaddq_f32(vpaddq_f32((v)[0], (v)[1]), vpaddq_f32((v)[2], (v)[3]))
 #define v_bits(v) vreinterpretq_s32_f32(v)
 #define v_floats(v) vreinterpretq_f32_s32(v)
+#define v_power(n) v_floats(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))
 #define v_less(a, b) vreinterpretq_s32_u32(vcltq_f32(a, b))
 #define v_choose(mask, a, b) vbslq_f32(vreinterpretq_u32_s32(mask), a, b)
 

@@ -71,6 +71,9 @@ static inline vf v_floats(int32_t bits) {
     return value;
 }
 
+/* Unsigned: of NaN, `n` is anything. */
+#define v_power(n) v_floats((int32_t)((uint32_t)((n) + 127) << 23))
+
 #include "float_kernels.inc"
 
 static void quantize(const float *x, size_t n, const QuantRows *out, size_t row) {

@@ -206,7 +206,9 @@ class Compiler:
             out, kind = found.nodes[0].outputs[0], found.kind
             self.done.update(found.nodes)
         ref = self.made.floats(one.width)
-        self.made.add(Kind.MATMUL, one.width, rows.last, [self._operand(rows, one)], [ref], [one.weight(), one.bias_weight()], [int(kind)])
+        self.made.add(
+            Kind.MATMUL, one.width, rows.last, [self._operand(rows, one)], [ref], [one.weight(), one.bias_weight()], [int(kind)]
+        )
         self.made.define(out, ref, one.width, rows.last)
 
     def _activated(self, value: ir.Value, users: list[ir.Node]) -> ir.Value | None:
@@ -268,7 +270,9 @@ class Compiler:
         codes = self._codes_ref(node.outputs[0], ref, width)
         weights = [self._vector(node.inputs[2], width), self._vector(beta, width), self._vector(bias, width)]
         reals = [attribute_float(node, "epsilon", 1e-12)]
-        self.made.add(Kind.NORM, width, left.last, [left.ref, right.ref], [ref, total, codes], weights, [int(not simplified), 1], reals)
+        self.made.add(
+            Kind.NORM, width, left.last, [left.ref, right.ref], [ref, total, codes], weights, [int(not simplified), 1], reals
+        )
         self.made.define(node.outputs[0], ref, width, left.last)
         if len(node.outputs) > 3:
             self.made.define(node.outputs[3], total, width, left.last)
@@ -461,7 +465,13 @@ class Compiler:
         given = inputs[9] is not None
         if given and inputs[9] is not self.inputs.get("position_ids"):
             raise NotExpressible("rotary positions that are not position_ids")
-        return query, key, value, [2 * cosine.width, attribute_int(node, "rotary_interleaved", 0), 1 if given else 2], (cosine, sine)
+        return (
+            query,
+            key,
+            value,
+            [2 * cosine.width, attribute_int(node, "rotary_interleaved", 0), 1 if given else 2],
+            (cosine, sine),
+        )
 
     def _table(self, value: ir.Value | None) -> Weight:
         tensor = value.const_value if value is not None and is_weight(value) else None
@@ -476,7 +486,12 @@ class Compiler:
     ) -> tuple[Rows, Rows, Rows, list[int], Ref | tuple[Weight, Weight] | None]:
         cosine, sine = query.inputs[1:3]
         interleaved = attribute_int(query, "interleaved", 0)
-        if cosine is None or sine is None or list(key.inputs[1:3]) != [cosine, sine] or interleaved != attribute_int(key, "interleaved", 0):
+        if (
+            cosine is None
+            or sine is None
+            or list(key.inputs[1:3]) != [cosine, sine]
+            or interleaved != attribute_int(key, "interleaved", 0)
+        ):
             raise NotExpressible("queries and keys that turn by different angles")
         if len(query.inputs) > 3:
             stored = self._table(cosine), self._table(sine)

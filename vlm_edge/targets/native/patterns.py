@@ -115,7 +115,10 @@ def gated(node: ir.Node) -> Gated | None:
             continue
         inner = set(found.nodes)
         closed = all(
-            use in inner or use is node for one in found.nodes for out in one.outputs for use in (usage.node for usage in out.uses())
+            use in inner or use is node
+            for one in found.nodes
+            for out in one.outputs
+            for use in (usage.node for usage in out.uses())
         )
         if closed and all(usage.node in inner for usage in found.source.uses()) and only_consumer(right) is node:
             return Gated(found.kind, found.source, right, (node, *found.nodes))

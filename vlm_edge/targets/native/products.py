@@ -104,7 +104,9 @@ def product(node: ir.Node | None) -> Product | None:
 def stacked(products: Sequence[Product]) -> Product | None:
     """Products of one source as one, where their weights are alike."""
     first = products[0]
-    if any((one.source, one.depth, one.bits, one.block) != (first.source, first.depth, first.bits, first.block) for one in products):
+    if any(
+        (one.source, one.depth, one.bits, one.block) != (first.source, first.depth, first.bits, first.block) for one in products
+    ):
         return None
     return replace(
         first,
