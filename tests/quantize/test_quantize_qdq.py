@@ -231,6 +231,17 @@ def test_what_cannot_be_quantised_is_noted():
         nvfp4_scales(np.full((16, 4), np.inf, np.float32))
 
 
+def test_narrow_matrices_stay():
+    """A gate with one output: TensorRT refuses blocks with a single scale."""
+    for graph_pass in (BlockwiseDQ(4), LinearQDQ(INT8, None), Nvfp4Weights()):
+        sketch = Sketch()
+        gate = sketch.node(
+            "MatMul", [sketch.input("x", ["b", "s", 128]), sketch.weight("gate", FIRST[:, :1])], shape=["b", "s", 1]
+        )
+        sketch.output("y", gate)
+        assert not graph_pass.apply(sketch.model())
+
+
 def test_misuse():
     with pytest.raises(ValueError, match="block_size must be one of"):
         BlockwiseDQ(4, block_size=16)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlm_edge.passes.base import Changes, GraphPass
-from vlm_edge.passes.graph import add_initializer, insert, is_weight, like, producer, rank, typed
+from vlm_edge.passes.graph import add_initializer, fixed_dim, insert, is_weight, like, producer, rank, typed
 from vlm_edge.passes.islands import PRECISION
 
 from .qdq_formats import FP8, INT8, NumberFormat, store_per_channel, stored_scales
@@ -18,6 +18,7 @@ from .weight_only import logits_product
 
 _AXES = {"MatMul": 1, "Conv": 0}
 """The axis of output channels of each operator's weight."""
+_SMALLEST = 8
 
 
 class LinearQDQ(GraphPass):
@@ -120,14 +121,19 @@ def _in_fp32(conv: ir.Node) -> None:
 
 
 def linear_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
-    """(node, its stored fp32 weight) of all MatMul and Conv nodes with one, in graph order."""
+    """(node, its stored fp32 weight) of all MatMul and Conv nodes with one, in graph order.
+
+    A matrix of fewer than 8 rows or columns is left out: nothing is gained, and TensorRT refuses one scale where blocks have many.
+    """
     for node in graph:
         if node.domain or node.op_type not in _AXES or len(node.inputs) < 2:
             continue
         source, weight = node.inputs[:2]
         if source is None or weight is None or not is_weight(weight) or is_weight(source) or weight.dtype != ir.DataType.FLOAT:
             continue
-        if node.op_type == "Conv" or rank(weight) == 2:
+        if node.op_type == "Conv" or (
+            rank(weight) == 2 and min(fixed_dim(weight, 0) or 0, fixed_dim(weight, 1) or 0) >= _SMALLEST
+        ):
             yield node, weight
 
 
