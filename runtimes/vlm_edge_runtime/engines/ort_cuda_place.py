@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import io
+import importlib
+import sys
 import threading
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,6 +20,8 @@ from .ort_library import check_version
 
 WHEEL = "onnxruntime-gpu"
 _SWAP = f"pip uninstall onnxruntime {WHEEL}, then pip install {WHEEL}"
+_CUDA_LIBRARIES = ("cudart", "nvJitLink", "nvrtc", "cublasLt", "cublas", "curand", "cufft")
+"""What the provider and cuDNN are linked with."""
 _RECORD, _NO_FALLBACK = "session.record_ep_graph_assignment_info", "session.disable_cpu_ep_fallback"
 _SHAPE_ARITHMETIC = frozenset(
     {
@@ -104,7 +107,8 @@ class Place:
             options.add_session_config_entry(_NO_FALLBACK, "1")
         try:
             with self.lock:
-                session = onnxruntime.InferenceSession(model, options, providers=[(self.provider, self.options | extra)])
+                providers = [(self.provider, self.options | extra)]
+                session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime raises bare Exceptions of its own
             raise DeviceError(f"graph '{role}' cannot be loaded by {self.provider}: {_one_line(error)}") from error
         if self.provider not in session.get_providers():
@@ -231,12 +235,19 @@ def check_placement(role: str, provider: str, placed: list[tuple[str, str, str]]
 
 
 def _preload() -> None:
-    """CUDA's and cuDNN's libraries from NVIDIA's wheels, where they are installed as such. What is missing shows later."""
-    import onnxruntime
+    """Loads CUDA's and cuDNN's libraries from NVIDIA's wheels, wherever on Python's path those are: the provider asks for them
 
-    if hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot find
-            onnxruntime.preload_dlls()
+    by name. ONNX Runtime's own `preload_dlls` looks beside itself only. What is missing shows later.
+    """
+    with contextlib.suppress(ImportError):
+        load = importlib.import_module("cuda.pathfinder").load_nvidia_dynamic_lib
+        for name in _CUDA_LIBRARIES:
+            with contextlib.suppress(Exception):  # of several classes: not found, unknown name, no such platform
+                load(name)
+    for folder in sys.path:
+        for library in sorted(Path(folder or ".").glob("nvidia/cudnn/lib/libcudnn.so.*")):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _installed(name: str) -> bool:
