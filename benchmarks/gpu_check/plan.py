@@ -15,7 +15,7 @@ Facts = dict[str, Any]
 
 RTX = {86: "rtx-30", 89: "rtx-40", 120: "rtx-50"}
 """Targets of TensorRT-RTX by compute capability."""
-FULL = {80: "h100-h200", 90: "h100-h200"}
+FULL = {90: "h100-h200"}
 """Targets of the full TensorRT that are built for this machine's compute capability."""
 PROMPT, ANSWER, RUNS = 1024, 128, 5
 
