@@ -123,7 +123,7 @@ def _in_fp32(conv: ir.Node) -> None:
 def linear_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
     """(node, its stored fp32 weight) of all MatMul and Conv nodes with one, in graph order.
 
-    A matrix of fewer than 8 rows or columns is left out: nothing is gained, and TensorRT refuses one scale where blocks have many.
+    A matrix of fewer than 8 rows or columns is left out: nothing is gained, and TensorRT refuses a single scale for blocks.
     """
     for node in graph:
         if node.domain or node.op_type not in _AXES or len(node.inputs) < 2:
