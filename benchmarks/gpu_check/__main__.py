@@ -1,151 +1,50 @@
-"""`python -m benchmarks.gpu_check`: the whole check, within a time budget."""
+"""`python -m benchmarks.gpu_check`: sets up the environment with the standard library alone, and goes on in it.
+
+What the check itself imports may only exist among the wheels that were carried along.
+"""
 
 from __future__ import annotations
 
-import datetime
+import argparse
 import json
 import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import click
 
 from .environment import ROOT, EnvironmentFault, prepare
-from .plan import Facts, Step, chosen, on_this_machine, plan
-from .report import save
-from .work import MARK
 
-OUT = ROOT / "out" / "gpu_check"
-RESULTS = ROOT / "benchmarks" / "results" / "gpu"
-Row = dict[str, Any]
+WORK = ROOT / "out" / "gpu_check" / "work"
 
 
-@click.command()
-@click.option("--wheels", type=click.Path(exists=True, file_okay=False, path_type=Path), help="What pack.py made, carried here.")
-@click.option("--kit", type=click.Path(path_type=Path), default=OUT / "kit", show_default=True, help="Bundles that pack.py made.")
-@click.option("--minutes", type=click.FloatRange(min=0.1), default=8.0, show_default=True, help="Time for everything together.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the findings [default: benchmarks/results/gpu].")
-@click.option("--only", multiple=True, help="Steps by name, with * (repeatable); what they need is done too.")
-@click.option("--cpu", is_flag=True, help="The same flow on the CPU provider, with a tiny model: proves the script, not a GPU.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and do nothing.")
-@click.option("--work", type=click.Path(path_type=Path), default=OUT / "work", show_default=True, help="Scratch folder.")
-def main(
-    wheels: Path | None, kit: Path, minutes: float, out: Path | None, only: tuple[str, ...], cpu: bool, dry_run: bool, work: Path
-) -> None:
-    """Parity and speed of every engine kind that this machine's GPU supports, into JSON and Markdown."""
-    began = time.monotonic()
-    out = out or (OUT / "cpu" if cpu else RESULTS)
-    trained = [path.stem for path in sorted((kit / "trained").glob("*.vlm"))] or None
-    steps = chosen(plan(kit, work, cpu=cpu, trained=trained), only)
-    if dry_run:
-        show(steps, minutes)
-        return
-    if not (kit / "trained").is_dir():
-        raise click.UsageError(f"{kit} has no bundles: make it with `python -m benchmarks.gpu_check.pack`, and carry it here.")
-    shutil.rmtree(work, ignore_errors=True)
-    for part in ("trained", "shapes"):
-        shutil.copytree(kit / part, work / part, dirs_exist_ok=True)
-    rows: list[Row] = []
+def main(arguments: list[str]) -> None:
+    """Prepares, then runs `command.main` here or in the environment that was made."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--wheels", type=Path)
+    parser.add_argument("--work", type=Path, default=WORK)
+    known, _ = parser.parse_known_args(arguments)
+    if {"--dry-run", "--help"} & set(arguments):
+        go_on(arguments)
+    began, fault, python, installed = time.time(), "", sys.executable, list[str]()
     try:
-        python, installed = prepare(wheels, work)
-        rows.append(_row("environment", "environment", "ok", time.monotonic() - began, message=", ".join(installed)))
-    except EnvironmentFault as fault:
-        rows.append(_row("environment", "environment", "failed", time.monotonic() - began, message=str(fault)))
-        python = sys.executable
-    _say(rows[-1])
-    document = {
-        "mode": "cpu" if cpu else "gpu",
-        "command": f"python -m benchmarks.gpu_check {' '.join(sys.argv[1:])}".strip(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
-        "minutes": minutes,
-        "steps": rows,
-    }
-    facts: Facts = {}
-    name = "cpu" if cpu else "gpu"
-    for step in steps:
-        row = take(step, rows, facts, python, began + 60 * minutes - time.monotonic())
-        rows.append(row)
-        _say(row)
-        if step.name == "machine" and row.get("result"):
-            facts = row["result"]
-            name = re.sub(r"[^a-z0-9]+", "-", str(facts["gpu"]).lower()).strip("-")
-        save(out, name, document, kit, work)  # after every step: a run that is cut off has said what it knows
-    click.echo(f"{out / name}.json and .md")
-    if not any(row["state"] == "ok" for row in rows[1:]):
-        raise SystemExit("no step succeeded")
+        python, installed = prepare(known.wheels, known.work / "environment")
+    except EnvironmentFault as error:
+        fault = str(error)
+        print(f"environment: {fault}", file=sys.stderr)
+    prepared = json.dumps({"began": began, "seconds": time.time() - began, "installed": installed, "fault": fault})
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "runtimes"), os.environ.get("PYTHONPATH", "")])
+    arguments = [*arguments, "--prepared", prepared]
+    if python != sys.executable:
+        os.execv(python, [python, "-m", "benchmarks.gpu_check.command", *arguments])
+    go_on(arguments)
 
 
-def take(step: Step, rows: Sequence[Row], facts: Facts, python: str, left_s: float) -> Row:
-    """Runs one step, or says why not."""
-    done = {row["name"]: row["state"] for row in rows}
-    if reason := step.without(facts):
-        return _row(step.name, step.work, "left out", 0, message=reason)
-    for needed in step.needs:
-        if done.get(needed) != "ok":
-            return _row(step.name, step.work, "left out", 0, message=f"'{needed}' did not succeed")
-    if left_s < step.least_s:
-        return _row(step.name, step.work, "left out", 0, message=f"the time is used up ({max(left_s, 0):.0f} s left)")
-    limit = min(step.limit_s, left_s)
-    return run(step, on_this_machine(step, facts), python, limit)
+def go_on(arguments: list[str]) -> None:
+    """The rest, in this process. Does not return."""
+    from .command import main as command
 
-
-def run(step: Step, options: dict[str, Any], python: str, limit_s: float) -> Row:
-    """One step in a process group of its own, which is ended when it runs past its limit."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **step.environment}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "runtimes"), os.environ.get("PYTHONPATH", "")])
-    command = [python, "-m", "benchmarks.gpu_check.work", step.work, json.dumps(options)]
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, start_new_session=True
-    )
-    try:
-        said, complained = process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        _, complained = process.communicate()
-        message = f"ran past its limit of {limit_s:.0f} s: {_last_words(complained)}"
-        return _row(step.name, step.work, "failed", time.monotonic() - began, message=message)
-    seconds = time.monotonic() - began
-    lines = [line for line in said.splitlines() if line.startswith(MARK)]
-    if process.returncode != 0 or not lines:
-        message = _last_words(complained or said) or f"ended with {process.returncode}"
-        return _row(step.name, step.work, "failed", seconds, message=message)
-    return _row(step.name, step.work, "ok", seconds, result=json.loads(lines[-1].removeprefix(MARK)))
-
-
-def show(steps: Sequence[Step], minutes: float) -> None:
-    """The plan as a table."""
-    for step in steps:
-        click.echo(f"{step.limit_s:5.0f} s  {step.name}: {step.about}")
-    whole = sum(step.limit_s for step in steps)
-    click.echo(f"{whole:5.0f} s  if every step took all it may; what {minutes:g} minutes do not hold is left out")
-
-
-def _row(name: str, work: str, state: str, seconds: float, **more: Any) -> Row:
-    return {"name": name, "work": work, "state": state, "seconds": round(seconds, 2), **more}
-
-
-def _say(row: Row) -> None:
-    found = row.get("message") or json.dumps(row.get("result", ""))
-    click.echo(f"{row['seconds']:6.1f} s  {row['state']:8}  {row['name']}  {found[:200]}")
-
-
-def _last_words(text: str) -> str:
-    return " ".join(text.split())[-600:]
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or "unknown (no git here)"
+    command(arguments, prog_name="python -m benchmarks.gpu_check")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

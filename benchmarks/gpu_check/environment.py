@@ -86,6 +86,7 @@ def prepare(wheels: Path | None, work: Path) -> tuple[str, list[str]]:
         venv = work / "venv"
         _run([sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", str(venv)], "make an environment")
         python = str(venv / "bin" / "python")
+        _see_packages_of_this(venv)
         chosen = [wheel for wheel in join(wheels, work / "wheels") if _wanted(wheel, python)]
         if chosen:
             command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps"]
@@ -98,6 +99,13 @@ def prepare(wheels: Path | None, work: Path) -> tuple[str, list[str]]:
         _run([python, "setup.py", "--quiet", "build_ext", "--inplace"], "build the C extension")
         installed.append("vlm_edge_runtime._native (built here)")
     return python, installed
+
+
+def _see_packages_of_this(venv: Path) -> None:
+    """This interpreter may itself stand in an environment, whose packages `--system-site-packages` does not show."""
+    (own,) = (venv / "lib").glob("python*/site-packages")
+    folders = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    (own / "packages_of_the_machine.pth").write_text("".join(f"{folder}\n" for folder in folders))
 
 
 def _wanted(wheel: Path, python: str) -> bool:

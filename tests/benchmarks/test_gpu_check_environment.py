@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.gpu_check.__main__ import main, run, take
+from benchmarks.gpu_check.command import main, run, take
 from benchmarks.gpu_check.environment import SUMS, EnvironmentFault, join, prepare
 from benchmarks.gpu_check.pack import cut
 from benchmarks.gpu_check.plan import Step, chosen, on_this_machine, plan
 from benchmarks.gpu_check.report import markdown
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _wheel(folder: Path, name: str, version: str = "1.0", filler: int = 0) -> Path:
@@ -80,7 +82,23 @@ def test_wheels_go_into_an_environment_of_their_own(carried, tmp_path) -> None:
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1.0", str(tmp_path / "work" / "venv")]
     assert subprocess.run([sys.executable, "-c", "import vlm_edge_small"], capture_output=True).returncode != 0
+    assert subprocess.run([python, "-c", "import numpy, vlm_edge_small"]).returncode == 0  # what is here is seen there
     assert prepare(None, tmp_path / "other") == (sys.executable, [])
+
+
+def test_the_first_process_needs_nothing_but_the_standard_library(tmp_path) -> None:
+    """On the machine with the GPU, click and msgspec may exist among the wheels alone."""
+    code = "import sys, benchmarks.gpu_check.__main__; print({'click', 'msgspec', 'numpy', 'onnx_ir'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
+def test_it_goes_on_in_the_environment_of_the_wheels(carried, tmp_path) -> None:
+    arguments = ["--wheels", carried, "--work", tmp_path / "work", "--kit", tmp_path / "no-kit", "--cpu"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "gpu_check.pack" in done.stderr  # said by click, in the new environment
+    assert (tmp_path / "work" / "environment" / "venv" / "bin" / "python").exists()
 
 
 def test_the_plan_fits_its_patterns_and_machines(tmp_path) -> None:
@@ -159,6 +177,6 @@ def test_percentages_follow_from_made_up_numbers() -> None:
 
 
 def test_the_results_folder_says_what_there_is() -> None:
-    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "gpu"
+    folder = ROOT / "benchmarks" / "results" / "gpu"
     figures = list(folder.glob("*.json"))
     assert figures or "There are none yet." in (folder / "README.md").read_text()
