@@ -273,7 +273,10 @@ class DecoderSteps:
 
     @property
     def can_capture(self) -> bool:
-        """Whether steps of the present shapes may run as captured graphs: each side ran once, and TensorRT allows it."""
+        """Whether steps of the present shapes run as captured graphs: each side ran once, and TensorRT and CUDA allow it.
+
+        Where they do not, steps are queued one by one, and `StepCounts` says why.
+        """
         decode = self._now
         if len(decode.warm) < self.cache.sides or self.counts.not_captured_because:
             return False
@@ -281,7 +284,11 @@ class DecoderSteps:
             if not bound.context.capturable(self.device.stream):
                 self.counts.not_captured_because = f"the engine of graph '{role}' cannot be captured"
                 return False
-        return True
+        try:
+            self._graphs()
+        except DeviceError as error:
+            self.counts.not_captured_because = str(error)
+        return not self.counts.not_captured_because
 
     def kept_output(self, name: str, row: int) -> Array:
         """A row's share of a further output of the last step that it ran in, without batch; sizes are the step's."""

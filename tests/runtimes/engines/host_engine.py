@@ -98,7 +98,7 @@ def toy_engine(
     for capacity in capacities:
         name = f"decoder.c{capacity}" if capacity else "decoder"
         graphs[name] = _lowered(folder, name, toy.portable_model(), "decoder", native, capacity)
-    engines = [_engine(name, entry) for name, entry in graphs.items()]
+    engines = [engine_entry(name, entry) for name, entry in graphs.items()]
     kv = KVLayout(layers=toy.layers if toy.cached else 0, kv_heads=toy.kv_heads, head_dim=toy.size)
     contract = GenerativeContract(
         family="projector",
@@ -150,10 +150,14 @@ def _lowered(folder: Path, name: str, model: bytes, kind: str, native: bool, cap
 
 
 def _entry(folder: Path, name: str, graph: ir.Model, *, save: bool = False) -> GraphEntry:
-    file = f"{name}.onnx" if save else f"p.{name}.onnx"
-    ir.save(graph, folder / file)
+    return graph_entry(folder, f"{name}.onnx" if save else f"p.{name}.onnx", name.split(".")[0], graph)
+
+
+def graph_entry(folder: Path, file: str, role: str, graph: ir.Model) -> GraphEntry:
+    """Saves a graph in a bundle's folder; its manifest entry."""
+    ir.save(ir.external_data.load_to_model(graph), folder / file)
     return GraphEntry(
-        role=name.split(".")[0],
+        role=role,
         model=_ref(folder, file),
         inputs=[_spec(value) for value in graph.graph.inputs],
         outputs=[_spec(value) for value in graph.graph.outputs],
@@ -166,7 +170,8 @@ def _spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(name=str(value.name), dtype=np.dtype(value.dtype.numpy()).name, shape=shape)
 
 
-def _engine(name: str, entry: GraphEntry) -> EngineEntry:
+def engine_entry(name: str, entry: GraphEntry) -> EngineEntry:
+    """An "engine" that is the graph's ONNX file itself; `decoder.c64` is the decoder's with 64 cache entries."""
     capacity = int(name.partition(".c")[2]) if ".c" in name else None
     return EngineEntry(
         role=entry.role,

@@ -100,6 +100,21 @@ def test_where_nothing_can_be_captured_steps_are_queued_and_that_is_said(make) -
     assert counts.not_captured_because == "the engine of graph 'embed_tokens' cannot be captured"
 
 
+def test_a_capture_that_fails_costs_speed_and_is_said(make) -> None:
+    engine = make(Toy())
+    bench, device = toy_bench(engine, Toy()), device_of(engine)
+    state = bench.filled()
+
+    def refuse() -> int:
+        device.captured = None
+        raise DeviceError("cuStreamEndCapture failed: CUDA_ERROR_STREAM_CAPTURE_INVALIDATED.")
+
+    device.end_capture = refuse  # type: ignore[method-assign]
+    assert [row.tokens for row in state.decode(8)] == [bench.expected(row, 8) for row in range(3)]
+    assert engine.step_counts.captured == 0
+    assert engine.step_counts.not_captured_because.startswith("cuStreamEndCapture failed")
+
+
 def test_shapes_that_change_are_captured_anew(make) -> None:
     toy = TOYS["cross-attention"]
     engine = make(toy)

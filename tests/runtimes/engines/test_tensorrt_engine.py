@@ -111,7 +111,7 @@ def test_builds_without_engines(engine, kernels, tmp_path) -> None:
 
 
 def test_a_gpu_build_never_opens_on_the_cpu(engine) -> None:
-    with pytest.raises(DeviceError, match="build 'toy' of .* runs on device 'tensorrt', 'cpu' was asked for"):
+    with pytest.raises(DeviceError, match=r"build 'toy' of .* runs on device 'tensorrt', 'cpu' was asked for"):
         open_engine(engine.bundle, "cpu")
     run = [
         sys.executable,
