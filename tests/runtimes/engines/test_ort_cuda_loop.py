@@ -54,6 +54,11 @@ class CountingMemory(HostMemory):
         return len(self._blocks)
 
 
+def _captured_place() -> Place:
+    """A place that asks for CUDA graphs, which the CPU provider overlooks: every length is then said to be the capacity."""
+    return Place("CPUExecutionProvider", HostMemory(), cuda_graphs=True)
+
+
 def _engine(folder: Path, toy: Toy, memory: HostMemory | None = None, options: EngineOptions = OPTIONS) -> OrtCudaEngine:
     place = Place("CPUExecutionProvider", memory) if memory else host_place()
     return OrtCudaEngine(toy_bundle(folder, toy, "lowered"), options, _place=place)
@@ -94,6 +99,25 @@ def test_tokens_of_the_native_loop_on_the_cpu_provider(tmp_path, toy) -> None:
         texts = [_generate(engine.decoder(), params, axes=axes) for engine in engines]
         assert texts[0] == texts[1]
         assert len(set(map(tuple, texts[0]))) == 3  # rows differ, so a mixed-up row would show
+
+
+def test_steps_of_constant_length_give_the_same_tokens_on_the_cpu_provider(tmp_path) -> None:
+    bundle = toy_bundle(tmp_path, Toy(rotary=True), "lowered")
+    engines = [OrtCudaEngine(bundle, OPTIONS, _place=place) for place in (host_place(), _captured_place())]
+    assert [engine.uncaptured for engine in engines] == ["not asked for", None]
+    mixed = [SamplingParams(), SAMPLED, SamplingParams()]
+    texts = [_generate(engine.decoder(), mixed) for engine in engines]
+    assert texts[0] == texts[1]
+    states = [engine.decoder().allocate(2, 40) for engine in engines]
+    for engine, state in zip(engines, states, strict=True):
+        _fill(engine.decoder(), state, 0, PROMPTS[0], SamplingParams())
+        state.decode(4)
+    assert [state._buffers._total.tolist() for state in states] == [[8], [40]]
+
+
+def test_decoders_whose_shapes_follow_the_prompt_are_not_captured_on_the_cpu_provider(tmp_path) -> None:
+    bundle = toy_bundle(tmp_path, Toy(cross=True), "lowered")
+    assert "shapes change with the prompt" in OrtCudaEngine(bundle, OPTIONS, _place=_captured_place()).uncaptured
 
 
 @pytest.mark.slow
