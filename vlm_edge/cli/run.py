@@ -25,7 +25,7 @@ from .console import echo_json, size, stderr, stdout, table
 )
 @click.option("--template", default="a photo of a {}", show_default=True, help="How a label becomes a sentence.")
 @click.option("--build", help="Which build to run (default: the bundle's first for this device; 'portable' is the reference).")
-@click.option("--device", default="auto", show_default=True, help="cpu or auto.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, tensorrt, tensorrt-rtx or auto.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads (0: physical cores).")
 @click.option("--spin/--no-spin", default=True, help="Whether idle threads spin; --no-spin beside other busy processes.")
 @click.option("--context-length", type=click.IntRange(1), help="Slots of the KV cache (default: what the model has).")

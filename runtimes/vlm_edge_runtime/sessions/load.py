@@ -45,7 +45,7 @@ def load(
 ) -> VisionLanguageModel | DualEncoder:
     """Loads a bundle. The class of the session follows from the bundle's family.
 
-    - `device`: "cpu", "tensorrt", "tensorrt-rtx" or "auto" (what the bundle has a build for). Never silently another.
+    - `device`: "cpu", "cuda", "tensorrt", "tensorrt-rtx" or "auto" (what the bundle has a build for). Never silently another.
     - `build`: a build's name, or "portable" for the reference graphs; by default the first build for the device.
     - `threads`: CPU threads, 0 for the number of physical cores.
     - `spin`: idle threads wait for the next piece of work without sleeping. Fastest on a machine of one's own; beside other
