@@ -196,6 +196,16 @@ def allow_decomposition(library: Library, layer: Any) -> bool:
     return True
 
 
+def keep_capturable(library: Library, config: Any) -> None:
+    """Keeps TensorRT-RTX from allocating memory while an engine runs, so that the runtime may capture it in a CUDA graph.
+
+    TensorRT's engines of fixed sizes are capturable as they are (BuilderFlag.REQUIRE_USER_ALLOCATION, TensorRT-RTX 1.2).
+    """
+    flag = getattr(library.module.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if library.ahead_of_time and flag is not None:
+        config.set_flag(flag)
+
+
 def set_workspace(library: Library, config: Any, limit: int | None) -> None:
     """Caps the scratch memory that kernels may ask for, in bytes (None: all there is)."""
     if limit is not None:
