@@ -80,6 +80,18 @@ def test_rows_of_unlike_length_are_written_behind_their_own_entries(update):
     assert [np.flatnonzero(row).tolist() for row in changed] == [[5, 6], [9, 10], [9, 10]]
 
 
+def test_no_entry_is_written_outside_of_its_own_cache():
+    """Beyond the capacity the result is wrong (the runtime refuses it before), but the neighbours stay as they are."""
+    shape = Shape()
+    _, step = feeds(shape, batch=2, sequence=4, past=20, capacity=CAPACITY)
+    step["past_lengths"] = np.array([CAPACITY - 2, 20], np.int32)
+    found = run(lowered(shape, "ScatterND"), step)["present.0.key"]
+    changed = (found != step["past_key_values.0.key"]).any(axis=3)
+    for head in range(shape.kv_heads):
+        assert np.flatnonzero(changed[0, head]).tolist() == [CAPACITY - 2, CAPACITY - 1]
+        assert np.flatnonzero(changed[1, head]).tolist() == [20, 21, 22, 23]
+
+
 @pytest.mark.parametrize("update", UPDATES)
 def test_signature(update):
     model = lowered(Shape(mask="blocks"), update)
@@ -97,6 +109,7 @@ def test_graphs_of_two_capacities_differ_in_that_number_alone():
     models = [lowered(Shape(), "TensorScatter", capacity) for capacity in (32, 64)]
     assert ops(models[0]) == ops(models[1])
     tensors = [{name: value.const_value.numpy() for name, value in model.graph.initializers.items()} for model in models]
+    assert tensors[0].keys() == tensors[1].keys()
     unlike = [name for name in tensors[0] if not np.array_equal(tensors[0][name], tensors[1][name])]
     assert unlike == ["vlm_edge.slots"]
 

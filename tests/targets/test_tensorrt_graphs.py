@@ -85,7 +85,7 @@ def check(bundle: Bundle, form: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["tiny-llava", "tiny-clip", "idefics", "blip2-t5"])
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-clip", "idefics", "blip2-t5", "show_attend_tell"])
 def test_trained_and_unusual_bundles(name, form, portable_bundle, tmp_path):
     check(open_bundle(portable_bundle(name)), form, tmp_path)
 

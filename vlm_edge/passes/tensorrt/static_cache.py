@@ -124,7 +124,7 @@ class StaticCache(GraphPass):
                 cache = emit("TensorScatter", [past, new, write[0]], past.dtype, shape, {"axis": 2, "mode": "linear"})
             else:
                 if kv_heads not in write:
-                    write[kv_heads] = _entries(node, write[0], kv_heads)
+                    write[kv_heads] = _entries(node, write[0], kv_heads, self.capacity)
                 cache = emit("ScatterND", [past, write[kv_heads], new], past.dtype, shape)
             like(old, cache)
             substitute(old, cache)
@@ -173,8 +173,11 @@ def _drawn(step: StepMasks, rule: MaskRule, table: npt.NDArray[np.float32] | Non
     return step.mask(MaskRule("causal") if rule.kind == "explicit" else rule)
 
 
-def _entries(before: ir.Node, positions: ir.Value, kv_heads: int) -> ir.Value:
-    """Index of every new entry into [batch, kv_heads, capacity, ·]: int64 [batch, kv_heads, sequence, 3]."""
+def _entries(before: ir.Node, positions: ir.Value, kv_heads: int, capacity: int) -> ir.Value:
+    """Index of every new entry into [batch, kv_heads, capacity, ·]: int64 [batch, kv_heads, sequence, 3].
+
+    What would lie behind the last slot goes there: an index out of bounds may write anywhere on a GPU.
+    """
     emit, int64 = Emit(before), ir.DataType.INT64
     size = emit("Shape", [positions], int64, [2])
     rows, new = (emit("Slice", [size, emit.ints([a]), emit.ints([a + 1]), emit.ints([0])], int64, [1]) for a in (0, 1))
@@ -184,7 +187,9 @@ def _entries(before: ir.Node, positions: ir.Value, kv_heads: int) -> ir.Value:
     row = emit("Range", [zero, count, one], int64, ["batch"])
     row = emit("Unsqueeze", [row, emit.ints([1, 2, 3])], int64, ["batch", 1, 1, 1])
     head = emit.const(f"index.heads.{kv_heads}", np.arange(kv_heads).reshape(1, -1, 1, 1), np.int64)
-    slot = emit("Cast", [positions], int64, ["batch", "sequence"], {"to": int(int64)})
+    last = emit.const("last_slot", capacity - 1, np.int32)
+    slot = emit("Min", [positions, last], ir.DataType.INT32, ["batch", "sequence"])
+    slot = emit("Cast", [slot], int64, ["batch", "sequence"], {"to": int(int64)})
     slot = emit("Unsqueeze", [slot, emit.ints([1, 3])], int64, ["batch", 1, "sequence", 1])
     shape: list[Dim] = ["batch", kv_heads, "sequence", 1]
     parts = [emit("Expand", [part, whole], int64, shape) for part in (row, head, slot)]
