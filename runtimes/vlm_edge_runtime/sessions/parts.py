@@ -89,5 +89,7 @@ def assemble(
         defaults=GenerationDefaults(
             config, contract.eos_token_ids, contract.vocab_size, lambda text: prompts.tokenizer.encode(text, False)
         ),
-        gives_attention=any(spec.name == ATTENTION for spec in bundle.graphs["decoder"].outputs),
+        gives_attention=any(
+            spec.name == ATTENTION for entry in bundle.graphs.values() if entry.role == "decoder" for spec in entry.outputs
+        ),
     )

@@ -80,9 +80,6 @@ def test_engines_that_do_not_fit_here(engine, changes, message) -> None:
 def test_engine_files_that_are_missing_or_damaged(engine) -> None:
     file = engine.bundle.path / "decoder.c16.onnx"
     data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(DeviceError, match=r"decoder\.c16\.onnx has SHA-256 .*the engine file is damaged; run `vlm-edge build"):
-        engine.decoder()
     file.write_bytes(data[:-9])
     with pytest.raises(DeviceError, match=r"decoder\.c16\.onnx is truncated: the engine file is damaged"):
         engine.decoder()
