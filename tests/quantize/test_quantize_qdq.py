@@ -13,12 +13,13 @@ from vlm_edge.passes.half_twin import half_twin, run_model
 from vlm_edge.passes.islands import PRECISION
 from vlm_edge.passes.strong_types import Islands, StrongTypes
 from vlm_edge.quantize.blockwise import BlockFormat, choose_scales
-from vlm_edge.quantize.calibrate import activation_histograms
+from vlm_edge.quantize.calibrate import activation_histograms, channel_maxima
 from vlm_edge.quantize.qdq_blockwise import BlockwiseDQ
 from vlm_edge.quantize.qdq_fold import FoldWeights
 from vlm_edge.quantize.qdq_formats import FP8, INT4, INT8, stored_scales
 from vlm_edge.quantize.qdq_linear import LinearQDQ, activations_to_calibrate
 from vlm_edge.quantize.qdq_nvfp4 import Nvfp4Weights, nvfp4_scales
+from vlm_edge.quantize.smooth import SmoothActivations, smoothable
 
 RANDOM = np.random.default_rng(0)
 FIRST = (RANDOM.standard_normal((128, 96)) / 11).astype(np.float32)
@@ -268,3 +269,52 @@ def test_quantised_graph_in_half_precision():
         assert scales and set(scales) == {ir.DataType.FLOAT16}
         assert largest_difference(run(half_twin(model), {"x": X})["logits"], wanted) <= 5e-3 * np.abs(wanted).max()
         assert run(model, {"x": X.astype(np.float16)})["logits"].dtype == np.float32
+
+
+def normed(outliers=50.0):
+    """LayerNormalization whose third channel is much larger than the others → two linear layers."""
+    sketch = Sketch()
+    gain = np.ones(128, np.float32)
+    gain[3] = outliers
+    x = sketch.input("x", ["b", "s", 128])
+    norm = [sketch.weight("gain", gain), sketch.weight("shift", np.full(128, 0.1, np.float32))]
+    value = sketch.node("LayerNormalization", [x, *norm], {"axis": -1}, shape=["b", "s", 128], name="norm")
+    for name, factor in (("first", 1), ("second", 2)):
+        sketch.output(f"{name}.out", sketch.node("MatMul", [value, sketch.weight(name, FIRST * factor)], shape=["b", "s", 96]))
+    return sketch.model()
+
+
+def test_smoothing_changes_nothing_but_the_ranges():
+    model = normed()
+    names = [str(norm.outputs[0].name) for norm in smoothable(model.graph)]
+    maxima = channel_maxima(model, names, [{"x": X}])
+    before = next(iter(maxima.values()))
+    assert before[3] > 20 * np.median(before)
+    assert SmoothActivations(maxima).apply(model).counts == {"activations smoothed": 1}
+    after = next(iter(channel_maxima(model, names, [{"x": X}]).values()))
+    assert after[3] < before[3] / 4 and (after <= before * 1.0001).all(), "no channel grows"
+    wanted, found = run(normed(), {"x": X}), run(model, {"x": X})
+    assert all(largest_difference(found[name], wanted[name]) <= 1e-4 * np.abs(wanted[name]).max() for name in wanted)
+    assert isinstance(model.graph.initializers["first.smooth"].const_value, ir.LazyTensor)
+
+
+def test_smoothing_saves_the_small_channels():
+    errors = {}
+    for strength in (0.0, 0.5):
+        model = normed()
+        names = [str(norm.outputs[0].name) for norm in smoothable(model.graph)]
+        SmoothActivations(channel_maxima(model, names, [{"x": X}]), strength).apply(model) if strength else None
+        found = activation_histograms(model, activations_to_calibrate(model.graph), [{"x": X}])
+        LinearQDQ(INT8, {name: one.threshold("minmax") for name, one in found.items()}).apply(model)
+        errors[strength] = 1 - cosine(run(model, {"x": X})["first.out"], run(normed(), {"x": X})["first.out"])
+    assert errors[0.5] < errors[0.0] / 2
+
+
+def test_smoothing_leaves_norms_that_something_else_reads():
+    model = normed()
+    norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
+    model.graph.outputs.append(norm.outputs[0])
+    assert not smoothable(model.graph)
+    assert not SmoothActivations({str(norm.outputs[0].name): np.ones(128, np.float32)}).apply(model)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        SmoothActivations({}, 1.5)

@@ -16,6 +16,7 @@ from vlm_edge.quantize.qdq_fold import FoldWeights
 from vlm_edge.targets import load_target
 from vlm_edge.targets.samples import Samples, modality_feeds, run_graph, session
 from vlm_edge.targets.steps import STEPS, static_cache_feeds
+from vlm_edge.targets.target import Options
 from vlm_edge.targets.tensorrt.builder import compile_engine
 from vlm_edge.targets.tensorrt.pipeline import lower
 from vlm_edge.targets.tensorrt.seam import load_library
@@ -198,6 +199,13 @@ def test_activations_without_anything_to_calibrate_on(word):
 def test_unknown_precision():
     with pytest.raises(TargetError, match="'int3' is no precision of a TensorRT graph"):
         typed_block(word="int3")
+
+
+def test_smoothing_is_an_option():
+    feeds = [{"x": np.random.default_rng(1).standard_normal((1, 64, 128)).astype(np.float32)}]
+    for smooth in (0.0, 0.5):
+        _, changes = typed_block(word="int8", calibration=lambda: feeds, options=Options(smooth=smooth), islands=Islands())
+        assert ("smooth_activations" in [change.name for change in changes]) == (smooth > 0)
 
 
 def test_islands_are_tried_where_there_is_something_to_try_them_on():

@@ -158,14 +158,18 @@ def _trial(
 ) -> IslandTrial:
     model = load()
     StrongTypes(half, islands).apply(model)
-    cosine, relative = 1.0, 0.0
-    for found, expected in zip(run_model(half_twin(model), feeds), wanted, strict=True):
-        for name, right in expected.items():
-            if not np.issubdtype(right.dtype, np.floating):
-                continue
-            one, other = _distance(found[name], right)
-            cosine, relative = min(cosine, one), max(relative, other)
-    return IslandTrial(islands, cosine, relative)
+    return IslandTrial(islands, *farthest(run_model(half_twin(model), feeds), wanted))
+
+
+def farthest(found: Sequence[Outputs], wanted: Sequence[Outputs]) -> tuple[float, float]:
+    """(smallest cosine, largest difference over the largest value) over all float outputs of several runs."""
+    pairs = [
+        _distance(one[name], right)
+        for one, expected in zip(found, wanted, strict=True)
+        for name, right in expected.items()
+        if np.issubdtype(right.dtype, np.floating)
+    ]
+    return min((cosine for cosine, _ in pairs), default=1.0), max((relative for _, relative in pairs), default=0.0)
 
 
 def _distance(found: npt.NDArray[Any], wanted: npt.NDArray[Any]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,35 @@ def activation_histograms(
 ) -> dict[str, Histogram]:
     """Runs the fp32 graph on each of `inputs` and returns the histogram of each named value.
 
+    Raises ValueError when `inputs` is empty.
+    """
+    histograms: dict[str, Histogram] = {}
+    for found in watched_values(model, names, inputs):
+        for name, values in found.items():
+            histograms.setdefault(name, Histogram()).add(values)
+    return histograms
+
+
+def channel_maxima(
+    model: ir.Model, names: Iterable[str], inputs: Iterable[Mapping[str, npt.NDArray[Any]]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The largest magnitude of each channel (index of the last axis) of each named value: float32 [channels].
+
+    Raises ValueError when `inputs` is empty.
+    """
+    maxima: dict[str, npt.NDArray[np.float32]] = {}
+    for found in watched_values(model, names, inputs):
+        for name, values in found.items():
+            top = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0, initial=0.0).astype(np.float32)
+            maxima[name] = np.maximum(maxima[name], top) if name in maxima else top
+    return maxima
+
+
+def watched_values(
+    model: ir.Model, names: Iterable[str], inputs: Iterable[Mapping[str, npt.NDArray[Any]]]
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The named values of the fp32 graph, for each of `inputs`; names that the graph does not have are left out.
+
     The graph is written to a temporary folder with those values as outputs, and is left as it was. Raises ValueError when
     `inputs` is empty.
     """
@@ -74,7 +103,6 @@ def activation_histograms(
     values |= {str(value.name): value for value in model.graph.inputs}
     wanted = [name for name in dict.fromkeys(names) if name in values]
     watched = [name for name in wanted if not values[name].is_graph_input() and not values[name].is_graph_output()]
-    histograms = {name: Histogram() for name in wanted}
     before = list(model.graph.outputs)
     with tempfile.TemporaryDirectory(prefix="vlm-edge-calibration-") as folder:
         path = Path(folder) / "graph.onnx"
@@ -91,9 +119,7 @@ def activation_histograms(
         runs = 0
         for feeds in inputs:
             found = dict(zip(fetched, session.run(fetched, dict(feeds)), strict=True)) if fetched else {}
-            for name, histogram in histograms.items():
-                histogram.add(found[name] if name in found else feeds[name])
+            yield {name: found[name] if name in found else np.asarray(feeds[name]) for name in wanted}
             runs += 1
     if not runs:
         raise ValueError("no calibration inputs")
-    return histograms

@@ -7,7 +7,7 @@ import tomllib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -29,6 +29,7 @@ class Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     keep_first: int = 0
     keep_last: int = 0
     calibration: Literal["minmax", "percentile", "mse"] = "mse"
+    smooth: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     kernels: Literal["native", "onnxruntime"] = "onnxruntime"
 
 

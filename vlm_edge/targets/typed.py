@@ -12,11 +12,12 @@ from vlm_edge.passes.base import Changes, GraphPass, run_passes
 from vlm_edge.passes.cleanup import Cleanup
 from vlm_edge.passes.half_twin import choose_islands, name_nodes
 from vlm_edge.passes.strong_types import FULL_INPUTS, FULL_OUTPUTS, HALVES, Half, Islands, StrongTypes
-from vlm_edge.quantize.calibrate import activation_histograms
+from vlm_edge.quantize.calibrate import activation_histograms, channel_maxima
 from vlm_edge.quantize.qdq_blockwise import BLOCKS, BlockwiseDQ
 from vlm_edge.quantize.qdq_formats import FP8, INT8, NumberFormat
 from vlm_edge.quantize.qdq_linear import LinearQDQ, activations_to_calibrate
 from vlm_edge.quantize.qdq_nvfp4 import Nvfp4Weights
+from vlm_edge.quantize.smooth import SmoothActivations, smoothable
 from vlm_edge_runtime.errors import TargetError
 
 from .pipeline import Inputs
@@ -65,7 +66,8 @@ def apply_types(
             raise TargetError(f"'{given}' is no precision of a TensorRT graph; it can be: {', '.join(GPU_WORDS)}.")
     if "bf16" in (word, last):
         half = "bf16"
-    changes = run_passes(model, _quantisers(model, word, last, block_size, options, calibration, half))
+    changes = _smoothed(model, calibration, options.smooth) if word == "int8" else []
+    changes += run_passes(model, _quantisers(model, word, last, block_size, options, calibration, half))
     if word == last == "fp32":
         return changes
     if islands is None and calibration is not None and word != "nvfp4":  # which the CPU provider cannot run
@@ -73,6 +75,14 @@ def apply_types(
         changes.append(tried)
     typing = StrongTypes(half, islands, full_inputs=full_inputs, full_outputs=full_outputs)
     return changes + run_passes(model, [typing, Cleanup()])
+
+
+def _smoothed(model: ir.Model, calibration: Inputs | None, strength: float) -> list[Changes]:
+    """Shares outliers between activations and weights, where the target's options ask for it."""
+    if calibration is None or not strength:
+        return []
+    names = [str(norm.outputs[0].name) for norm in smoothable(model.graph)]
+    return run_passes(model, [SmoothActivations(channel_maxima(model, names, calibration()), strength)])
 
 
 def _tried(model: ir.Model, calibration: Inputs, half: Half) -> tuple[Islands, Changes]:
