@@ -26,8 +26,8 @@ class Limit(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     `outputs`: how many outputs may be used. `attributes`: name → values that it may have. `no_attributes`: attributes that must
     not be written down, whatever their value. `below`: input → bound of its constant value. `zero`: inputs whose constant value
     must be 0. `static`: input → axes of fixed size. `alike`: inputs of one shape. `graph_input`: inputs that must be inputs of
-    the graph; `graph_output`: outputs that must be its outputs. `opset`: the newest opset whose form of the operator is read. `unless`: an attribute that forbids an input when it
-    is not 0. `why` and `way_out`: in words.
+    the graph; `graph_output`: outputs that must be its outputs. `opset`: the newest opset whose form of the operator is read.
+    `unless`: an attribute that forbids an input when it is not 0. `why` and `way_out`: in words.
     """
 
     typed: list[int] = msgspec.field(default_factory=lambda: [0])
