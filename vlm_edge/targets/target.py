@@ -20,7 +20,7 @@ _SUFFIX = ".toml"
 
 
 class Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How graphs are quantised for a target, and what runs a decoder; the meaning of each stands in export_configs/targets/cpu.toml."""
+    """How graphs are quantised for a target, and what runs a decoder; export_configs/targets/cpu.toml says what each means."""
 
     accuracy_level: Literal[1, 4] = 4
     scheme: Literal["mse", "absmax"] = "mse"
