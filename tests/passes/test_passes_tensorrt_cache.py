@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from small_decoder import STEPS, Shape, decoder, feeds
-from small_graphs import largest_difference, ops, run
+from small_graphs import Sketch, largest_difference, ops, run
 
 from vlm_edge.passes.base import run_passes
 from vlm_edge.passes.cleanup import Cleanup
@@ -90,6 +90,29 @@ def test_no_entry_is_written_outside_of_its_own_cache():
     for head in range(shape.kv_heads):
         assert np.flatnonzero(changed[0, head]).tolist() == [CAPACITY - 2, CAPACITY - 1]
         assert np.flatnonzero(changed[1, head]).tolist() == [20, 21, 22, 23]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_layers_may_have_unlike_numbers_of_heads(update):
+    sketch = Sketch()
+    sketch.input("inputs_embeds", ["batch", "sequence", 8])
+    feeds = {"inputs_embeds": np.zeros((2, 3, 8), np.float32), "past_lengths": np.array([4, 9], np.int32)}
+    for layer, heads in enumerate((2, 1)):
+        new = [sketch.input(f"{layer}.{name}", ["batch", n, "sequence", 8]) for name, n in (("q", 2), ("k", heads), ("v", heads))]
+        past = [sketch.input(f"past_key_values.{layer}.{kind}", ["batch", heads, "past", 8]) for kind in ("key", "value")]
+        shapes = [["batch", 2, "sequence", 8], *[["batch", heads, "total", 8]] * 2]
+        outs = sketch.node("Attention", [*new, None, *past], {"is_causal": 1}, shapes=shapes, name=f"attention.{layer}")
+        outs[0].producer().metadata_props["vlm_edge.mask"] = "causal"
+        for name, value in zip((f"out.{layer}", f"present.{layer}.key", f"present.{layer}.value"), outs, strict=True):
+            sketch.output(name, value)
+        feeds |= {value.name: np.ones((2, 2 if "q" in value.name else heads, 3, 8), np.float32) for value in new}
+        feeds |= {value.name: np.zeros((2, heads, CAPACITY, 8), np.float32) for value in past}
+    model = sketch.model()
+    run_passes(model, [StaticCache(CAPACITY, update), LowerOpset(24)])
+    found = run(model, feeds)
+    for layer, heads in enumerate((2, 1)):
+        written = found[f"present.{layer}.key"].sum(axis=(1, 3)) == 8 * heads
+        assert [np.flatnonzero(row).tolist() for row in written] == [[4, 5, 6], [9, 10, 11]]
 
 
 @pytest.mark.parametrize("update", UPDATES)

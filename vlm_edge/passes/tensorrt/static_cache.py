@@ -65,7 +65,7 @@ class StaticCache(GraphPass):
         tables = self._checked(graph, found)
         lengths = _add_input(graph)
         step = StepMasks(found[0], lengths, self.capacity)
-        write = self._targets(found[0], lengths, step)
+        write = _Places(self.update, found, lengths, step)
         drawn = [_drawn(step, mask_rule(node), tables[node]) for node in found]  # before the first attention, which goes away
         for node, mask in zip(found, drawn, strict=True):
             self._lower(graph, node, mask, write)
@@ -98,15 +98,7 @@ class StaticCache(GraphPass):
         check_mask(graph, node, rule, sizes)
         return None
 
-    def _targets(self, before: ir.Node, lengths: ir.Value, step: StepMasks) -> dict[int, ir.Value]:
-        """What says where new entries go: for TensorScatter the rows' first slots, for ScatterND an index of every entry, by
-        number of KV heads (0 is any).
-        """
-        if self.update == "TensorScatter":
-            return {0: Emit(before)("Cast", [lengths], ir.DataType.INT64, ["batch"], {"to": int(ir.DataType.INT64)})}
-        return {0: step.positions}
-
-    def _lower(self, graph: ir.Graph, node: ir.Node, mask: ir.Value, write: dict[int, ir.Value]) -> None:
+    def _lower(self, graph: ir.Graph, node: ir.Node, mask: ir.Value, write: _Places) -> None:
         query, key, value = node.inputs[:3]
         heads, kv_heads, head_dim = _heads(node)
         flat = rank(query) == 3
@@ -121,11 +113,10 @@ class StaticCache(GraphPass):
             assert past is not None and past.shape is not None
             shape = [past.shape[0], kv_heads, self.capacity, past.shape[3]]
             if self.update == "TensorScatter":
-                cache = emit("TensorScatter", [past, new, write[0]], past.dtype, shape, {"axis": 2, "mode": "linear"})
+                inputs = [past, new, write.first_slots]
+                cache = emit("TensorScatter", inputs, past.dtype, shape, {"axis": 2, "mode": "linear"})
             else:
-                if kv_heads not in write:
-                    write[kv_heads] = _entries(node, write[0], kv_heads, self.capacity)
-                cache = emit("ScatterND", [past, write[kv_heads], new], past.dtype, shape)
+                cache = emit("ScatterND", [past, write.entries[kv_heads], new], past.dtype, shape)
             like(old, cache)
             substitute(old, cache)
             caches.append(cache)
@@ -167,33 +158,44 @@ class StaticCache(GraphPass):
             value.shape = ir.Shape([batch, heads, self.capacity, size])
 
 
+class _Places:
+    """Where new entries go, as either update wants to be told; nodes go in front of the first attention, once for all layers."""
+
+    def __init__(self, update: Update, found: list[ir.Node], lengths: ir.Value, step: StepMasks) -> None:
+        self._emit, self._step, int64 = Emit(found[0]), step, ir.DataType.INT64
+        self.entries: dict[int, ir.Value] = {}
+        """By number of KV heads: index of every new entry into the cache, int64 [batch, kv_heads, sequence, 3]."""
+        self.first_slots: ir.Value | None = None
+        """The slot of each row's first new entry, int64 [batch]."""
+        if update == "TensorScatter":
+            self.first_slots = self._emit("Cast", [lengths], int64, ["batch"], {"to": int(int64)})
+        else:
+            self.entries = {count: self._index(count) for count in sorted({_heads(node)[1] for node in found})}
+
+    def _index(self, kv_heads: int) -> ir.Value:
+        """What would lie behind the last slot goes there: an index out of bounds may write anywhere on a GPU."""
+        emit, int64, positions = self._emit, ir.DataType.INT64, self._step.positions
+        size = emit("Shape", [positions], int64, [2])
+        rows, new = (emit("Slice", [size, emit.ints([a]), emit.ints([a + 1]), emit.ints([0])], int64, [1]) for a in (0, 1))
+        whole = emit("Concat", [rows, emit.ints([kv_heads]), new, emit.ints([1])], int64, [4], {"axis": 0})
+        count = emit("Squeeze", [rows, emit.ints([0])], int64, [])
+        zero, one = emit.const("index.zero", 0, np.int64), emit.const("index.one", 1, np.int64)
+        row = emit("Range", [zero, count, one], int64, ["batch"])
+        row = emit("Unsqueeze", [row, emit.ints([1, 2, 3])], int64, ["batch", 1, 1, 1])
+        head = emit.const(f"index.heads.{kv_heads}", np.arange(kv_heads).reshape(1, -1, 1, 1), np.int64)
+        last = emit.const("last_slot", self._step.capacity - 1, np.int32)
+        slot = emit("Min", [positions, last], ir.DataType.INT32, ["batch", "sequence"])
+        slot = emit("Cast", [slot], int64, ["batch", "sequence"], {"to": int(int64)})
+        slot = emit("Unsqueeze", [slot, emit.ints([1, 3])], int64, ["batch", 1, "sequence", 1])
+        shape: list[Dim] = ["batch", kv_heads, "sequence", 1]
+        parts = [emit("Expand", [part, whole], int64, shape) for part in (row, head, slot)]
+        return emit("Concat", parts, int64, [*shape[:3], 3], {"axis": 3})
+
+
 def _drawn(step: StepMasks, rule: MaskRule, table: npt.NDArray[np.float32] | None) -> ir.Value:
     if table is not None:
         return step.biased(table)
     return step.mask(MaskRule("causal") if rule.kind == "explicit" else rule)
-
-
-def _entries(before: ir.Node, positions: ir.Value, kv_heads: int, capacity: int) -> ir.Value:
-    """Index of every new entry into [batch, kv_heads, capacity, ·]: int64 [batch, kv_heads, sequence, 3].
-
-    What would lie behind the last slot goes there: an index out of bounds may write anywhere on a GPU.
-    """
-    emit, int64 = Emit(before), ir.DataType.INT64
-    size = emit("Shape", [positions], int64, [2])
-    rows, new = (emit("Slice", [size, emit.ints([a]), emit.ints([a + 1]), emit.ints([0])], int64, [1]) for a in (0, 1))
-    whole = emit("Concat", [rows, emit.ints([kv_heads]), new, emit.ints([1])], int64, [4], {"axis": 0})
-    count = emit("Squeeze", [rows, emit.ints([0])], int64, [])
-    zero, one = emit.const("index.zero", 0, np.int64), emit.const("index.one", 1, np.int64)
-    row = emit("Range", [zero, count, one], int64, ["batch"])
-    row = emit("Unsqueeze", [row, emit.ints([1, 2, 3])], int64, ["batch", 1, 1, 1])
-    head = emit.const(f"index.heads.{kv_heads}", np.arange(kv_heads).reshape(1, -1, 1, 1), np.int64)
-    last = emit.const("last_slot", capacity - 1, np.int32)
-    slot = emit("Min", [positions, last], ir.DataType.INT32, ["batch", "sequence"])
-    slot = emit("Cast", [slot], int64, ["batch", "sequence"], {"to": int(int64)})
-    slot = emit("Unsqueeze", [slot, emit.ints([1, 3])], int64, ["batch", 1, "sequence", 1])
-    shape: list[Dim] = ["batch", kv_heads, "sequence", 1]
-    parts = [emit("Expand", [part, whole], int64, shape) for part in (row, head, slot)]
-    return emit("Concat", parts, int64, [*shape[:3], 3], {"axis": 3})
 
 
 def _has_past(node: ir.Node) -> bool:
