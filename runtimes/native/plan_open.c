@@ -165,7 +165,8 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
     for (uint32_t i = 0; i < p->weight_count && r->wrong == NULL; i++) {
         PlanWeight *w = &p->weights[i];
         PanelMatrix *m = &w->matrix;
-        m->format = (WeightFormat)read_u32(r);
+        const uint32_t format = read_u32(r);
+        m->format = (WeightFormat)(format <= WEIGHT_INTEGERS ? format : 0);
         m->depth = read_u32(r);
         m->width = read_u32(r);
         m->block = read_u32(r);
@@ -173,7 +174,8 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
         const uint64_t offset = read_u64(r);
         w->bytes = read_u64(r);
         m->panel_bytes = (size_t)read_u64(r);
-        if (r->wrong != NULL) {
+        if (r->wrong != NULL || format > WEIGHT_INTEGERS) {
+            r->wrong = r->wrong != NULL ? r->wrong : "a weight has an unknown format";
             return;
         }
         const size_t panels = (m->width + PANEL - 1) / PANEL, blocks = (m->depth + BLOCK - 1) / BLOCK;
@@ -186,8 +188,6 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
             const size_t codes[] = {blocks * BLOCK * PANEL / 2, blocks * BLOCK * PANEL, m->depth * PANEL * 2, m->depth * PANEL * 4};
             fits = fits && m->panel_bytes == (scales + codes[m->format] + 63) / 64 * 64;
             needed = m->panel_bytes * panels;
-        } else {
-            fits = fits && (int)m->format <= WEIGHT_INTEGERS;
         }
         if (!fits || w->bytes != needed || offset % 64 != 0 || offset > p->file_bytes - data || needed > p->file_bytes - data - offset) {
             r->wrong = "a weight is not where or what it should be";
@@ -240,21 +240,21 @@ static bool product_fits(const Plan *p, const PlanStep *s) {
     }
     const PanelMatrix *m = &p->weights[s->weight[0]].matrix;
     const bool quantised = m->block > 0;
-    const size_t out = s->kind == STEP_GATED ? m->width / 2 : m->width;
-    if (s->kind == STEP_GATED && m->width % (2 * PANEL) != 0) {
+    /* Pairs of panels of a gated product hold 16 outputs each, some of which may be filling. */
+    const size_t pairs = m->width / (2 * PANEL);
+    if (s->kind == STEP_GATED ? m->width != pairs * 2 * PANEL || (s->width + PANEL - 1) / PANEL != pairs : s->width != m->width) {
         return false;
     }
-    const size_t outputs = s->kind == STEP_GATED ? s->width : out;
-    return optional_vector(p, s->weight[1], m->width) && ref_fits(p, s->in[0], m->depth, quantised) && s->width <= out && s->width == (s->kind == STEP_GATED ? s->width : out) &&
-           (!quantised || (m->depth + BLOCK - 1) / BLOCK == (buffer_width(p, s->in[0]) + BLOCK - 1) / BLOCK) && ref_fits(p, s->out[0], outputs, false) &&
-           (s->in[1].buffer < 0 || (s->kind == STEP_MATMUL && ref_fits(p, s->in[1], outputs, false)));
+    return optional_vector(p, s->weight[1], m->width) && ref_fits(p, s->in[0], m->depth, quantised) &&
+           (!quantised || (m->depth + BLOCK - 1) / BLOCK == (buffer_width(p, s->in[0]) + BLOCK - 1) / BLOCK) && ref_fits(p, s->out[0], s->width, false) &&
+           (s->in[1].buffer < 0 || ref_fits(p, s->in[1], s->width, false));
 }
 
 static bool norm_fits(const Plan *p, const PlanStep *s) {
     const size_t groups = s->arg[1] > 0 ? (size_t)s->arg[1] : 0, width = s->width;
     return groups > 0 && groups <= width && width % groups == 0 && (s->arg[0] == 0 || s->arg[0] == 1) && ref_fits(p, s->in[0], width, false) &&
            (s->in[1].buffer < 0 || ref_fits(p, s->in[1], width, false)) && (s->out[0].buffer < 0 || ref_fits(p, s->out[0], width, false)) &&
-           (s->out[1].buffer < 0 || ref_fits(p, s->out[1], width, false)) && (s->out[0].buffer >= 0 || s->out[2].buffer < 0 || s->out[1].buffer >= 0 || true) &&
+           (s->out[1].buffer < 0 || ref_fits(p, s->out[1], width, false)) &&
            (s->out[2].buffer < 0 || (s->out[0].buffer >= 0 && buffer_width(p, s->out[2]) == width && ref_fits(p, s->out[2], width, true))) &&
            (s->weight[0] < 0 ? s->out[0].buffer < 0 : weight_fits(p, s->weight[0], WEIGHT_VECTOR, 1, width / groups)) &&
            (s->in[1].buffer < 0 && s->weight[2] < 0 ? true : s->out[1].buffer >= 0) && optional_vector(p, s->weight[1], width / groups) && optional_vector(p, s->weight[2], width);
@@ -357,7 +357,61 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
     }
 }
 
+static const PlanValue *value_named(const PlanValue *values, uint32_t count, const char *name) {
+    for (uint32_t i = 0; i < count; i++) {
+        if (strcmp(values[i].name, name) == 0) {
+            return &values[i];
+        }
+    }
+    return NULL;
+}
+
+/* The signature is what the steps count on. */
+static bool signature_fits(const Plan *p) {
+    const PlanValue *embeds = value_named(p->inputs, p->input_count, "inputs_embeds"), *lengths = value_named(p->inputs, p->input_count, "seqlens_k");
+    const PlanValue *positions = value_named(p->inputs, p->input_count, "position_ids"), *logits = value_named(p->outputs, p->output_count, "logits");
+    const int64_t axes = positions == NULL ? 0 : positions->rank == 2 ? 1 : positions->rank == 3 ? positions->shape[0] : -1;
+    return embeds != NULL && embeds->rank == 3 && embeds->type == 1 && embeds->shape[2] == (int64_t)p->hidden && p->hidden > 0 && lengths != NULL &&
+           lengths->rank == 1 && lengths->type == 6 && logits != NULL && logits->rank == 3 && logits->type == 1 && logits->shape[2] == (int64_t)p->vocab &&
+           p->vocab > 0 && axes == (int64_t)p->position_axes && (positions == NULL || positions->type == 7);
+}
+
+/* Whether what is read besides rows is there: positions, and the axes that angles turn with. */
+static bool positions_fit(const Plan *p, const PlanStep *s) {
+    if (s->kind == STEP_ANGLES) {
+        const int32_t *axes = (const int32_t *)(const void *)p->weights[s->weight[1]].matrix.data;
+        for (size_t i = 0; i < s->width / 2; i++) {
+            if (axes[i] < 0 || (uint32_t)axes[i] >= p->position_axes) {
+                return false;
+            }
+        }
+    }
+    const bool reads = (s->kind == STEP_LOOKUP && s->arg[1] == 0) || (s->kind == STEP_ROTARY && s->arg[7] == 1);
+    return !reads || p->position_axes > 0;
+}
+
+/* Every place is a buffer's or none; nothing is written to the embeddings, and logits are of a row's last token. */
+static bool refs_fit(const Plan *p, const PlanStep *s) {
+    for (size_t k = 0; k < STEP_INPUTS + STEP_OUTPUTS; k++) {
+        const PlanRef ref = k < STEP_INPUTS ? s->in[k] : s->out[k - STEP_INPUTS];
+        if (ref.buffer < 0) {
+            continue;
+        }
+        if ((uint32_t)ref.buffer >= p->buffer_count) {
+            return false;
+        }
+        const uint32_t kind = p->buffers[ref.buffer].kind;
+        if ((kind == BUFFER_EMBEDS && k >= STEP_INPUTS) || (kind == BUFFER_LOGITS && !s->last)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static const char *check(Plan *p) {
+    if (!signature_fits(p)) {
+        return "its signature is not a decoder's";
+    }
     for (uint32_t i = 0; i < p->buffer_count; i++) {
         const PlanBuffer *b = &p->buffers[i];
         const uint64_t blocks = ((uint64_t)b->width + BLOCK - 1) / BLOCK;
@@ -373,18 +427,10 @@ static const char *check(Plan *p) {
     if (p->block_input >= 0 && !input_fits(p, p->block_input, 7, 2, 0, 0)) {
         return "the numbers of blocks are no input";
     }
-    bool last = false;
     for (uint32_t i = 0; i < p->step_count; i++) {
         const PlanStep *s = &p->steps[i];
-        last = last || s->last;
-        if (!step_fits(p, s) || (s->last && s->kind != STEP_LAST && !last)) {
+        if (!refs_fit(p, s) || !step_fits(p, s) || !positions_fit(p, s)) {
             return "a step does not fit its buffers or weights";
-        }
-        for (size_t k = 0; k < STEP_OUTPUTS; k++) {
-            const uint32_t kind = s->out[k].buffer >= 0 ? p->buffers[s->out[k].buffer].kind : BUFFER_FLOATS;
-            if (kind == BUFFER_EMBEDS || (kind == BUFFER_LOGITS && !s->last)) {
-                return "a step writes what it may not";
-            }
         }
         const size_t scratch = s->kind == STEP_ATTENTION || s->kind == STEP_CROSS ? attention_scratch(s) : 64 * 1024;
         p->thread_bytes = scratch > p->thread_bytes ? scratch : p->thread_bytes;

@@ -114,7 +114,7 @@ def open_session(path: Path, role: str) -> ort.InferenceSession:
     if path.suffix == ".plan":
         from vlm_edge.targets.native.session import PlanSession
 
-        return PlanSession(path)  # type: ignore[return-value]  # what is used of a session, it has
+        return PlanSession(path)  # what is used of a session, it has
     options = ort.SessionOptions()
     options.log_severity_level = 3
     try:

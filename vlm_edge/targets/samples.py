@@ -42,7 +42,7 @@ def session(path: Path) -> ort.InferenceSession:
     if path.suffix == ".plan":
         from .native.session import PlanSession
 
-        return PlanSession(path)  # type: ignore[return-value]  # what is used of a session, it has
+        return PlanSession(path)  # what is used of a session, it has
     options = ort.SessionOptions()
     options.log_severity_level = 3
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -7,13 +7,13 @@ from pathlib import Path
 import msgspec
 import onnx_ir as ir
 
+from vlm_edge.targets.backend import Job, checked
+from vlm_edge.targets.pipeline import lower_decoder
+from vlm_edge.targets.selfcheck import check_decoder
 from vlm_edge_runtime.bundle.manifest import Build, GenerativeContract, GraphEntry, TensorSpec
 from vlm_edge_runtime.bundle.writer import BuildWriter
 from vlm_edge_runtime.errors import TargetError
 
-from ..backend import Job, checked
-from ..pipeline import lower_decoder
-from ..selfcheck import check_decoder
 from .compile import Compiler
 from .errors import NotExpressible
 from .plan_file import Plan, write

@@ -9,6 +9,9 @@ import onnx_ir as ir
 from .errors import NotExpressible
 from .plan_file import Buffer, BufferKind, Kind, Ref, Step, Weight
 
+PAST = "past_key_values."
+_KNOWN = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length")
+
 
 @dataclass(slots=True, frozen=True)
 class Rows:
@@ -64,3 +67,20 @@ class Builder:
         step = Step(kind, width, last, inputs, outputs, weights or [], arguments or [], reals or [])
         self.steps.append(step)
         return step
+
+
+class Context:
+    """A decoder that is being translated: its inputs by name, and the steps so far.
+
+    `caches`: names of its cache inputs, `further`: of those that are neither caches nor the usual ones; both in the graph's
+    order, by which the steps number them.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.made = Builder()
+        self.inputs = {str(value.name): value for value in model.graph.inputs}
+        self.caches = [name for name in self.inputs if name.startswith(PAST)]
+        self.further = [name for name in self.inputs if name not in _KNOWN and not name.startswith(PAST)]
+        self.vectors: dict[ir.Value, Weight] = {}
+        self.tables: dict[tuple[ir.Value, ir.Value], Ref] = {}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from vlm_edge.passes.attention_mask import BLOCK_IDS, mask_rule
+from vlm_edge.passes.attention_mask import BLOCK_IDS
 from vlm_edge.passes.graph import (
     MICROSOFT,
     attribute_float,
@@ -21,18 +21,16 @@ from vlm_edge.passes.graph import (
     scalar,
 )
 
-from .angles import rotary_angles
-from .builder import Builder, Rows
+from .attention import SOURCE_MASK, cross_attention, self_attention
+from .builder import PAST, Context, Rows
 from .errors import NotExpressible
-from .panels import integers, vector
+from .panels import vector
 from .patterns import Gated, activation, gated
 from .plan_file import BufferKind, Kind, Plan, Ref, Unary, Value, Weight
-from .probe import hides_where_zero
 from .products import Product, product, stacked
 
-_PAST, _PRESENT = "past_key_values.", "present."
-_KNOWN = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length")
-_CROSS, _SOURCE_MASK = "cross_key_values.", "encoder_attention_mask"
+_PRESENT = "present."
+_CROSS = "cross_key_values."
 _GEOMETRY = ("Shape", "Size", "ConstantOfShape")
 
 
@@ -41,16 +39,12 @@ class Compiler:
 
     def __init__(self, model: ir.Model, *, cache: ir.DataType = ir.DataType.FLOAT16) -> None:
         """`cache`: in what the keys and values are kept, float32 or float16, whatever the graph says."""
-        self.model = model
         self.graph = model.graph
         self.cache = cache
-        self.made = Builder()
+        self.context = Context(model)
+        self.made = self.context.made
+        self.inputs = self.context.inputs
         self.done: set[ir.Node] = set()
-        self.vectors: dict[ir.Value, Weight] = {}
-        self.tables: dict[tuple[ir.Value, ir.Value], Ref] = {}
-        self.inputs = {str(value.name): value for value in self.graph.inputs}
-        self.caches = [name for name in self.inputs if name.startswith(_PAST)]
-        self.further = [name for name in self.inputs if name not in _KNOWN and not name.startswith(_PAST)]
 
     def compile(self) -> Plan:
         """Raises NotExpressible with what has no step."""
@@ -58,8 +52,8 @@ class Compiler:
         hidden, vocab = fixed_dim(embeds, -1), fixed_dim(logits, -1)
         if hidden is None or vocab is None:
             raise NotExpressible("sizes that are not fixed")
-        for name in self.further:
-            if name not in (BLOCK_IDS, _SOURCE_MASK) and not name.startswith(_CROSS):
+        for name in self.context.further:
+            if name not in (BLOCK_IDS, SOURCE_MASK) and not name.startswith(_CROSS):
                 raise NotExpressible(f"an input '{name}'")
         start = self.made.floats(hidden)
         start.buffer.kind = BufferKind.EMBEDS
@@ -81,7 +75,7 @@ class Compiler:
             vocab,
             axes or 0,
             self.made.steps,
-            self.further.index(BLOCK_IDS) if BLOCK_IDS in self.further else -1,
+            self.context.further.index(BLOCK_IDS) if BLOCK_IDS in self.context.further else -1,
         )
 
     def _logits(self) -> ir.Value:
@@ -106,7 +100,7 @@ class Compiler:
         dtype = value.dtype
         if dtype is None or value.shape is None:
             raise NotExpressible(f"'{value.name}' has no type or shape")
-        if str(value.name).startswith((_PAST, _PRESENT)):
+        if str(value.name).startswith((PAST, _PRESENT)):
             dtype = self.cache
         shape = tuple(size if isinstance(size, int) else str(size.value or "") for size in value.shape)
         return Value(str(value.name), int(dtype), shape)
@@ -115,8 +109,8 @@ class Compiler:
         handlers: dict[tuple[str, str], Callable[[ir.Node], None]] = {
             (MICROSOFT, "MatMulNBits"): self._matmul,
             ("", "MatMul"): self._matmul,
-            (MICROSOFT, "GroupQueryAttention"): self._attention,
-            (MICROSOFT, "MultiHeadAttention"): self._cross_attention,
+            (MICROSOFT, "GroupQueryAttention"): lambda one: self_attention(self.context, one),
+            (MICROSOFT, "MultiHeadAttention"): lambda one: cross_attention(self.context, one),
             (MICROSOFT, "SkipSimplifiedLayerNormalization"): self._skip_norm,
             (MICROSOFT, "SkipLayerNormalization"): self._skip_norm,
             ("", "RMSNormalization"): self._norm,
@@ -229,9 +223,9 @@ class Compiler:
         tensor = value.const_value if is_weight(value) else None
         if tensor is None or tensor.size not in (size, 1):
             raise NotExpressible(f"'{value.name}' is not a stored vector of {size}")
-        if value not in self.vectors:
-            self.vectors[value] = vector(np.broadcast_to(np.asarray(tensor.numpy(), np.float32).reshape(-1), (size,)))
-        return self.vectors[value]
+        if value not in self.context.vectors:
+            self.context.vectors[value] = vector(np.broadcast_to(np.asarray(tensor.numpy(), np.float32).reshape(-1), (size,)))
+        return self.context.vectors[value]
 
     def _codes_wanted(self, value: ir.Value) -> bool:
         return any(user.op_type == "MatMulNBits" for user in consumers(value))
@@ -396,121 +390,6 @@ class Compiler:
         ref = self.made.floats(left.width)
         self.made.add(Kind.SELECT, left.width, False, [left.ref, right.ref], [ref])
         self.made.define(node.outputs[0], ref, left.width, False)
-
-    # --- attention ---
-
-    def _cross_attention(self, node: ir.Node) -> None:
-        inputs = [*node.inputs, *[None] * 10]
-        query, key, value = self.made.rows(inputs[0]), inputs[1], inputs[2]
-        names = [str(one.name) if one is not None else "" for one in (key, value)]
-        heads = attribute_int(node, "num_heads", 0)
-        if any(name not in self.further for name in names) or any(one is not None for one in (inputs[3], inputs[4], *inputs[6:])):
-            raise NotExpressible("attention over other than static keys and values")
-        size, kv_heads = fixed_dim(key, -1) or 0, fixed_dim(key, 1) or 0
-        mask = -1
-        if inputs[5] is not None:
-            if _SOURCE_MASK not in self.further or not hides_where_zero(self.model, inputs[5], _SOURCE_MASK):
-                raise NotExpressible("a cross-attention mask that is not encoder_attention_mask's")
-            mask = self.further.index(_SOURCE_MASK)
-        if not size or heads != kv_heads or heads * size != query.width:
-            raise NotExpressible("cross-attention whose heads are not those of its keys")
-        out = self.made.floats(query.width)
-        arguments = [self.further.index(names[0]), self.further.index(names[1]), heads, kv_heads, size, mask]
-        reals = [attribute_float(node, "scale", 0.0) or size**-0.5, 0.0]
-        self.made.add(Kind.CROSS, query.width, query.last, [query.ref], [out], [], arguments, reals)
-        self.made.define(node.outputs[0], out, query.width, query.last)
-
-    def _attention(self, node: ir.Node) -> None:
-        inputs = [*node.inputs, *[None] * 12]
-        heads, kv_heads = attribute_int(node, "num_heads", 0), attribute_int(node, "kv_num_heads", 0)
-        size, rule = fixed_dim(inputs[3], -1) or 0, mask_rule(node)
-        if any(one is not None for one in inputs[10:]):
-            raise NotExpressible("an attention bias, sinks or a quantised cache in GroupQueryAttention")
-        if attribute_int(node, "smooth_softmax", 0) or len(node.outputs) > 3:
-            raise NotExpressible("GroupQueryAttention with a smooth softmax or scores")
-        cache = [self.caches.index(str(one.name)) for one in inputs[3:5] if one is not None]
-        query, key, value, rotary, table = self._rotated(node, inputs, heads, kv_heads, size)
-        width = heads * size
-        turned, out = self.made.floats(width), self.made.floats(width)
-        last = query.last
-        arguments = [*cache, heads, kv_heads, size]
-        scale = attribute_float(node, "scale", 0.0) or size**-0.5
-        refs = [query.ref, key.ref, value.ref, table if isinstance(table, Ref) else None]
-        weights: list[Weight | None] = [*table] if isinstance(table, tuple) else []
-        self.made.add(Kind.ROTARY, width, last, refs, [turned], weights, [*arguments, *rotary], [scale])
-        mutual = 0 if rule.kind != "blocks" else 2 if rule.windowed_blocks else 1
-        window = attribute_int(node, "local_window_size", -1)
-        numbers = [*arguments, max(window, 0), mutual]
-        reals = [0.0, attribute_float(node, "softcap", 0.0)]
-        self.made.add(Kind.ATTENTION, width, last, [turned], [out], [], numbers, reals)
-        self.made.add(Kind.COMBINE, width, last, [turned], [out], [], numbers, reals)
-        self.made.define(node.outputs[0], out, width, last)
-
-    def _rotated(
-        self, node: ir.Node, inputs: list[ir.Value | None], heads: int, kv_heads: int, size: int
-    ) -> tuple[Rows, Rows, Rows, list[int], Ref | tuple[Weight, Weight] | None]:
-        """(query, key, value, [rotary size, interleaved, source of angles], angles or tables of cosines and sines)."""
-        if inputs[1] is None:
-            packed = self.made.rows(inputs[0])
-            at = [packed.ref.column + first * size for first in (0, heads, heads + kv_heads)]
-            query, key, value = (Rows(Ref(packed.ref.buffer, column), 0, packed.last) for column in at)
-        else:
-            turned = [producer(one, "RotaryEmbedding") for one in inputs[:2]]
-            if turned[0] is not None and turned[1] is not None:
-                return self._computed_angles(turned[0], turned[1], self.made.rows(inputs[2]), size)
-            query, key, value = (self.made.rows(one) for one in inputs[:3])
-        if not attribute_int(node, "do_rotary", 0):
-            return query, key, value, [0, 0, 0], None
-        cosine, sine = (self._table(one) for one in inputs[7:9])
-        given = inputs[9] is not None
-        if given and inputs[9] is not self.inputs.get("position_ids"):
-            raise NotExpressible("rotary positions that are not position_ids")
-        return (
-            query,
-            key,
-            value,
-            [2 * cosine.width, attribute_int(node, "rotary_interleaved", 0), 1 if given else 2],
-            (cosine, sine),
-        )
-
-    def _table(self, value: ir.Value | None) -> Weight:
-        tensor = value.const_value if value is not None and is_weight(value) else None
-        if tensor is None or value is None:
-            raise NotExpressible("rotary tables that are not stored")
-        if value not in self.vectors:
-            self.vectors[value] = vector(np.asarray(tensor.numpy(), np.float32))
-        return self.vectors[value]
-
-    def _computed_angles(
-        self, query: ir.Node, key: ir.Node, value: Rows, size: int
-    ) -> tuple[Rows, Rows, Rows, list[int], Ref | tuple[Weight, Weight] | None]:
-        cosine, sine = query.inputs[1:3]
-        interleaved = attribute_int(query, "interleaved", 0)
-        if (
-            cosine is None
-            or sine is None
-            or list(key.inputs[1:3]) != [cosine, sine]
-            or interleaved != attribute_int(key, "interleaved", 0)
-        ):
-            raise NotExpressible("queries and keys that turn by different angles")
-        if len(query.inputs) > 3:
-            stored = self._table(cosine), self._table(sine)
-            if query.inputs[3] is not self.inputs.get("position_ids"):
-                raise NotExpressible("rotary positions that are not position_ids")
-            rows = [self.made.rows(one.inputs[0]) for one in (query, key)]
-            return rows[0], rows[1], value, [2 * stored[0].width, interleaved, 1], stored
-        if (cosine, sine) not in self.tables:
-            positions = self.inputs["position_ids"]
-            axes = fixed_dim(positions, 0) if positions.shape is not None and len(positions.shape) == 3 else 1
-            angles = rotary_angles(self.model, cosine, sine, axes or 1)
-            half = len(angles.frequencies)
-            ref = self.made.floats(2 * half)
-            weights = [vector(angles.frequencies[None]), integers(angles.axes)]
-            self.made.add(Kind.ANGLES, 2 * half, False, [], [ref], weights, [half], [angles.factor])
-            self.tables[cosine, sine] = ref
-        ref = self.tables[cosine, sine]
-        rows = [self.made.rows(one.inputs[0]) for one in (query, key)]
-        return rows[0], rows[1], value, [ref.buffer.width, interleaved, 3], ref
 
 
 def _product_node(value: ir.Value) -> ir.Node | None:

@@ -46,23 +46,23 @@ def quantised(source: Quantised, order: npt.NDArray[np.int64]) -> Weight:
 
     def make() -> npt.NDArray[np.generic]:
         rows = np.concatenate([order, np.full(panels * PANEL - width, -1)])
-        scales = np.where(rows[:, None] >= 0, source.scales()[rows], 1) / factor
-        scales = scales.astype(np.float16).reshape(panels, PANEL, groups).transpose(0, 2, 1)
+        scales = np.asarray(np.where(rows[:, None] >= 0, source.scales()[rows], 0) / factor, np.float16)
+        scales = np.ascontiguousarray(scales.reshape(panels, PANEL, groups).transpose(0, 2, 1))
         codes = unpack(np.asarray(source.codes(), np.uint8), source.bits).reshape(len(source.scales()), -1)
         codes = codes[:, : blocks * BLOCK]
+        packed: npt.NDArray[np.generic]
         zero = 1 << (source.bits - 1)
         if codes.shape[1] < blocks * BLOCK:
             codes = np.pad(codes, ((0, 0), (0, blocks * BLOCK - codes.shape[1])), constant_values=zero)
         codes = np.where(rows[:, None] >= 0, codes[rows], zero).astype(np.uint8)
         if source.bits == 4:
-            codes = codes.reshape(panels, PANEL, blocks, 2, 4, 4)
-            codes = codes[:, :, :, 0] | (codes[:, :, :, 1] << 4)
-            codes = codes.transpose(0, 2, 3, 1, 4)
+            halves = codes.reshape(panels, PANEL, blocks, 2, 4, 4)
+            packed = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)).transpose(0, 2, 3, 1, 4)
         else:
-            codes = codes.reshape(panels, PANEL, blocks, 8, 4).transpose(0, 2, 3, 1, 4)
+            packed = codes.reshape(panels, PANEL, blocks, 8, 4).transpose(0, 2, 3, 1, 4)
         out = np.zeros((panels, panel_bytes), np.uint8)
-        out[:, : groups * PANEL * 2] = np.ascontiguousarray(scales).view(np.uint8).reshape(panels, -1)
-        out[:, scale_bytes : scale_bytes + blocks * BLOCK * PANEL * source.bits // 8] = codes.reshape(panels, -1)
+        out[:, : groups * PANEL * 2] = scales.view(np.uint8).reshape(panels, -1)
+        out[:, scale_bytes : scale_bytes + blocks * BLOCK * PANEL * source.bits // 8] = packed.reshape(panels, -1)
         return out
 
     kind = Format.INT4 if source.bits == 4 else Format.INT8

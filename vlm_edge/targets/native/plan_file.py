@@ -217,7 +217,7 @@ def write(plan: Plan, path: Path) -> None:
             data = np.ascontiguousarray(weight.make())
             if data.nbytes != weight.size:
                 raise ValueError(f"a weight has {data.nbytes} bytes, {weight.size} were announced")
-            file.write(memoryview(data.view(np.uint8).reshape(-1)))
+            file.write(data.tobytes() if data.nbytes < 1 << 20 else data.data)
         file.truncate(start + end)
         file.flush()
         os.fsync(file.fileno())
