@@ -16,7 +16,7 @@ import numpy.typing as npt
 from vlm_edge_runtime.errors import DeviceError
 
 from .base import Array
-from .cuda_driver import checked, driver, open_driver
+from .cuda_driver import checked, compute_capability, driver, open_driver
 from .cuda_kernels import compiled_kernels
 from .cuda_layout import KERNELS
 
@@ -146,11 +146,7 @@ class CudaDevice:
         device = checked("cuDeviceGet", api.cuDeviceGet(ordinal))
         raw_name = checked("cuDeviceGetName", api.cuDeviceGetName(256, device))
         self.name = raw_name.split(b"\0")[0].decode("utf-8", "replace")
-        attribute = api.CUdevice_attribute
-        major = attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-        minor = attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
-        digits = [int(checked("cuDeviceGetAttribute", api.cuDeviceGetAttribute(which, device))) for which in (major, minor)]
-        self.sm = 10 * digits[0] + digits[1]
+        self.sm = compute_capability(api, device)
         self.library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
         self._api = api
         self._device = device

@@ -53,6 +53,25 @@ def open_driver() -> int:
     return version
 
 
+def compute_capability(api: ModuleType, device: Any) -> int:
+    """A GPU's compute capability × 10 (8.6 is 86)."""
+    kinds = api.CUdevice_attribute
+    major = kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    minor = kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+    digits = [int(checked("cuDeviceGetAttribute", api.cuDeviceGetAttribute(which, device))) for which in (major, minor)]
+    return 10 * digits[0] + digits[1]
+
+
+def local_sm() -> int | None:
+    """The first GPU's compute capability × 10; None where there is none that can be used."""
+    try:
+        api = driver()
+        open_driver()
+        return compute_capability(api, checked("cuDeviceGet", api.cuDeviceGet(0)))
+    except DeviceError:
+        return None
+
+
 def checked(call: str, result: Any) -> Any:
     """What a driver call gave besides its status (one value, or nothing). Raises DeviceError naming call and status."""
     if int(result[0]) != 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,7 @@ class TensorRTDecoder:
         self._load, self._embed, self._device, self._portable = load, embed, device, portable
         self._lock, self._times, self._prefill_chunk = lock, times, prefill_chunk
         self._programs: dict[int | None, DecoderPrograms] = {}
+        self._states: weakref.WeakSet[TensorRTDecoderState] = weakref.WeakSet()
         self._closed = False
         signature = self._bucket(self.capacities[0]).signature
         self.hidden_size, self.vocab_size = signature.hidden, signature.vocab
@@ -78,7 +80,7 @@ class TensorRTDecoder:
         with self._lock:
             self._device.use()
             programs = self._bucket(bucket)
-            return TensorRTDecoderState(
+            state = TensorRTDecoderState(
                 programs,
                 batch,
                 capacity,
@@ -87,6 +89,8 @@ class TensorRTDecoder:
                 record=self._record,
                 prefill_chunk=self._prefill_chunk,
             )
+            self._states.add(state)
+            return state
 
     def _bucket(self, capacity: int | None) -> DecoderPrograms:
         with self._lock:
@@ -109,9 +113,11 @@ class TensorRTDecoder:
             times.extend([seconds] * count)
 
     def close(self) -> None:
-        """Frees the engines. States must not be used any more."""
+        """Frees the engines, and the states with them."""
         with self._lock:
             self._closed = True
+            for state in list(self._states):
+                state.close()
             for programs in self._programs.values():
                 programs.decoder.close()
             self._programs.clear()

@@ -120,6 +120,7 @@ class TensorRTProgram:
         """A context on an optimisation profile."""
         module = self.runtime.module
         managed = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        config = None
         if self._cache is not None:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(managed)
@@ -136,7 +137,7 @@ class TensorRTProgram:
         made.set_device_memory(self._scratch.address, self._scratch.nbytes)
         if len(self.profiles) > 1 and not made.set_optimization_profile_async(profile, self._device.stream):
             raise self.runtime.refused(f"{self.path} has no optimisation profile {profile}")
-        context = TensorRTContext(self.runtime, made, self.path)
+        context = TensorRTContext(self.runtime, made, self.path, config)
         self._contexts.add(context)
         return context
 
@@ -157,9 +158,10 @@ class TensorRTProgram:
 class TensorRTContext:
     """One `IExecutionContext`."""
 
-    def __init__(self, runtime: Runtime, context: Any, path: Path) -> None:
+    def __init__(self, runtime: Runtime, context: Any, path: Path, config: Any) -> None:
         self._runtime = runtime
         self._context = context
+        self._config = config  # lives as long as the context
         self._path = path
 
     def set_shape(self, name: str, shape: Shape) -> None:
@@ -193,7 +195,7 @@ class TensorRTContext:
 
     def close(self) -> None:
         """Frees the context."""
-        self._context = None
+        self._context = self._config = None
 
 
 class _RuntimeCache:
@@ -204,7 +206,8 @@ class _RuntimeCache:
         self._path = cache_folder() / "tensorrt-rtx" / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.cache"
         self._lock = threading.Lock()
         self._kept = b""
-        self._cache = engine.create_runtime_config().create_runtime_cache()
+        self._config = engine.create_runtime_config()  # lives as long as the cache that it made
+        self._cache = self._config.create_runtime_cache()
         if self._path.is_file():
             self._kept = self._path.read_bytes()
             if not self._cache.deserialize(self._kept):

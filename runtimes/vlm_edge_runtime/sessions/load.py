@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,17 +91,30 @@ def load(
 
 
 def choose_build(path: str | Path, manifest: Manifest, device: str) -> str:
-    """The name of the first build for a device. Raises TargetError or DeviceError saying how to get one."""
+    """The name of the first build for a device, among several of engines the first with engines for the GPU that is here.
+
+    Raises TargetError or DeviceError saying how to get one.
+    """
     if device != "auto" and device not in BACKENDS:
         raise DeviceError(f"device '{device}' is not one this version runs on: {', '.join(('auto', *BACKENDS))}.")
     devices = tuple(BACKENDS) if device == "auto" else (device,)
     for each in devices:
-        for name, build in manifest.builds.items():
-            if build.backend in BACKENDS[each]:
-                return name
+        fitting = [name for name, build in manifest.builds.items() if build.backend in BACKENDS[each]]
+        if fitting:
+            return _for_this_gpu(manifest, fitting)
     target = _EXAMPLES.get(device, "cpu-int4")
     how = f"run `vlm-edge build {path} --target {target}`, or pass build='{PORTABLE}' (slow, and on the CPU: it is the reference)"
     if not manifest.builds:
         raise TargetError(f"{path}: this bundle has only portable graphs: {how}.")
     has = ", ".join(f"{name} ({build.backend})" for name, build in manifest.builds.items())
     raise TargetError(f"{path} has no build for device '{device}', only {has}: {how}.")
+
+
+def _for_this_gpu(manifest: Manifest, names: Sequence[str]) -> str:
+    engines = {name: {sm for one in manifest.builds[name].engines for sm in one.sm} for name in names}
+    if len(names) > 1 and any(engines.values()):
+        from vlm_edge_runtime.engines.cuda_driver import local_sm
+
+        here = local_sm()
+        return next((name for name, made in engines.items() if here in made), names[0])
+    return names[0]

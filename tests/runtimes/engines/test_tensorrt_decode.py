@@ -285,8 +285,11 @@ def test_memory_that_cannot_be_had_is_told_and_given_back(make) -> None:
     state = decoder.allocate(8, 64)
     state.close()
     assert sum(device.live.values()) == held
+    left = decoder.allocate(2, 64)
     engine.close()
     assert not device.live and device.closed
+    with pytest.raises(DeviceError, match="the decoder state is closed"):
+        left.decode(1)
     for call in (engine.decoder, lambda: engine.graph("embed_tokens"), lambda: decoder.allocate(1, 4)):
         with pytest.raises(DeviceError, match="closed"):
             call()

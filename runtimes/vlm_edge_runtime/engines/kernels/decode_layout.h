@@ -9,12 +9,14 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#define MAX_THREADS 512
+
 #ifdef VLM_HOST /* one block at a time, its threads as threads of the process */
 #include "host_block.h"
 #else
 #define SHARED __shared__
 #define DEVICE static __device__ __forceinline__
-#define KERNEL extern "C" __global__
+#define KERNEL extern "C" __global__ __launch_bounds__(MAX_THREADS) /* or a block might ask for more registers than there are */
 #define ADDRESS(type, value) ((type *)(value))
 DEVICE float negative_infinity() { return __int_as_float(0xff800000); }
 DEVICE u32 float_bits(float value) { return __float_as_uint(value); }

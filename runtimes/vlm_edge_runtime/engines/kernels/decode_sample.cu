@@ -5,7 +5,6 @@
  * differ, which decides nothing unless a draw falls within 1e-15 of a boundary. Log probabilities of further tokens are the host's. */
 #include "decode_layout.h"
 
-#define MAX_THREADS 512
 #define NOT_SURVIVING -1.0
 #define NEVER_REACHED -1e300
 #define NEGLIGIBLE -50.0 /* e^-50 × any vocabulary is below half a unit in the last place of a sum that contains 1 */
