@@ -174,6 +174,12 @@ def test_compiling_on_the_device_counts_and_warns_before_it_refuses():
         refuse_memory(memory_plan([memory(weights=3 * GIB)], nano, kv=None, context=0, batch=1))
 
 
+def test_each_graph_is_compiled_by_itself():
+    graphs = [memory("vision_encoder", weights=180 * MIB), memory(word="int4", weights=120 * MIB)]
+    plan = memory_plan(graphs, load_target("jetson-orin-nano"), kv=None, context=0, batch=1)
+    assert (plan.build_least, plan.build_most) == (BUILD_BASE + 360 * MIB, BUILD_BASE + 1200 * MIB)
+
+
 def test_attention_scores_are_told_apart():
     plan = memory_plan([memory(scores=3 * GIB)], load_target("rtx-4060"), kv=None, context=0, batch=1)
     assert plan.fits and "3.00 GiB more" in plan.notes[0]

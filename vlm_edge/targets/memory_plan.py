@@ -169,8 +169,8 @@ def memory_plan(
     decoder = next((one for one in counted if one.role == "decoder"), None)
     entry = _kv_entry(kv, decoder) * batch if kv is not None else 0
     compiled = target.backend.startswith("tensorrt")
-    largest = max(counted, key=lambda one: _build(one)[1], default=None)
-    least, most = _build(largest) if largest is not None and compiled else (0, 0)
+    builds = [_build(one) for one in counted] if compiled else []  # one after another
+    least, most = (max((build[which] for build in builds), default=0) for which in (0, 1))
     plan = MemoryPlan(
         target=target.name,
         capacity=device.memory_bytes,
