@@ -30,11 +30,11 @@ OLDEST = {"fp8": 89, "fp8w": 89, "nvfp4": 120}
 """The first compute capability that has a number format; the others run on SM 8.6 too."""
 VISION = {
     "fp16": 0.99999,
-    "bf16": 0.999,
+    "bf16": 0.9999,
     "int8": 0.999,
     "int8w": 0.9999,
     "int4": 0.99,
-    "fp8": 0.995,
+    "fp8": 0.998,
     "fp8w": 0.999,
     "nvfp4": 0.99,
 }
