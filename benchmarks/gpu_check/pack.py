@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from .environment import ROOT, SUMS, split, write_sums
-from .models import TRAINED, make_shape, make_trained
+from .models import SHAPES, TRAINED, make_shape, make_trained
 
 OUT = ROOT / "out" / "gpu_check"
 WHEELS = (
@@ -42,7 +42,7 @@ WHEELS = (
 """What the check needs there besides torch, transformers, onnx and numpy, which the machine has."""
 SOURCES = ("tensorrt-rtx-cu13",)
 """Packages that are published as sources alone; their wheels, which hold Python only, are made here."""
-SHAPES = ("smolvlm-256m", "smolvlm-2b")
+CARRIED = ("smolvlm-256m", "smolvlm-2b")
 _CONSTRAINTS = ROOT / "constraints.txt"
 
 
@@ -56,7 +56,7 @@ _CONSTRAINTS = ROOT / "constraints.txt"
 )
 def main(python: str, platform: str, piece_mib: int, out: Path, parts: tuple[str, ...]) -> None:
     """Download, cut and export everything that is carried to the machine with the GPU."""
-    wanted = parts or ("wheels", "trained", "shapes")
+    wanted = parts or ("wheels", "trained", *CARRIED)
     if "wheels" in wanted:
         shutil.rmtree(out / "wheels", ignore_errors=True)
         found = download(out / "downloads", python, platform)
@@ -66,7 +66,7 @@ def main(python: str, platform: str, piece_mib: int, out: Path, parts: tuple[str
         for name in TRAINED:
             make_trained(name, out / "kit" / "trained")
             click.echo(f"{out / 'kit' / 'trained' / name}.vlm")
-    for name in (*(SHAPES if "shapes" in wanted else ()), *(("tiny",) if "tiny" in wanted else ())):
+    for name in [name for name in SHAPES if name in wanted]:
         shutil.rmtree(out / "kit" / "shapes" / f"{name}.vlm", ignore_errors=True)
         make_shape(name, out / "kit" / "shapes")
         click.echo(f"{out / 'kit' / 'shapes' / name}.vlm")
