@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper
 from toy_bundle import toy_bundle
 from toy_decoder import Toy
 
-from vlm_edge_runtime.engines import open_engine
+from vlm_edge_runtime.engines import open_engine, ort_cuda_place
 from vlm_edge_runtime.engines.ort_cuda_memory import CudaMemory, HostMemory, checked, runtime_api
 from vlm_edge_runtime.engines.ort_cuda_models import greedy_sampler
 from vlm_edge_runtime.engines.ort_cuda_place import Place, check_placement, check_wheel, host_place, wheel_cuda_version
@@ -113,6 +114,46 @@ def test_a_provider_that_onnxruntime_leaves_out_is_an_error() -> None:
 
 def test_the_cpu_wheel_says_no_cuda_version() -> None:
     assert (wheel_cuda_version() is None) == CPU_WHEEL
+
+
+@needs_no_driver
+def test_a_machine_without_a_driver_is_named() -> None:
+    with pytest.raises(DeviceError, match=r'no NVIDIA driver.*device="cpu"'):
+        ort_cuda_place.check_device()
+
+
+def test_a_made_up_driver_older_than_the_wheels_cuda_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(ort_cuda_place, "open_driver", lambda: 12040)
+    monkeypatch.setattr(ort_cuda_place, "wheel_cuda_version", lambda: (13, 0))
+    with pytest.raises(
+        DeviceError, match=r"too old: it serves CUDA 12\.4, onnxruntime-gpu is built for CUDA 13\.0: update the driver"
+    ):
+        ort_cuda_place.check_device()
+
+
+def test_a_provider_library_that_cannot_be_loaded_gives_the_loaders_reason(tmp_path, monkeypatch) -> None:
+    """A real library, linked with one that is gone: as the wheel's own is where CUDA's libraries are not installed."""
+    capi = tmp_path / "onnxruntime" / "capi"
+    capi.mkdir(parents=True)
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler here")
+    for name, needs in (
+        ("gone", []),
+        ("onnxruntime_providers_shared", []),
+        ("onnxruntime_providers_cuda", [f"-L{capi}", "-lgone"]),
+    ):
+        source = tmp_path / f"{name}.c"
+        source.write_text(f"int {name}(void) {{ return 0; }}\n")
+        command = ["cc", "-shared", "-fPIC", "-Wl,--no-as-needed", str(source), "-o", str(capi / f"lib{name}.so"), *needs]
+        subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "onnxruntime" / "__init__.py"))
+    (capi / "libgone.so").unlink()
+    assert "libgone.so: cannot open shared object file" in ort_cuda_place.provider_load_error()
+    monkeypatch.setattr(ort_cuda_place, "open_driver", lambda: 13000)  # made up: the machine has no driver
+    with pytest.raises(DeviceError, match=r"cannot be loaded: libgone\.so.*pip install 'onnxruntime-gpu\[cuda,cudnn\]'"):
+        ort_cuda_place.check_device()
+    (capi / "libonnxruntime_providers_cuda.so").unlink()
+    assert "is missing" in ort_cuda_place.provider_load_error()
 
 
 @needs_no_driver
