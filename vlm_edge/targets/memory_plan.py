@@ -49,6 +49,8 @@ BYTES = {
     "int4": 0.5625,
 }
 """Bytes of a weight of a matrix product, with a scale in half precision for each block of 32 (16 for nvfp4, in 8 bits)."""
+_UPDATES = ("TensorScatter", "GroupQueryAttention")
+"""Operators that write new entries into the cache they read."""
 _STEP = 64
 """Contexts that would fit are named in multiples of this."""
 _WEIGHT = 1024
@@ -279,10 +281,10 @@ def _lower_precision(plan: MemoryPlan, target: Target) -> str:
 
 
 def _in_place(model: ir.Model) -> bool:
-    """Whether every cache output is its input, updated (TensorScatter); a copy otherwise."""
+    """Whether every cache output is its input, updated; a copy otherwise."""
     written = [value for value in model.graph.outputs if str(value.name).startswith("present.")]
     makers = [value.producer() for value in written]
-    return all(maker is not None and maker.op_type == "TensorScatter" for maker in makers)
+    return all(maker is not None and maker.op_type in _UPDATES for maker in makers)
 
 
 def _scales(model: ir.Model) -> Iterator[ir.TensorProtocol]:
