@@ -17,7 +17,7 @@ from vlm_edge.parity import Example, ParityReport, bisect_bundle, compare, load_
 from vlm_edge.parity.examples import built_in
 from vlm_edge.targets.build import build
 from vlm_edge_runtime.bundle.reader import read_manifest
-from vlm_edge_runtime.errors import ParityError, TargetError
+from vlm_edge_runtime.errors import DeviceError, ParityError, TargetError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,6 +183,17 @@ def test_what_cannot_be_compared_is_an_error(portable_bundle, tiny_checkpoint, l
         compare(llava, None, max_new_tokens=0)
     with pytest.raises(ParityError, match=r"is a 'clip', .* was made from a 'llava'"):
         compare(bare, tiny_checkpoint("clip"), store=False)
+
+
+def test_builds_for_a_gpu_are_compared_where_there_is_one(portable_bundle, tmp_path):
+    """Left out, and said, where none is named; asked for by name, the missing device is an error."""
+    path = copy(portable_bundle("llava-llama"), tmp_path)
+    build(path, "cpu-fp32")
+    build(path, "cuda-desktop")
+    found = compare(path, None, max_new_tokens=2, store=False)
+    assert [one.name for one in found.builds] == ["cpu-fp32"] and "Not compared: cuda-desktop" in found.note
+    with pytest.raises(DeviceError, match="onnxruntime-gpu"):
+        compare(path, None, builds=["cuda-desktop"], max_new_tokens=2, store=False)
 
 
 def test_examples_of_ones_own(llava):

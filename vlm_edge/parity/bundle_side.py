@@ -26,7 +26,7 @@ class BundleGenerator:
 
     def __init__(self, path: str | Path, build: str) -> None:
         self.name = build
-        session = load(path, device="cpu", build=build, image_cache_bytes=0, prefix_cache=False, verify=False)
+        session = load(path, device="auto", build=build, image_cache_bytes=0, prefix_cache=False, verify=False)
         if not isinstance(session, VisionLanguageModel):
             session.close()
             raise ParityError(f"{path} does not generate text.")
@@ -95,7 +95,7 @@ class BundleEncoder:
 
     def __init__(self, path: str | Path, build: str) -> None:
         self.name = build
-        session = load(path, device="cpu", build=build, image_cache_bytes=0, verify=False)
+        session = load(path, device="auto", build=build, image_cache_bytes=0, verify=False)
         if not isinstance(session, DualEncoder):
             session.close()
             raise ParityError(f"{path} is not a dual encoder.")

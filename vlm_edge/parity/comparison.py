@@ -23,6 +23,8 @@ from .request import Request, step
 from .subject import Encoder, Generator, GraphReference
 from .tolerance import ACCURACY_POINTS, Tolerance, loosest
 
+_HERE = "ort-cpu"
+"""The backend of builds that any machine can run."""
 _VERSIONED = ("vlm-edge", "torch", "transformers", "onnxruntime", "numpy")
 
 
@@ -42,12 +44,14 @@ def compare(
     """Compares the portable graphs and builds of a bundle with the checkpoint `reference` (a folder or hub id) in PyTorch.
 
     Without a `reference` builds are compared with the portable graphs, and nothing imports PyTorch. `builds`: which
-    ("portable" is one), by default all there are. `examples`: pictures with prompts, by default a small drawn set.
+    ("portable" is one), by default all for the CPU; one for a GPU runs on that GPU, and as a whole model only (its graphs were
+    compared when they were built). `examples`: pictures with prompts, by default a small drawn set.
     `dataset`: questions (or captions) with known answers; with it, task accuracy decides about quantised builds, and more
     than `accuracy_points` lost is FAIL. `store` records the verdicts in the manifest; `progress` hears of each step.
 
-    Raises ParityError when there is nothing to compare, BundleError, TargetError (an unknown build), and what loading the
-    checkpoint raises (ExportError, UnsupportedModelError). A difference is never an error but a verdict.
+    Raises ParityError when there is nothing to compare, BundleError, TargetError (an unknown build), DeviceError (a build that
+    cannot run here), and what loading the checkpoint raises (ExportError, UnsupportedModelError). A difference is never an
+    error but a verdict.
     """
     path, steps = Path(bundle), progress or Silent()
     manifest = read_manifest(path)
@@ -61,7 +65,7 @@ def compare(
     request = Request(path, manifest, chosen, dataset, max_new_tokens, accuracy_points, steps)
     with step(steps, "load the reference") as said:
         side, graphs, close = _reference(path, manifest, reference, dual, trust_remote_code)
-        note = _other_weights(manifest, side) if reference is not None else ""
+        note = " ".join(filter(None, [_other_weights(manifest, side) if reference is not None else "", _left(manifest, names)]))
         said.append(side.name)
     try:
         if examples is None and not dual:
@@ -172,6 +176,8 @@ def _compare_graphs(request: Request, bundle: Bundle, reference: GraphReference,
     roles = [role for role in bundle.graphs if shared or bundle.build is None or role in bundle.build.graphs]
     if bundle.build is not None and isinstance(reference, PortableReference):
         roles = [role for role in roles if role in bundle.build.graphs]
+    if bundle.build is not None and bundle.build.backend != _HERE:
+        roles = []
     results = []
     for role in roles:
         with step(request.steps, f"{bundle.build_name}: {role}") as said:
@@ -188,15 +194,23 @@ def _chosen(path: Path, manifest: Manifest, builds: Sequence[str] | None, *, wit
     for name in builds or ():
         if name not in known:
             raise TargetError(f"{path} has no build '{name}'; it has: {', '.join(known)}.")
-    names = list(dict.fromkeys(builds)) if builds else known
+    here = [PORTABLE, *(name for name, build in manifest.builds.items() if build.backend == _HERE)]
+    names = list(dict.fromkeys(builds)) if builds else here
     if not with_portable:
         names = [name for name in names if name != PORTABLE]
         if not names:
             raise ParityError(
-                f"{path}: without a reference the portable graphs are the yardstick, and there is no build to compare with them. "
-                "Name the checkpoint (--reference), or make a build (`vlm-edge build`)."
+                f"{path}: without a reference the portable graphs are the yardstick, and there is no build "
+                f"{'for the CPU ' if manifest.builds else ''}to compare with them. Name the checkpoint (--reference), "
+                f"{'name a build (--build)' if manifest.builds else 'or make a build (`vlm-edge build`)'}."
             )
     return names
+
+
+def _left(manifest: Manifest, names: Sequence[str]) -> str:
+    """The builds for other devices, where none was named: they are compared where they run."""
+    left = [name for name, build in manifest.builds.items() if name not in names and build.backend != _HERE]
+    return f"Not compared: {', '.join(left)}, built for a GPU; name it (--build) on a machine that has one." if left else ""
 
 
 def _store(path: Path, report: ParityReport) -> None:
