@@ -254,9 +254,11 @@ class TensorRTDecoderState(DeviceRows):
             except BaseException:
                 self._table["pending"] = before
                 raise
-            for row in self._rows:
+            logits = self._steps.all_logits()
+            for row, found in zip(self._rows, logits, strict=True):
                 row.finished = False
-            return np.stack([self._fetch_logits(index) for index in everyone])
+                row.tainted |= bool(np.isnan(found).any())
+            return logits
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Row `i` becomes what row `sources[i]` was; the samplers stay where they are."""

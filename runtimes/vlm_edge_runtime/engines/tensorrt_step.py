@@ -151,6 +151,12 @@ class DecoderSteps:
         self.device.download(found, self.logits_address(row))
         return found
 
+    def all_logits(self) -> npt.NDArray[np.float32]:
+        """A copy of every row's next-token logits, float32 [batch, vocab]."""
+        found = np.empty((self.batch, self.stride), np.float32)
+        self.device.download(found, self.logits_address(0))
+        return np.ascontiguousarray(found[:, : self.signature.vocab])
+
     # --- steps of all rows ---
 
     def set_inputs(self, feeds: Mapping[str, Array]) -> None:
