@@ -78,19 +78,37 @@ def test_an_unchanged_build_is_not_compiled_again(compiled):
 
 
 def test_what_changed_is_compiled_again(compiled):
-    """More rows: decoder and embedding. One profile or two: the decoder. Another GPU: all, beside the old."""
+    """Fewer rows: decoder and embedding. One profile or two: the decoder. Another GPU: all, beside the old."""
     keys = {one.graph: one.key for one in read_manifest(compiled).builds["rtx-40"].engines}
     rows, seen = made(compiled, compiling=CompileOptions(max_batch=2))
     again = {graph for graph, detail in seen.engines().items() if detail != "unchanged"}
     assert again == {"decoder.c32", "embed_tokens"}
     assert {one.graph for one in rows.engines if one.key != keys[one.graph]} == again and len(rows.engines) == len(GRAPHS)
-    both = CompileOptions(profiles="two", max_batch=2)
-    two, seen = made(compiled, compiling=both)
-    assert [one.use for one in find_engine(two, "decoder.c32", sm=89, where=compiled).profiles] == ["prefill", "decode"]
+    assert [one.use for one in find_engine(rows, "decoder.c32", sm=89, where=compiled).profiles] == ["decode", "prefill"]
+    one_profile = CompileOptions(profiles="one", max_batch=2)
+    one, seen = made(compiled, compiling=one_profile)
+    assert [found.use for found in find_engine(one, "decoder.c32", sm=89, where=compiled).profiles] == ["any"]
     assert [graph for graph, detail in seen.engines().items() if detail != "unchanged"] == ["decoder.c32"]
-    other, _ = made(compiled, compiling=msgspec.structs.replace(both, sm=(120,)))
+    other, _ = made(compiled, compiling=msgspec.structs.replace(one_profile, sm=(120,)))
     assert len(other.engines) == 2 * len(GRAPHS)
     assert find_engine(other, "projector", sm=120, where=compiled) != find_engine(other, "projector", sm=89, where=compiled)
+
+
+def test_one_profile_where_two_hold_the_weights_twice(compiled, monkeypatch):
+    """Decided by what came out; the next build knows it by the key and does not try again."""
+    asked = []
+
+    def twice(engine_bytes, weights_bytes):
+        asked.append(engine_bytes > weights_bytes > 0)
+        return True
+
+    monkeypatch.setattr(engines, "holds_weights_twice", twice)
+    result, seen = made(compiled, compiling=CompileOptions(max_batch=2))
+    decoder = find_engine(result, "decoder.c32", sm=89, where=compiled)
+    assert [one.use for one in decoder.profiles] == ["any"] and asked == [True]
+    assert "1 profile: two hold the" in seen.engines()["decoder.c32"]
+    _, seen = made(compiled, compiling=CompileOptions(max_batch=2))
+    assert set(seen.engines().values()) == {"unchanged"}
 
 
 def test_engines_outlive_a_rebuild_of_the_same_graphs(compiled):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import onnx_ir as ir
@@ -15,12 +15,12 @@ from vlm_edge_runtime.bundle.manifest import FileRef, GenerativeContract, GraphE
 from vlm_edge_runtime.bundle.reader import open_bundle
 
 from .backend import CompileOptions, Job, backend_of
-from .memory_plan import GraphMemory, MemoryPlan, float_products, gib, graph_memory, memory_plan, refuse_memory
+from .memory_plan import GraphMemory, MemoryPlan, gib, graph_memory, memory_plan, refuse_memory
 from .precision import bundle_roles, resolve_precision, stored_as
 from .preflight import Problem, preflight, refuse
 from .samples import Samples
 from .target import Target, load_target
-from .tensorrt.profiles import CHUNK, Weights, decoder_profiles, graph_profiles
+from .tensorrt.profiles import CHUNK, decoder_profiles, graph_profiles
 
 _PICTURES = {"images": 4, "tiles": 17, "frames": 16, "texts": 16}
 """Rows of what a prompt brings, where no engine's profile says it."""
@@ -94,21 +94,11 @@ class Examination:
             return [self._usual(entry)]
         if job.kinds[role] != "decoder":
             return graph_profiles(job.bundle, role, entry, max_batch=self.batch, longest=self.context)
-        stored = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-        total = math.ceil(sum(one.size * one.dtype.itemsize for one in stored))
         cache = next((spec for spec in entry.inputs if spec.name.startswith("past_key_values.")), None)
         capacity = cache.shape[2] if cache is not None else None
-        profiles, _ = decoder_profiles(
-            job.bundle,
-            entry,
-            capacity=capacity if isinstance(capacity, int) else None,
-            max_batch=self.batch,
-            weights=Weights(total=total, float_products=float_products(model)),
-            flavour="tensorrt-rtx" if job.target.backend == "tensorrt-rtx" else "tensorrt",
-            usable_bytes=job.target.gpu()[0].usable_bytes,
-            wanted=job.compiling.profiles,
-        )
-        return profiles
+        number: Literal["one", "two"] = "one" if job.compiling.profiles == "one" else "two"
+        size = capacity if isinstance(capacity, int) else None
+        return decoder_profiles(job.bundle, entry, capacity=size, max_batch=self.batch, number=number)
 
     def _usual(self, entry: GraphEntry) -> EngineProfile:
         """Sizes of a graph that is compiled for none: all rows, a chunk of the prompt, a cache of the whole context."""

@@ -62,7 +62,8 @@ class GraphMemory(msgspec.Struct, kw_only=True, frozen=True):
 
     `weights`: stored bytes; `elements`: numbers in its matrices; `activations`: the peak of the values inside at the largest
     profile; `scores`: attention scores that exist only without a fused kernel; `guessed`: values of unknown size; `in_place`:
-    whether the cache that it writes is the one it reads; `twice`: bytes of weights that a second profile stores again.
+    whether the cache that it writes is the one it reads. Several profiles of an engine share its weights (see
+    tensorrt/profiles.py for when they would not).
     """
 
     name: str
@@ -74,12 +75,11 @@ class GraphMemory(msgspec.Struct, kw_only=True, frozen=True):
     scores: int = 0
     guessed: int = 0
     in_place: bool = True
-    twice: int = 0
 
     @property
     def engine(self) -> int:
         """The weights as an engine stores them."""
-        return math.ceil((self.weights + self.twice) * ENGINE_FACTOR.get(self.word, FLOAT_FACTOR))
+        return math.ceil(self.weights * ENGINE_FACTOR.get(self.word, FLOAT_FACTOR))
 
 
 class MemoryPlan(msgspec.Struct, kw_only=True, frozen=True):
@@ -148,15 +148,7 @@ def graph_memory(model: ir.Model, name: str, role: str, word: str, profiles: Seq
         scores=max(peak.scores for peak in peaks),
         guessed=max(peak.guessed for peak in peaks),
         in_place=_in_place(model),
-        twice=float_products(model) if len(profiles) > 1 else 0,
     )
-
-
-def float_products(model: ir.Model) -> int:
-    """Bytes of the float matrices of products: what every further profile of a decoder's engine stores anew."""
-    read = {node.inputs[1] for node in model.graph if node.op_type in ("MatMul", "Gemm") and len(node.inputs) > 1}
-    stored = {value.const_value for value in read if value is not None and value.const_value is not None}
-    return sum(math.ceil(one.size * one.dtype.itemsize) for one in stored if one.dtype.is_floating_point())
 
 
 def memory_plan(

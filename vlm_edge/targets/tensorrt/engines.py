@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import onnx_ir as ir
 
 from vlm_edge.targets.backend import Job
 from vlm_edge_runtime.bundle.engine_files import forget_engines, graph_digest, record_engine, sweep_engines, write_engine
 from vlm_edge_runtime.bundle.engine_profile import EngineProfile
-from vlm_edge_runtime.bundle.manifest import Build, EngineEntry, GenerativeContract, GraphEntry
+from vlm_edge_runtime.bundle.manifest import Build, EngineEntry, FileRef, GenerativeContract, GraphEntry
 from vlm_edge_runtime.bundle.reader import check_files, read_manifest
 from vlm_edge_runtime.errors import BundleError
 
-from .builder import compile_engine
+from .builder import Engine, compile_engine
 from .cache import TimingCache, engine_key
-from .profiles import Weights, chunk, decoder_profiles, graph_profiles
+from .profiles import chunk, decoder_profiles, graph_profiles, holds_weights_twice
 from .seam import Gpu, Library, has_timing_cache, platform_tag
-
-_PRODUCTS = ("MatMul", "Conv", "Gemm")
 
 
 @dataclass(slots=True)
@@ -63,61 +61,61 @@ class EngineMaker:
         step = f"engine {name} (SM {', '.join(map(str, self.sm))})"
         progress.start(step, 1.0)
         try:
-            profiles, why = self._profiles(entry)
-            settings: Mapping[str, Any] = {}
-            key = engine_key(entry, profiles, self.library, self.sm, settings)
+            number: Literal["one", "two"] = "one" if self.job.compiling.profiles == "one" else "two"
+            profiles = self._profiles(entry, number)
+            key = engine_key(entry, profiles, self.library, self.sm, {"profiles": self.job.compiling.profiles})
             if self._is_there(key):
                 progress.done(step, "unchanged")
                 return
             check_files(root, [entry.model, *entry.data])
-            timings = None
-            if self.gpu is not None and has_timing_cache(self.library):
-                timings = TimingCache(self.gpu, self.library, entry)
-            path = root / entry.model.file
-            made = compile_engine(
-                self.library, path, profiles=profiles, sm=self.sm, timings=timings, progress=progress, step=step
-            )
+            made, why = self._compiled(entry, profiles, step), ""
+            if len(profiles) > 1 and self.job.compiling.profiles == "auto":
+                why = f"{len(profiles)} profiles"
+                if holds_weights_twice(made.data.nbytes, weights := _weights(root / entry.model.file)):
+                    why = f"1 profile: two hold the {weights / 1e6:.0f} MB of weights twice ({made.data.nbytes / 1e6:.0f} MB)"
+                    profiles = self._profiles(entry, "one")
+                    made = self._compiled(entry, profiles, step)
             file = write_engine(root, self.build.name, _file_name(name, self.sm), memoryview(made.data))
-            record_engine(
-                root,
-                self.build.name,
-                EngineEntry(
-                    role=entry.role,
-                    graph=name,
-                    file=file,
-                    sm=list(self.sm),
-                    builder=self.library.flavour,
-                    builder_version=self.library.version,
-                    platform=platform_tag(),
-                    graph_sha256=graph_digest(entry),
-                    key=key,
-                    capacity=_capacity(entry),
-                    profiles=list(profiles),
-                    aliases=made.layers.aliases,
-                ),
-            )
+            record_engine(root, self.build.name, self._entry(name, entry, file, key, profiles, made))
         except BaseException as error:
             progress.failed(step, str(error))
             raise
-        remarks = f"; {len(made.warnings)} remarks, first: {made.warnings[0][:120]}" if made.warnings else ""
-        progress.done(step, f"{file.bytes / 1e6:.1f} MB{f', {why}' if why else ''}{remarks}")
+        remarks = f"{len(made.warnings)} remarks, first: {made.warnings[0][:120]}" if made.warnings else ""
+        progress.done(step, "; ".join(part for part in (f"{file.bytes / 1e6:.1f} MB", why, remarks) if part))
 
-    def _profiles(self, entry: GraphEntry) -> tuple[list[EngineProfile], str]:
-        bundle, device = self.job.bundle, self.job.target.gpu()[0]
-        capacity = _capacity(entry)
+    def _compiled(self, entry: GraphEntry, profiles: Sequence[EngineProfile], step: str) -> Engine:
+        timings = None
+        if self.gpu is not None and has_timing_cache(self.library):
+            timings = TimingCache(self.gpu, self.library, entry)
+        path = self.job.bundle.path / entry.model.file
+        return compile_engine(
+            self.library, path, profiles=profiles, sm=self.sm, timings=timings, progress=self.job.progress, step=step
+        )
+
+    def _entry(
+        self, name: str, graph: GraphEntry, file: FileRef, key: str, profiles: Sequence[EngineProfile], made: Engine
+    ) -> EngineEntry:
+        return EngineEntry(
+            role=graph.role,
+            graph=name,
+            file=file,
+            sm=list(self.sm),
+            builder=self.library.flavour,
+            builder_version=self.library.version,
+            platform=platform_tag(),
+            graph_sha256=graph_digest(graph),
+            key=key,
+            capacity=_capacity(graph),
+            profiles=list(profiles),
+            aliases=made.layers.aliases,
+        )
+
+    def _profiles(self, entry: GraphEntry, number: Literal["one", "two"]) -> list[EngineProfile]:
+        bundle = self.job.bundle
         if entry.role == "decoder":
-            found, why = decoder_profiles(
-                bundle,
-                entry,
-                capacity=capacity,
-                max_batch=self.max_batch,
-                weights=_weights(bundle.path / entry.model.file),
-                flavour=self.library.flavour,
-                usable_bytes=device.usable_bytes,
-                wanted=self.job.compiling.profiles,
-            )
-            return found, f"{len(found)} profile{'s' if len(found) > 1 else ''}: {why}"
-        return graph_profiles(bundle, entry.role, entry, max_batch=self.max_batch, longest=self._longest()), ""
+            capacity = _capacity(entry)
+            return decoder_profiles(bundle, entry, capacity=capacity, max_batch=self.max_batch, number=number)
+        return graph_profiles(bundle, entry.role, entry, max_batch=self.max_batch, longest=self._longest())
 
     def _longest(self) -> int:
         """Tokens of the longest cache; where there is none, what the model can attend to, but not more than a chunk."""
@@ -149,15 +147,7 @@ def _capacity(entry: GraphEntry) -> int | None:
     return None
 
 
-def _weights(path: Path) -> Weights:
-    """What a graph's weights weigh, from its file alone (the weights beside it are not read)."""
-    graph = ir.load(path).graph
-    total = products = 0
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        total += tensor.nbytes
-        if tensor.dtype.is_floating_point() and len(tensor.shape) > 1 and any(u.op_type in _PRODUCTS for u in value.consumers()):
-            products += tensor.nbytes
-    return Weights(total=total, float_products=products)
+def _weights(path: Path) -> int:
+    """Bytes of a graph's weights, from its file alone (the weights beside it are not read)."""
+    tensors = [value.const_value for value in ir.load(path).graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

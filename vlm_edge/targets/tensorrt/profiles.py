@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from vlm_edge_runtime.bundle.engine_profile import EngineProfile, ShapeRange
 from vlm_edge_runtime.bundle.manifest import GenerativeContract, GraphEntry, Modality, TensorSpec
 from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.errors import TargetError
-
-from .seam import Flavour
 
 Range = tuple[int, int, int]
 """Smallest, the one that kernels are chosen for, largest."""
@@ -25,20 +22,15 @@ _PATCHES = 4096
 _ROWS = 16
 """Frames of a video, texts compared at once."""
 _STEPS = 1024
-_DOUBLED = 0.25
-"""The part of the weights that two profiles may store twice where memory does not decide."""
+_LEAST_ROWS = 2
+"""Rows that both profiles of a decoder allow at least.
 
-
-@dataclass(slots=True, frozen=True)
-class Weights:
-    """What a decoder's weights weigh: all of them, and those of its float matrix products, which each profile stores anew.
-
-    Both in bytes. Measured with TensorRT-RTX 1.7.1: 281 MB with one profile, 499 MB with two, at fp16; 4-bit weights are stored
-    once (97 and 111 MB).
-    """
-
-    total: int
-    float_products: int
+With a profile of exactly one row and one token TensorRT-RTX 1.7.1 lays the weights out anew for it, and the engine holds them
+twice: SmolLM2-135M's decoder at fp16 is 489 MB so, 346 MB where only decode allows several rows, 284 MB where both do, and 277 MB
+with one profile (4-bit: 143, 238, 145 and 130 MB).
+"""
+_TWICE, _SPARE = 1.5, 32 * 10**6
+"""An engine of two profiles that is larger than this many times its weights, and so many bytes, holds them twice."""
 
 
 def buckets(contract: GenerativeContract, wanted: Sequence[int]) -> list[int]:
@@ -59,31 +51,26 @@ def chunk(contract: GenerativeContract, capacity: int | None) -> int:
 
 
 def decoder_profiles(
-    bundle: Bundle,
-    entry: GraphEntry,
-    *,
-    capacity: int | None,
-    max_batch: int,
-    weights: Weights,
-    flavour: Flavour,
-    usable_bytes: int,
-    wanted: Literal["auto", "one", "two"],
-) -> tuple[list[EngineProfile], str]:
-    """A decoder's profiles, and why there are so many.
+    bundle: Bundle, entry: GraphEntry, *, capacity: int | None, max_batch: int, number: Literal["one", "two"]
+) -> list[EngineProfile]:
+    """A decoder's profiles. Two: decode (rows of one token) and prefill (up to a chunk of tokens), each with kernels of its own,
 
-    Two: prefill (one row, up to a chunk of tokens) and decode (up to `max_batch` rows of one token), each with kernels of its
-    own. One: both together. `usable_bytes`: the device's memory beside the system. `wanted` forces one or two.
+    in this order, so that the first that takes a step's sizes is the one for it. One: both together.
     """
     contract = _generative(bundle)
     most = chunk(contract, capacity)
     sizes = _memory_sizes(bundle, contract)
-    prefill = sizes | {"batch": (1, 1, 1), "sequence": (1, min(most, 512), most)}
-    decode = sizes | {"batch": (1, 1, max_batch), "sequence": (1, 1, 1)}
-    both = sizes | {"batch": (1, 1, max_batch), "sequence": (1, 1, most)}
-    number, why = _how_many(weights, flavour, usable_bytes, wanted)
-    if number == 1:
-        return [_profile("any", entry.inputs, both)], why
-    return [_profile("prefill", entry.inputs, prefill), _profile("decode", entry.inputs, decode)], why
+    if number == "one":
+        return [_profile("any", entry.inputs, sizes | {"batch": (1, 1, max_batch), "sequence": (1, 1, most)})]
+    rows = (1, 1, max(max_batch, _LEAST_ROWS))
+    decode = sizes | {"batch": rows, "sequence": (1, 1, 1)}
+    prefill = sizes | {"batch": rows, "sequence": (1, min(most, 512), most)}
+    return [_profile("decode", entry.inputs, decode), _profile("prefill", entry.inputs, prefill)]
+
+
+def holds_weights_twice(engine_bytes: int, weights_bytes: int) -> bool:
+    """Whether an engine of two profiles has stored the weights for each."""
+    return engine_bytes > _TWICE * weights_bytes + _SPARE
 
 
 def graph_profiles(bundle: Bundle, role: str, entry: GraphEntry, *, max_batch: int, longest: int) -> list[EngineProfile]:
@@ -109,23 +96,6 @@ def graph_profiles(bundle: Bundle, role: str, entry: GraphEntry, *, max_batch: i
         text = _text_length(bundle)
         sizes["sequence"] = (1, text, text)
     return [_profile("any", entry.inputs, sizes)]
-
-
-def _how_many(weights: Weights, flavour: Flavour, usable: int, wanted: str) -> tuple[int, str]:
-    if wanted != "auto":
-        return (1 if wanted == "one" else 2), "as asked"
-    twice = weights.float_products
-    if twice <= _DOUBLED * weights.total:
-        return 2, f"two profiles store {_mb(twice)} of {_mb(weights.total)} of weights twice"
-    if flavour == "tensorrt-rtx":
-        return 1, f"two would store {_mb(twice)} of weights twice, and kernels are tuned to the sizes when the engine runs"
-    if weights.total + twice <= usable // 4:
-        return 2, f"kernels are chosen for each when compiling, and {_mb(twice)} of weights stored twice fit"
-    return 1, f"two may store {_mb(twice)} of weights twice, which is much of {_mb(usable)} of memory"
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"
 
 
 def _profile(use: Literal["prefill", "decode", "any"], inputs: Sequence[TensorSpec], sizes: Mapping[str, Range]) -> EngineProfile:
