@@ -137,7 +137,7 @@ INLINE __m256i dot_half(const int bits, const __m256i w[8], const int8_t *line, 
 /* `n` rows (a constant where it is called) times half a panel, or a whole one where `halves` is 2. */
 INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, const size_t n, size_t half,
                  const size_t halves, float *out, size_t stride) {
-    const size_t blocks = x->blocks, shift = (size_t)__builtin_ctzll(weight->block / BLOCK);
+    const size_t blocks = x->blocks, shift = panel_scale_shift(weight);
     const uint8_t *at = panel + panel_scale_bytes(weight);
     const int8_t *codes = x->codes + first * blocks * BLOCK;
     const float *scales = x->scales + first * blocks;

@@ -83,7 +83,7 @@ INLINE __m512i four_inputs(const int8_t *codes) {
 /* `n` rows (a constant where it is called) times a panel of `bits` bits. */
 INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, const size_t n, float *out,
                  size_t stride) {
-    const size_t blocks = x->blocks, shift = (size_t)__builtin_ctzll(weight->block / BLOCK);
+    const size_t blocks = x->blocks, shift = panel_scale_shift(weight);
     const uint8_t *at = panel + panel_scale_bytes(weight);
     const int8_t *codes = x->codes + first * blocks * BLOCK;
     const float *scales = x->scales + first * blocks;
@@ -99,9 +99,11 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
         UNROLL
         for (size_t g = 0; g < 4; g++) {
             if (bits == 4) {
-                const __m512i both = _mm512_load_si512((const void *)(at + g * 64));
+                __m512i both = _mm512_load_si512((const void *)(at + g * 64));
+                __asm__("" : "+v"(both)); /* loaded once, not by both of its readers */
                 w[g] = _mm512_and_si512(both, nibble);
-                w[g + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+                /* For a single row the high codes stay where they are, 16 times too large, which costs one shift a block. */
+                w[g + 4] = n == 1 ? _mm512_andnot_si512(nibble, both) : _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
             } else {
                 w[g] = _mm512_load_si512((const void *)(at + g * 64));
                 w[g + 4] = _mm512_load_si512((const void *)(at + (g + 4) * 64));
@@ -119,7 +121,7 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
                     dot = _mm512_dpbusd_epi32(dot, w[g], four_inputs(line + g * 4));
                     other = _mm512_dpbusd_epi32(other, w[g + 4], four_inputs(line + (g + 4) * 4));
                 }
-                dot = _mm512_add_epi32(dot, other);
+                dot = _mm512_add_epi32(dot, bits == 4 ? _mm512_srai_epi32(other, 4) : other);
             } else {
                 UNROLL
                 for (size_t g = 0; g < 8; g++) {

@@ -95,8 +95,11 @@ const Kernels *kernels_named(const char *name);
 float half_to_float(uint16_t half);
 uint16_t float_to_half(float value);
 
+/* log2 of how many blocks of activations share a scale of the weights. */
+static inline unsigned panel_scale_shift(const PanelMatrix *weight) { return (unsigned)__builtin_ctzll(weight->block) - 5; }
+
 static inline size_t panel_scale_bytes(const PanelMatrix *weight) {
-    const size_t blocks = (weight->depth + weight->block - 1) / weight->block;
+    const size_t blocks = (weight->depth + weight->block - 1) >> __builtin_ctzll(weight->block);
     return (blocks * PANEL * sizeof(uint16_t) + 63) / 64 * 64;
 }
 
