@@ -63,7 +63,8 @@ class EngineMaker:
         try:
             number: Literal["one", "two"] = "one" if self.job.compiling.profiles == "one" else "two"
             profiles = self._profiles(entry, number)
-            key = engine_key(entry, profiles, self.library, self.sm, {"profiles": self.job.compiling.profiles})
+            asked = {"profiles": self.job.compiling.profiles} if len(profiles) > 1 else {}
+            key = engine_key(entry, profiles, self.library, self.sm, asked)
             if self._is_there(key):
                 progress.done(step, "unchanged")
                 return
