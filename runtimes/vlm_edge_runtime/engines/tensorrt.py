@@ -42,13 +42,19 @@ def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> TensorR
         raise DeviceError(f"build '{build.name}' is for the backend '{build.backend}', not for TensorRT.")
     runtime = Runtime("tensorrt-rtx" if build.backend == "tensorrt-rtx" else "tensorrt")
     options = options or EngineOptions()
-    return TensorRTEngine(bundle, CudaDevice(spin=options.spin), runtime, options)
+    device = CudaDevice(spin=options.spin)
+    try:
+        return TensorRTEngine(bundle, device, runtime, options)
+    except BaseException:
+        device.close()
+        raise
 
 
 class TensorRTEngine:
     """`engines.base.Engine` over a build's compiled engines, which are loaded when they are first used.
 
-    All graphs and decoder states share one GPU stream, and so run one after another.
+    That all of them are there and made for this GPU and this TensorRT is seen to at once. All graphs and decoder states share one
+    GPU stream, and so run one after another.
     """
 
     def __init__(self, bundle: Bundle, device: Device, runtime: Loader, options: EngineOptions | None = None) -> None:
@@ -68,6 +74,7 @@ class TensorRTEngine:
                 f"build '{self.build.name}' of {bundle.path} has graphs and no engines yet: {self._again} on this device, which "
                 "compiles them."
             )
+        self._entries = {graph: self._engine_of(graph) for graph in dict.fromkeys(one.graph for one in self.build.engines)}
 
     def graph(self, role: str) -> TensorRTGraph:
         """The graph of that role, loaded on first use. Raises BundleError (no such graph) or DeviceError."""
@@ -90,8 +97,8 @@ class TensorRTEngine:
                         f"build '{self.build.name}' of {self.bundle.path} has no engine of a decoder: {self._again}."
                     )
                 graphs = {one.capacity: one.graph for one in entries}
-                sizes = sorted(size for size in graphs if size is not None)
-                capacities: list[int | None] = [None] if None in graphs else [*sizes]
+                capacities: list[int | None] = [None] if None in graphs else [*sorted(filter(None, graphs))]
+                signature = self.bundle.graphs[graphs[capacities[0]]]
                 self._recorder(_DECODER)
 
                 def load(capacity: int | None) -> tuple[Program, Sequence[TensorSpec]]:
@@ -104,6 +111,7 @@ class TensorRTEngine:
                     self.graph("embed_tokens"),
                     self.device,
                     self._portable(_DECODER),
+                    sizes=(last_size(signature.inputs, "inputs_embeds"), last_size(signature.outputs, "logits")),
                     lock=self._lock,
                     times=self._times,
                     prefill_chunk=self.options.prefill_chunk,
@@ -164,22 +172,18 @@ class TensorRTEngine:
         """The loaded engine of one of the build's graphs, and the graph's inputs and outputs."""
         if graph not in self.bundle.graphs:
             raise BundleError(f"{self.bundle.path} has no graph '{role}'; it has: {', '.join(sorted(self.bundle.graphs))}.")
-        entry = self._engine_of(graph)
-        path = self.bundle.path / entry.file.file
-        if Path(entry.file.file).is_absolute() or ".." in Path(entry.file.file).parts:
-            raise BundleError(f"{self.bundle.path} names an engine outside the bundle ({entry.file.file!r}): refused.")
-        if not path.is_file():
-            raise DeviceError(f"{path} is missing: {self._again} on this device.")
-        try:
-            check_files(self.bundle.path, [entry.file], hashes=False)  # whoever opened the bundle has decided on those
-        except BundleError as error:
-            raise DeviceError(f"{str(error).split(':')[0]}: the engine file is damaged; {self._again} on this device.") from None
+        entry = self._entries.get(graph)
+        if entry is None:
+            raise DeviceError(
+                f"build '{self.build.name}' of {self.bundle.path} has no engine of '{role}': {self._again} on this device."
+            )
         self.device.use()
-        program = self._runtime.load(path, self.device, key=entry.key, again=self._again)
+        program = self._runtime.load(self.bundle.path / entry.file.file, self.device, key=entry.key, again=self._again)
         signature = self.bundle.graphs[graph]
         return program, signature.inputs, signature.outputs
 
     def _engine_of(self, graph: str) -> EngineEntry:
+        """The engine of a graph for this GPU, its file there and whole."""
         try:
             entry = find_engine(self.build, graph, sm=self.device.sm, where=self.bundle.path)
         except TargetError as error:
@@ -190,7 +194,24 @@ class TensorRTEngine:
                 "on this device."
             )
         self._runtime.check_version(entry.builder_version, entry.file.file, self._again)
+        path = self.bundle.path / entry.file.file
+        if Path(entry.file.file).is_absolute() or ".." in Path(entry.file.file).parts:
+            raise BundleError(f"{self.bundle.path} names an engine outside the bundle ({entry.file.file!r}): refused.")
+        if not path.is_file():
+            raise DeviceError(f"{path} is missing: {self._again} on this device.")
+        try:
+            check_files(self.bundle.path, [entry.file], hashes=False)  # whoever opened the bundle has decided on those
+        except BundleError as error:
+            raise DeviceError(f"{str(error).split(':')[0]}: the engine file is damaged; {self._again} on this device.") from None
         return entry
+
+
+def last_size(specs: Sequence[TensorSpec], name: str) -> int:
+    """The last dimension of a named tensor of a decoder, which must be fixed. Raises DeviceError."""
+    found = next((spec.shape[-1] for spec in specs if spec.name == name and spec.shape), None)
+    if not isinstance(found, int):
+        raise DeviceError(f"the decoder's graph has no tensor '{name}' whose last dimension is fixed: build it again.")
+    return found
 
 
 def _build(bundle: Bundle) -> Build:

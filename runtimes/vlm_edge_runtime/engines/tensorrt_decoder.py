@@ -25,7 +25,11 @@ MAX_BATCH = 1024
 
 
 class TensorRTDecoder:
-    """`engines.base.Decoder`. `capacities`: cache entries of the buckets, ascending (None: a decoder without a cache)."""
+    """`engines.base.Decoder`. `capacities`: cache entries of the buckets, ascending (None: a decoder without a cache).
+
+    `sizes`: hidden size and vocabulary. Each bucket's engine has weights of its own on the device: where memory is short, those
+    that no state uses are given up.
+    """
 
     def __init__(
         self,
@@ -35,6 +39,7 @@ class TensorRTDecoder:
         device: Device,
         portable: Sequence[TensorSpec],
         *,
+        sizes: tuple[int, int],
         lock: threading.RLock,
         times: dict[str, deque[float]],
         prefill_chunk: int = 0,
@@ -48,8 +53,7 @@ class TensorRTDecoder:
         self._programs: dict[int | None, DecoderPrograms] = {}
         self._states: weakref.WeakSet[TensorRTDecoderState] = weakref.WeakSet()
         self._closed = False
-        signature = self._bucket(self.capacities[0]).signature
-        self.hidden_size, self.vocab_size = signature.hidden, signature.vocab
+        self.hidden_size, self.vocab_size = sizes
 
     @property
     def signature(self) -> Signature:
@@ -79,18 +83,33 @@ class TensorRTDecoder:
             )
         with self._lock:
             self._device.use()
-            programs = self._bucket(bucket)
-            state = TensorRTDecoderState(
-                programs,
-                batch,
-                capacity,
-                lock=self._lock,
-                counts=self.counts,
-                record=self._record,
-                prefill_chunk=self._prefill_chunk,
-            )
+            try:
+                state = self._state(bucket, batch, capacity)
+            except DeviceError:
+                if not self._give_up_idle(bucket):
+                    raise
+                state = self._state(bucket, batch, capacity)
             self._states.add(state)
             return state
+
+    def _state(self, bucket: int | None, batch: int, capacity: int) -> TensorRTDecoderState:
+        return TensorRTDecoderState(
+            self._bucket(bucket),
+            batch,
+            capacity,
+            lock=self._lock,
+            counts=self.counts,
+            record=self._record,
+            prefill_chunk=self._prefill_chunk,
+        )
+
+    def _give_up_idle(self, wanted: int | None) -> bool:
+        """Frees the engines of other buckets that no open state uses. Whether there were any."""
+        used = [state.programs for state in self._states if not state.closed]
+        idle = [size for size, programs in self._programs.items() if size != wanted and programs not in used]
+        for size in idle:
+            self._programs.pop(size).decoder.close()
+        return bool(idle)
 
     def _bucket(self, capacity: int | None) -> DecoderPrograms:
         with self._lock:

@@ -56,6 +56,16 @@ class DeviceRows:
         return [int(length) for length in self._table["length"]]
 
     @property
+    def programs(self) -> DecoderPrograms:
+        """The engines that it runs on."""
+        return self._programs
+
+    @property
+    def closed(self) -> bool:
+        """Whether its memory is given back."""
+        return self._closed
+
+    @property
     def held_entries(self) -> int:
         """Cache entries that each row takes memory for, used or not."""
         return self._steps.cache.bucket * self._steps.cache.sides

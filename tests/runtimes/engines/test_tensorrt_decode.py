@@ -166,7 +166,7 @@ def test_the_smallest_bucket_that_holds_what_is_asked_for(make) -> None:
     engine = make(Toy(), buckets=(16, 32, 64))
     decoder = toy_bench(engine, Toy()).decoder
     runtime = engine._runtime
-    assert list(runtime.loaded) == ["embed_tokens.onnx", "decoder.c16.onnx"]  # type: ignore[attr-defined]
+    assert list(runtime.loaded) == ["embed_tokens.onnx"]  # type: ignore[attr-defined]
     state = decoder.allocate(1, 17)
     assert list(runtime.loaded)[-1] == "decoder.c32.onnx" and state.capacity == 17  # type: ignore[attr-defined]
     with pytest.raises(
@@ -293,6 +293,24 @@ def test_memory_that_cannot_be_had_is_told_and_given_back(make) -> None:
     for call in (engine.decoder, lambda: engine.graph("embed_tokens"), lambda: decoder.allocate(1, 4)):
         with pytest.raises(DeviceError, match="closed"):
             call()
+
+
+def test_engines_that_no_state_uses_make_room(make) -> None:
+    engine = make(Toy(), buckets=(16, 32))
+    decoder, device = engine.decoder(), device_of(engine)
+    small, other = decoder.allocate(1, 16), decoder.allocate(1, 16)
+    programs = engine._runtime.loaded  # type: ignore[attr-defined]
+    device.limit = sum(device.live.values()) + 100
+    with pytest.raises(DeviceError, match="has no"):
+        decoder.allocate(1, 32)
+    assert not programs["decoder.c16.onnx"].closed
+    small.close()
+    other.close()
+    with pytest.raises(DeviceError, match="has no"):  # still too little: the stand-in's programs take none
+        decoder.allocate(64, 32)
+    assert programs["decoder.c16.onnx"].closed
+    device.limit = 1 << 40
+    assert decoder.allocate(1, 32).lengths == [0] and decoder.allocate(1, 16).lengths == [0]
 
 
 def test_both_kinds_of_cache_are_what_they_say(tmp_path: Path, kernels: HostKernels) -> None:

@@ -37,14 +37,18 @@ def _engine(tmp_path, kernels) -> TensorRTEngine:
     return toy_engine(tmp_path / "toy", kernels, Toy(), buckets=(16, 64))
 
 
+def _reopened(engine: TensorRTEngine) -> TensorRTEngine:
+    return TensorRTEngine(engine.bundle, engine.device, HostRuntime(True))
+
+
 def _changed(engine: TensorRTEngine, **changes: object) -> TensorRTEngine:
-    """The engine with its decoder entries changed."""
+    """Another engine over the build, whose decoder entries are changed."""
     build = engine.build
     build.engines = [
         msgspec.structs.replace(one, **changes) if one.role == "decoder" else one  # type: ignore[arg-type]
         for one in build.engines
     ]
-    return engine
+    return _reopened(engine)
 
 
 def test_the_protocols_are_met(engine) -> None:
@@ -69,12 +73,18 @@ def test_the_protocols_are_met(engine) -> None:
         ),
         ({"platform": "linux-aarch64"}, r"was built on linux-aarch64, this is .*: run `vlm-edge build .*` on this device"),
         ({"graph_sha256": "0"}, r"was compiled from another decoder\.c16\.onnx than the build has now; run"),
-        ({"capacity": 17}, r"the manifest says 17 cache entries of the decoder's engine, which has 64: build it again"),
     ],
 )
 def test_engines_that_do_not_fit_here(engine, changes, message) -> None:
     with pytest.raises(DeviceError, match=message):
-        _changed(engine, **changes).decoder()
+        _changed(engine, **changes)
+
+
+def test_a_manifest_that_says_another_capacity(engine) -> None:
+    with pytest.raises(
+        DeviceError, match="the manifest says 17 cache entries of the decoder's engine, which has 64: build it again"
+    ):
+        _changed(engine, capacity=17).decoder().allocate(1, 8)
 
 
 def test_engine_files_that_are_missing_or_damaged(engine) -> None:
@@ -82,10 +92,10 @@ def test_engine_files_that_are_missing_or_damaged(engine) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-9])
     with pytest.raises(DeviceError, match=r"decoder\.c16\.onnx is truncated: the engine file is damaged"):
-        engine.decoder()
+        _reopened(engine)
     file.unlink()
     with pytest.raises(DeviceError, match=r"decoder\.c16\.onnx is missing: run `vlm-edge build .* --target toy` on this device"):
-        engine.decoder()
+        _reopened(engine)
 
 
 def test_engines_outside_the_bundle_are_refused(engine) -> None:
@@ -93,18 +103,18 @@ def test_engines_outside_the_bundle_are_refused(engine) -> None:
     outside: EngineEntry = msgspec.structs.replace(one, file=msgspec.structs.replace(one.file, file="../decoder.engine"))
     engine.build.engines = [entry for entry in engine.build.engines if entry.role != "decoder"] + [outside, *others]
     with pytest.raises(BundleError, match="names an engine outside the bundle"):
-        engine.decoder()
+        _reopened(engine)
 
 
-def test_builds_without_engines(engine, kernels, tmp_path) -> None:
+def test_builds_without_engines(engine) -> None:
     with pytest.raises(BundleError, match=r"no graph 'vision_encoder'; it has: decoder"):
         engine.graph("vision_encoder")
     engine.build.engines = [one for one in engine.build.engines if one.role != "decoder"]
     with pytest.raises(BundleError, match=r"has no engine of a decoder: run"):
-        TensorRTEngine(engine.bundle, HostDevice(kernels, tmp_path), HostRuntime(True)).decoder()
+        _reopened(engine).decoder()
     engine.build.engines = []
     with pytest.raises(DeviceError, match=r"has graphs and no engines yet: run `vlm-edge build .* --target toy` on this device"):
-        TensorRTEngine(engine.bundle, HostDevice(kernels, tmp_path), HostRuntime(True))
+        _reopened(engine)
 
 
 def test_a_gpu_build_never_opens_on_the_cpu(engine) -> None:
@@ -246,6 +256,5 @@ def test_a_closed_graph(kernels, tmp_path) -> None:
 
 
 def test_versions_of_every_engine_are_checked(engine) -> None:
-    engine.decoder().allocate(1, 40)
     assert engine._runtime.version_checks == [VERSION] * 3
     assert device_of(engine).sm == 86

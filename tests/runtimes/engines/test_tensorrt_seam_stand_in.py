@@ -300,14 +300,13 @@ def test_an_engine_file_that_tensorrt_does_not_take(module, kernels, tmp_path) -
             path = engine.bundle.path / entry.file.file
             path.write_bytes(b"short")
             entry.file = type(entry.file)(file=entry.file.file, sha256="", bytes=5)
-            entry.graph_sha256 = entry.graph_sha256
     with pytest.raises(
         DeviceError, match=r"cannot load .* on stand-in \(IRuntime::deserializeCudaEngine: Error Code 1: magic tag"
     ):
-        engine.decoder()
+        engine.decoder().allocate(1, 8)
     for entry in engine.build.engines:
         entry.builder_version = "8.6.1.6"
     with pytest.raises(
         DeviceError, match=r"was built with tensorrt.* 8\.6\.1\.6, installed is 10\.3\.0\.26, which cannot read it: run"
     ):
-        engine.decoder()
+        TensorRTEngine(engine.bundle, module.device, engine._runtime)
