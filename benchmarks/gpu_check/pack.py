@@ -51,9 +51,7 @@ _CONSTRAINTS = ROOT / "constraints.txt"
 @click.option("--platform", default="manylinux_2_28_x86_64", show_default=True)
 @click.option("--piece-mib", type=click.IntRange(1), default=60, show_default=True, help="Largest piece, and largest folder.")
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, show_default=True)
-@click.option(
-    "--part", "parts", type=click.Choice(["wheels", "trained", "shapes", "tiny"]), multiple=True, help="Only this part."
-)
+@click.option("--part", "parts", type=click.Choice(["wheels", "trained", *SHAPES]), multiple=True, help="Only this (repeatable).")
 def main(python: str, platform: str, piece_mib: int, out: Path, parts: tuple[str, ...]) -> None:
     """Download, cut and export everything that is carried to the machine with the GPU."""
     wanted = parts or ("wheels", "trained", *CARRIED)

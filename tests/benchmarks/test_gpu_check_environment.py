@@ -180,3 +180,12 @@ def test_the_results_folder_says_what_there_is() -> None:
     folder = ROOT / "benchmarks" / "results" / "gpu"
     figures = list(folder.glob("*.json"))
     assert figures or "There are none yet." in (folder / "README.md").read_text()
+
+
+def test_every_part_can_be_packed_by_itself() -> None:
+    from benchmarks.gpu_check.models import SHAPES
+    from benchmarks.gpu_check.pack import CARRIED
+    from benchmarks.gpu_check.pack import main as pack
+
+    (option,) = [one for one in pack.params if one.name == "parts"]
+    assert set(CARRIED) <= set(SHAPES) and {"wheels", "trained", *SHAPES} == set(option.type.choices)
