@@ -138,6 +138,7 @@ STUDENTS: dict[str, Student] = {
         eyes="model.vision_model",
         seen=None,
         rate=5e-4,
+        batch=16,
         donor="vision encoder (frozen), words and language model of tiny-llava",
     ),
     "blip2": Student(

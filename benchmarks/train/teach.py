@@ -234,6 +234,12 @@ def measure(folder: Path, name: str, count: int = 2000) -> tuple[dict[str, float
 @click.option(
     "--start", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint of NAME to go on from."
 )
+@click.option(
+    "--measure",
+    "measured",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Only measure this checkpoint of NAME.",
+)
 @click.option("--count", default=2000, show_default=True, help="Held-out questions to measure on.")
 def main(
     name: str,
@@ -243,11 +249,15 @@ def main(
     until: float | None,
     minutes: float | None,
     start: Path | None,
+    measured: Path | None,
     count: int,
 ) -> None:
     """Train the student NAME, save it and measure it on held-out scenes."""
     torch.set_num_threads(1)
     student, folder, console = STUDENTS[name], out or Path("build") / f"tiny-{name}", Console()
+    if measured is not None:
+        _print(console, measured, *measure(measured, name, count))
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     smooth: dict[str, float] = {}
 
@@ -294,8 +304,12 @@ def main(
         "versions": _versions(),
     }
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    found = ", ".join(f"{key} {value:.2%}" for key, value in accuracy.items())
-    console.print(f"{folder}: {found}; {made} steps", highlight=False)
+    console.print(f"{made} steps")
+    _print(console, folder, accuracy, wrong)
+
+
+def _print(console: Console, folder: Path, accuracy: dict[str, float], wrong: list[tuple[str, str, str]]) -> None:
+    console.print(f"{folder}: {', '.join(f'{key} {value:.2%}' for key, value in accuracy.items())}", highlight=False)
     for prompt, wanted, given in wrong[:20]:
         console.print(f"  {prompt}  wanted: {wanted}  answered: {given}", highlight=False)
 
