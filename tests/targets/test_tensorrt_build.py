@@ -123,8 +123,14 @@ def test_engines_outlive_a_rebuild_of_the_same_graphs(compiled):
 
 
 def test_another_request_under_a_taken_name(compiled):
-    for options in ({"precision": "decoder=int4"}, {"block_size": 32}, {"compiling": CompileOptions(context=(64,))}):
-        with pytest.raises(BundleError, match="exists already"):
+    for options, said in [
+        ({"precision": "decoder=int4"}, r"precision \(decoder=fp16\)"),
+        ({"block_size": 32}, r"block size \(128\)"),
+        ({"compiling": CompileOptions(context=(64,))}, r"context \(32\)"),
+        ({"target": "rtx-30", "name": "rtx-40"}, r"target \(rtx-40\)"),
+        ({"calibration": ["picture.png"]}, "set of pictures"),
+    ]:
+        with pytest.raises(BundleError, match=f"has a build 'rtx-40' already, made with another {said}.*pass --overwrite"):
             made(compiled, **options)
     same, seen = made(compiled, precision="fp16")
     assert set(seen.engines().values()) == {"unchanged"} and same.engines

@@ -21,10 +21,11 @@ from vlm_edge.targets.backend import Backend, Job, Option, checked
 from vlm_edge.targets.pipeline import Lowered
 from vlm_edge.targets.precision import resolve_precision
 from vlm_edge.targets.selfcheck import Difference
+from vlm_edge.targets.target import Options
 from vlm_edge_runtime.bundle.engine_files import ENGINES, graph_digest
 from vlm_edge_runtime.bundle.manifest import Build, GenerativeContract, GraphEntry, KVLayout
 from vlm_edge_runtime.bundle.writer import BuildWriter
-from vlm_edge_runtime.errors import TargetError
+from vlm_edge_runtime.errors import BundleError, TargetError
 
 from . import pipeline
 from .engines import EngineMaker
@@ -143,23 +144,17 @@ class TensorRTBackend(Backend):
             build.engines.append(entry)
 
     def resume(self, job: Job, build: Build, given: Mapping[str, Any]) -> bool:
-        """See `Backend.resume`: the build's graphs are what these portable graphs become here, and nothing else was asked for."""
-        options, contexts = build.options, job.compiling.context
-        same = (
-            build.target == job.target.name
-            and build.backend == job.target.backend
-            and options.get(_LOWERING) == _lowered_from(job)
-            and options.get("block_size") == given.get("block_size", options.get("block_size"))
-            and "calibration" not in given
-        )
-        if "precision" in given:
-            same &= resolve_precision(job.target.precision, given["precision"], job.kinds, job.target.words) == build.precision
-        if contexts is not None and isinstance(job.bundle.manifest.contract, GenerativeContract):
-            asked = ",".join(map(str, buckets(job.bundle.manifest.contract, contexts)))
-            same &= options.get("context", asked) == asked
-        if same:
-            self._start(job, job.compiling.sm)
-        return same
+        """See `Backend.resume`: the build's graphs are what these portable graphs become here, and nothing else was asked for.
+
+        Raises BundleError, saying what differs, where that is not so.
+        """
+        if differing := _differing(job, build, given):
+            raise BundleError(
+                f"{job.bundle.path} has a build '{build.name}' already, made with another {', '.join(differing)}: choose another "
+                "--name, or pass --overwrite to make it anew (engines of graphs that stay the same are kept)."
+            )
+        self._start(job, job.compiling.sm)
+        return True
 
     def compile(self, job: Job, build: Build) -> Build:
         """Compiles every graph of the build that has no engine with the right key yet."""
@@ -171,6 +166,28 @@ class TensorRTBackend(Backend):
         most = _positive(job.compiling.max_batch, kept if isinstance(kept, int) else 1)
         maker = EngineMaker(job, build, self._library, self._sm, gpu=local_gpu(), max_batch=most)
         return maker.make_all()
+
+
+def _differing(job: Job, build: Build, given: Mapping[str, Any]) -> list[str]:
+    """What a build that is there was made with otherwise than is asked for now."""
+    options, contract = build.options, job.bundle.manifest.contract
+    found = []
+    if (build.target, build.backend) != (job.target.name, job.target.backend):
+        found.append(f"target ({build.target})")
+    if options.get(_LOWERING) != _lowered_from(job):
+        found.append("portable graph or description of the target")
+    if "block_size" in given and given["block_size"] != options.get("block_size"):
+        found.append(f"block size ({options.get('block_size')})")
+    if "calibration" in given:
+        found.append("set of pictures")
+    if "precision" in given:
+        asked = resolve_precision(job.target.precision, given["precision"], job.kinds, job.target.words)
+        found += [f"precision ({role}={word})" for role, word in build.precision.items() if asked.get(role) != word]
+    if job.compiling.context is not None and isinstance(contract, GenerativeContract):
+        asked_sizes = ",".join(map(str, buckets(contract, job.compiling.context)))
+        if options.get("context", asked_sizes) != asked_sizes:
+            found.append(f"context ({options['context']})")
+    return found
 
 
 def _positive(asked: int | None, otherwise: int) -> int:
@@ -188,11 +205,13 @@ def _in_place(job: Job) -> bool:
 def _lowered_from(job: Job) -> str:
     """SHA-256 over what the lowered graphs depend on besides precision, block size and context: portable graphs and target."""
     device, _ = job.target.gpu()
+    chosen = msgspec.structs.asdict(job.target.options)
     parts = {
         "graphs": {role: graph_digest(entry) for role, entry in sorted(job.bundle.manifest.graphs.items())},
         "opset": device.opset,
         "imports": sorted(device.imports),
-        "options": msgspec.to_builtins(job.target.options),
+        # Those that differ from the defaults: an option that a later version adds changes nothing.
+        "options": {name: value for name, value in chosen.items() if value != getattr(Options(), name)},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
