@@ -14,6 +14,7 @@ more slowly. Float32 throughout.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import time
@@ -230,6 +231,7 @@ def measure(folder: Path, name: str, count: int = 2000) -> tuple[dict[str, float
 @click.option("--seed", default=0, show_default=True)
 @click.option("--steps", type=int, help="Training steps at most [the student's own]; the rate falls towards them.")
 @click.option("--until", type=float, help="Stop when this share of 300 held-out questions is right (asked every 200 steps).")
+@click.option("--rate", type=float, help="Learning rate [the student's own].")
 @click.option("--minutes", type=float, help="Stop by the clock instead; quick to try, but not reproducible.")
 @click.option(
     "--start", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint of NAME to go on from."
@@ -247,6 +249,7 @@ def main(
     seed: int,
     steps: int | None,
     until: float | None,
+    rate: float | None,
     minutes: float | None,
     start: Path | None,
     measured: Path | None,
@@ -255,6 +258,8 @@ def main(
     """Train the student NAME, save it and measure it on held-out scenes."""
     torch.set_num_threads(1)
     student, folder, console = STUDENTS[name], out or Path("build") / f"tiny-{name}", Console()
+    if rate is not None:
+        student = dataclasses.replace(student, rate=rate)
     if measured is not None:
         _print(console, measured, *measure(measured, name, count))
         return
@@ -284,7 +289,7 @@ def main(
     _save(parts, folder)
     accuracy, wrong = measure(folder, name, count)
     command = f"python -m benchmarks.train.teach {name} --seed {seed} --steps {total}"
-    command += f" --until {until}" if until is not None else ""
+    command += (f" --until {until}" if until is not None else "") + (f" --rate {rate}" if rate is not None else "")
     if start is not None:
         before = json.loads((start / "training.json").read_text())["command"]
         command = f"{before} --out {start.name} && {command} --start {start.name}"
