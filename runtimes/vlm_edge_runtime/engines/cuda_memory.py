@@ -27,6 +27,10 @@ class Buffers:
                 self.device.zero(known.address, known.nbytes)
         return known.address
 
+    def address(self, name: str) -> int:
+        """Where something is that was reserved before."""
+        return self._memory[name].address
+
     def put(self, name: str, array: Array) -> int:
         """The address of a copy of a C-contiguous array."""
         address = self.reserve(name, array.nbytes)

@@ -106,8 +106,7 @@ class DecoderSteps:
         return buffer_size(self.programs.decoder, name, (1, *(int(size) for size in self.signature.specs[name].shape[1:])))
 
     def state_address(self, name: str, row: int) -> int:
-        size = self.state_bytes(name)
-        return self._buffers.reserve(name, self.batch * size) + row * size
+        return self._buffers.address(name) + row * self.state_bytes(name)
 
     def get_state(self, row: int, name: str) -> Array:
         """A copy of a row's recurrent state."""
@@ -136,14 +135,14 @@ class DecoderSteps:
         scratch = self.rows.buffers.reserve("scratch", largest)
         self.cache.reorder(sources, lengths, scratch)
         for name, size in shares:
-            base = self._buffers.reserve(name, self.batch * size)
+            base = self._buffers.address(name)
             for row, source in enumerate(sources):
                 self.device.copy(scratch + row * size, base + source * size, size)
             self.device.copy(base, scratch, self.batch * size)
 
     def logits_address(self, row: int) -> int:
         """Where a row's next-token logits are, float32 [vocab]."""
-        return self._buffers.reserve("logits", 4 * self.batch * self.stride) + 4 * row * self.stride
+        return self._buffers.address("logits") + 4 * row * self.stride
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """A copy of a row's next-token logits."""
@@ -224,11 +223,11 @@ class DecoderSteps:
 
     def _step(self, side: int, kept: int, guards: int) -> npt.NDArray[np.void]:
         step = np.zeros(1, STEP)
-        one, at = step[0], self._buffers.reserve
+        one, at = step[0], self._buffers.address
         for name in ("rows", "control", "logits", "scores", "weights", "partials", "ids", "positions", "kept"):
-            one[name] = at(name, 0)
-        one["guarded"] = at(f"guarded {side}", 0)
-        one["past"] = at("past", 0) if PAST_LENGTHS in self.signature.types else 0
+            one[name] = at(name)
+        one["guarded"] = at(f"guarded {side}")
+        one["past"] = at("past") if PAST_LENGTHS in self.signature.types else 0
         one["ring"] = self._ring.address
         one["stride"], one["batch"], one["vocab"] = self.stride, self.batch, self.signature.vocab
         one["capacity"], one["bucket"] = self.capacity, self.cache.bucket or np.iinfo(np.int32).max
@@ -301,7 +300,7 @@ class DecoderSteps:
         decode = self._now
         shape = decode.outputs[name]
         found = np.empty(shape[1:], self.signature.types[name])
-        base = self._buffers.reserve(f"kept {name}", 0)
+        base = self._buffers.address(f"kept {name}")
         self.device.download(found, base + row * found.nbytes)
         return found
 
@@ -335,11 +334,11 @@ class DecoderSteps:
 
     def _bind(self, side: int) -> None:
         """Sets the contexts' addresses, unless they are this state's and this side's already."""
-        decode, at = self._now, self._buffers.reserve
+        decode, at = self._now, self._buffers.address
         owner = (self._token, decode.generation)
         if decode.embed.owner != owner:
-            decode.embed.context.set_address(self.programs.ids.name, at("ids", 0))
-            decode.embed.context.set_address(self.programs.embeds.name, at("embeds", 0))
+            decode.embed.context.set_address(self.programs.ids.name, at("ids"))
+            decode.embed.context.set_address(self.programs.embeds.name, at("embeds"))
             decode.embed.owner = owner
         if decode.decoder.owner == (*owner, side):
             return
@@ -348,7 +347,7 @@ class DecoderSteps:
         buffers |= {name: f"step {name}" for name in decode.outputs}
         caches = {name for spec in self.cache.specs for name in (spec.past, spec.present)}
         for name in self.programs.decoder.tensors.keys() - caches:
-            bind(name, at(buffers.get(name, name), 0))
+            bind(name, at(buffers.get(name, name)))
         for index, spec in enumerate(self.cache.specs):
             bind(spec.past, self.cache.past(index, side))
             bind(spec.present, self.cache.present(index, side))
@@ -376,14 +375,14 @@ class DecoderSteps:
         self._launch("vlm_choose", side, (1, self.batch), MAX_THREADS)
 
     def _launch(self, kernel: str, side: int, grid: tuple[int, int], threads: int) -> None:
-        self.device.launch(kernel, self._buffers.reserve(f"step {side}", 0), grid, threads)
+        self.device.launch(kernel, self._buffers.address(f"step {side}"), grid, threads)
 
     def _send_table(self) -> None:
-        self.device.upload(self._buffers.reserve("rows", 0), self.table)
-        self.device.zero(self._buffers.reserve("control", 0), CONTROL.itemsize)
+        self.device.upload(self._buffers.address("rows"), self.table)
+        self.device.zero(self._buffers.address("control"), CONTROL.itemsize)
 
     def _fetch_table(self) -> None:
-        self.device.download(self.table, self._buffers.reserve("rows", 0))
+        self.device.download(self.table, self._buffers.address("rows"))
 
     def _forget_graphs(self) -> None:
         if self._decode is not None:
