@@ -93,6 +93,10 @@ def test_what_changed_is_compiled_again(compiled):
     other, _ = made(compiled, compiling=msgspec.structs.replace(one_profile, sm=(120,)))
     assert len(other.engines) == 2 * len(GRAPHS)
     assert find_engine(other, "projector", sm=120, where=compiled) != find_engine(other, "projector", sm=89, where=compiled)
+    one_for_both, _ = made(compiled, compiling=msgspec.structs.replace(one_profile, sm=(89, 120)))
+    assert [engine.sm for engine in one_for_both.engines] == [[89, 120]] * len(GRAPHS)
+    files = {path.name for path in (compiled / "builds" / "rtx-40" / "engines").iterdir()}
+    assert files == {f"{graph}.sm89-120.engine" for graph in GRAPHS}
 
 
 def test_one_profile_where_two_hold_the_weights_twice(compiled, monkeypatch):

@@ -57,12 +57,11 @@ def write_engine(bundle: str | Path, build: str, name: str, data: memoryview) ->
 
 
 def record_engine(bundle: str | Path, build: str, entry: EngineEntry) -> None:
-    """Puts a written engine into the manifest, in place of one of the same graph for the same GPUs."""
+    """Puts a written engine into the manifest, in place of those of the same graph that run on none but its GPUs."""
 
     def change(manifest: Manifest) -> None:
         made = _build(manifest, bundle, build)
-        kept = [one for one in made.engines if (one.graph, one.sm, one.builder) != (entry.graph, entry.sm, entry.builder)]
-        made.engines = [*kept, entry]
+        made.engines = [one for one in made.engines if not (one.graph == entry.graph and set(one.sm) <= set(entry.sm))] + [entry]
 
     update_manifest(bundle, change)
 
@@ -96,13 +95,14 @@ def sweep_engines(bundle: str | Path, build: Build) -> None:
 
 
 def find_engine(build: Build, graph: str, *, sm: int, where: str | Path) -> EngineEntry:
-    """The engine of one of a build's graphs for a GPU of compute capability `sm` (86 is 8.6). `where`: the bundle, for messages.
+    """The newest engine of one of a build's graphs for a GPU of compute capability `sm` (86 is 8.6). `where`: the bundle, for
 
+    messages.
     Raises TargetError when there is none (with those there are, and what to do) or when its graph is not the one it was compiled
     from.
     """
     of_graph = [one for one in build.engines if one.graph == graph]
-    found = next((one for one in of_graph if sm in one.sm), None)
+    found = next((one for one in reversed(of_graph) if sm in one.sm), None)
     again = f"run `vlm-edge build {where} --target {build.target}"
     again += "`" if build.name == build.target else f" --name {build.name}`"
     if found is None:
