@@ -295,3 +295,23 @@ def test_without_torch_and_from_the_command_line(vlm_bundle):
     (document,) = json.loads(ran.stdout)
     assert {one["graph"] for one in document["engines"]} == GRAPHS
     assert all(one["sm"] == [86, 120] for one in document["engines"])
+
+
+def test_an_engine_outside_the_bundle_is_refused(compiled):
+    manifest = json.loads((compiled / "manifest.json").read_text())
+    manifest["builds"]["rtx-40"]["engines"][0]["file"]["file"] = "../../elsewhere.engine"
+    (compiled / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="names a file outside the bundle"):
+        open_bundle(compiled, build="rtx-40")
+
+
+def test_the_command_line_says_what_it_takes(vlm_bundle):
+    from click.testing import CliRunner
+
+    from vlm_edge.cli.build import command
+
+    told = CliRunner().invoke(command, [str(vlm_bundle), "--target", "rtx-40", "--sm", "ada"])
+    assert told.exit_code == 2 and "--sm takes whole numbers between commas, got 'ada'" in told.output
+    made_here = CliRunner().invoke(command, [str(vlm_bundle), "--target", "jetson-thor", "--context", "32"])
+    assert made_here.exit_code == 0, made_here.output
+    assert "engines: not built here" in made_here.output and "decoder.c32" in made_here.output
