@@ -56,6 +56,12 @@ class DecoderPrograms:
         return found
 
     @property
+    def largest_batch(self) -> int | None:
+        """Rows that may run together; None: any number."""
+        limits = [profile.largest["inputs_embeds"][0] for profile in self.decoder.profiles if "inputs_embeds" in profile.largest]
+        return max(limits) if limits else None
+
+    @property
     def longest_row(self) -> int | None:
         """Tokens that one row may have in one run; None: any number."""
         limits = [profile.largest["inputs_embeds"][1] for profile in self.decoder.profiles if "inputs_embeds" in profile.largest]

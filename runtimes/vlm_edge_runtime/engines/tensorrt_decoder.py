@@ -93,8 +93,15 @@ class TensorRTDecoder:
             return state
 
     def _state(self, bucket: int | None, batch: int, capacity: int) -> TensorRTDecoderState:
+        programs = self._bucket(bucket)
+        most = programs.largest_batch
+        if most is not None and batch > most:
+            raise DeviceError(
+                f"{batch} rows were asked for (prompts × beams), the decoder's engine was built for {most} at once: send fewer, "
+                "or build the target with a larger max_batch."
+            )
         return TensorRTDecoderState(
-            self._bucket(bucket),
+            programs,
             batch,
             capacity,
             lock=self._lock,

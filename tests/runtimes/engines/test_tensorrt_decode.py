@@ -295,6 +295,13 @@ def test_memory_that_cannot_be_had_is_told_and_given_back(make) -> None:
             call()
 
 
+def test_more_rows_than_the_engine_takes_are_refused_before_anything_runs(make) -> None:
+    decoder = make(Toy(), chunk=8).decoder()  # whose profile has 64 rows
+    assert decoder.allocate(64, 8).batch == 64
+    with pytest.raises(DeviceError, match=r"65 rows were asked for \(prompts × beams\), the decoder's engine was built for 64"):
+        decoder.allocate(65, 8)
+
+
 def test_engines_that_no_state_uses_make_room(make) -> None:
     engine = make(Toy(), buckets=(16, 32))
     decoder, device = engine.decoder(), device_of(engine)
