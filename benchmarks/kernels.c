@@ -195,9 +195,7 @@ static void product_work(void *context, size_t step, size_t item, size_t thread)
 /* Bytes of a panel of that format and depth. */
 size_t bench_panel_bytes(int format, size_t depth, size_t block) {
     const PanelMatrix m = {.format = (WeightFormat)format, .depth = depth, .width = PANEL, .block = block};
-    const size_t scales = block > 0 ? panel_scale_bytes(&m) : 0, blocks = (depth + BLOCK - 1) / BLOCK;
-    const size_t codes[] = {blocks * BLOCK * PANEL / 2, blocks * BLOCK * PANEL, depth * PANEL * 2, depth * PANEL * 4};
-    return (scales + codes[format] + 63) / 64 * 64;
+    return block > 0 ? panel_bytes_of(&m, format == WEIGHT_INT4 ? 4 : 8) : (depth * PANEL * (format == WEIGHT_FLOAT16 ? 2 : 4) + 63) / 64 * 64;
 }
 
 /* Seconds for one product of `rows` rows with a packed matrix (64-byte aligned), activations in 8 bits included. */

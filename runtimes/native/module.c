@@ -14,6 +14,7 @@ static PyMethodDef functions[] = {
      "Pillow's 8-bit resize of an interleaved image; returns bytes."},
     {"merge_features", (PyCFunction)(void (*)(void))native_merge_features, METH_VARARGS | METH_KEYWORDS,
      "Feature rows replace the embeddings of the image tokens, in order; returns how many."},
+    {"plan_seconds", native_plan_seconds, METH_O, "What each step of a plan took since the last call."},
     {"plan_step", native_plan_step, METH_VARARGS, "One step of a decoder plan on arrays."},
     {"uniform", native_uniform, METH_VARARGS, "The step-th draw of a seed's stream, in [0, 1)."},
     {"philox", native_philox, METH_VARARGS, "Philox4x32-10 of a counter and a key."},

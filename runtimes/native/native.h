@@ -57,6 +57,7 @@ PyObject *native_normalize_hwc_u8(PyObject *module, PyObject *args, PyObject *kw
 PyObject *native_resize_u8(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *native_merge_features(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *native_plan_step(PyObject *module, PyObject *args);
+PyObject *native_plan_seconds(PyObject *module, PyObject *session);
 PyObject *native_uniform(PyObject *module, PyObject *args);
 PyObject *native_philox(PyObject *module, PyObject *args);
 

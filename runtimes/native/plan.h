@@ -102,6 +102,7 @@ typedef struct {
     size_t arena_bytes, scratch_bytes, thread_bytes;
     float *parts;
     size_t parts_room;
+    double *seconds; /* NULL, or where each thread adds up the time of each step: [threads][steps] */
 } Plan;
 
 /* One call: `tokens` new tokens for each of `rows` rows. */

@@ -189,3 +189,44 @@ PyObject *native_plan_step(PyObject *module, PyObject *args) {
     session_core_release(c.core);
     return result;
 }
+
+/* A name, the width and the seconds of each step, all threads together, since the last call. The first call begins to measure. */
+PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
+    static const char *const names[] = {"",     "quantize", "matmul", "gated", "norm", "angles", "rotary", "attention", "combine", "cross",
+                                        "last", "unary",    "add",    "multiply", "lookup", "select"};
+    SessionCore *core = session_core_from_object(session);
+    if (core == NULL) {
+        return NULL;
+    }
+    if (core->plan == NULL) {
+        session_core_release(core);
+        PyErr_SetString(PyExc_TypeError, "expected a session of a plan");
+        return NULL;
+    }
+    Plan *plan = core->plan;
+    const size_t threads = pool_threads(plan->pool), steps = plan->step_count;
+    PyObject *list = PyList_New((Py_ssize_t)steps);
+    Py_BEGIN_ALLOW_THREADS;
+    platform_mutex_lock(&core->run_lock);
+    Py_END_ALLOW_THREADS;
+    for (size_t i = 0; list != NULL && i < steps; i++) {
+        double sum = 0.0;
+        for (size_t thread = 0; plan->seconds != NULL && thread < threads; thread++) {
+            sum += plan->seconds[thread * steps + i];
+        }
+        PyObject *entry = Py_BuildValue("(sId)", names[plan->steps[i].kind], plan->steps[i].width, sum);
+        if (entry == NULL) {
+            Py_CLEAR(list);
+        } else {
+            PyList_SetItem(list, (Py_ssize_t)i, entry);
+        }
+    }
+    if (plan->seconds == NULL) {
+        plan->seconds = calloc(threads * steps + 1, sizeof *plan->seconds);
+    } else {
+        memset(plan->seconds, 0, threads * steps * sizeof *plan->seconds);
+    }
+    platform_mutex_unlock(&core->run_lock);
+    session_core_release(core);
+    return list;
+}

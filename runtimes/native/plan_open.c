@@ -178,15 +178,15 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
             r->wrong = r->wrong != NULL ? r->wrong : "a weight has an unknown format";
             return;
         }
-        const size_t panels = (m->width + PANEL - 1) / PANEL, blocks = (m->depth + BLOCK - 1) / BLOCK;
+        const size_t panels = (m->width + PANEL - 1) / PANEL;
         size_t needed = m->depth * m->width * 4;
         bool fits = m->depth > 0 && m->width > 0 && m->depth <= (1u << 24) && m->width <= (1u << 24);
         if ((int)m->format < WEIGHT_FORMATS) {
             const bool quantised = m->format == WEIGHT_INT4 || m->format == WEIGHT_INT8;
             fits = fits && (quantised ? m->block == 32 || m->block == 64 || m->block == 128 : m->block == 0);
-            const size_t scales = fits && quantised ? panel_scale_bytes(m) : 0;
-            const size_t codes[] = {blocks * BLOCK * PANEL / 2, blocks * BLOCK * PANEL, m->depth * PANEL * 2, m->depth * PANEL * 4};
-            fits = fits && m->panel_bytes == (scales + codes[m->format] + 63) / 64 * 64;
+            const size_t floats = m->depth * PANEL * (m->format == WEIGHT_FLOAT16 ? 2 : 4);
+            const size_t expected = !fits ? 0 : quantised ? panel_bytes_of(m, m->format == WEIGHT_INT4 ? 4 : 8) : (floats + 63) / 64 * 64;
+            fits = fits && m->panel_bytes == expected;
             needed = m->panel_bytes * panels;
         }
         if (!fits || w->bytes != needed || offset % 64 != 0 || offset > p->file_bytes - data || needed > p->file_bytes - data - offset) {
@@ -537,5 +537,6 @@ void plan_close(Plan *p) {
     free(p->arena);
     free(p->scratch);
     free(p->parts);
+    free(p->seconds);
     free(p);
 }

@@ -1,5 +1,6 @@
 /* Running a plan: which items each step has, and what one of them does. */
 #include "plan.h"
+#include "platform.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -252,7 +253,7 @@ static size_t step_items(void *context, size_t index, bool *small) {
     return (rows + each - 1) / each;
 }
 
-static void step_work(void *context, size_t index, size_t item, size_t thread) {
+static void do_item(void *context, size_t index, size_t item, size_t thread) {
     const PlanCall *call = context;
     const PlanStep *step = &call->plan->steps[index];
     uint8_t *scratch = call->plan->scratch + thread * call->plan->thread_bytes;
@@ -271,6 +272,17 @@ static void step_work(void *context, size_t index, size_t item, size_t thread) {
             row_work(call, step, row);
         }
     }
+}
+
+static void step_work(void *context, size_t index, size_t item, size_t thread) {
+    const Plan *plan = ((const PlanCall *)context)->plan;
+    if (plan->seconds == NULL) {
+        do_item(context, index, item, thread);
+        return;
+    }
+    const double begin = platform_seconds();
+    do_item(context, index, item, thread);
+    plan->seconds[thread * plan->step_count + index] += platform_seconds() - begin;
 }
 
 static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {

@@ -171,7 +171,7 @@ def test_panels_hold_the_weights_in_the_documented_order():
     weight = quantised(Quantised(4, 32, 40, lambda: packed, lambda: scales), np.arange(20))
     data = weight.make().reshape(2, -1)
     output, depth = 17, 37  # panel 1, output 1; block 1, group 1, input 1
-    byte = data[1, 64 + 256 + 1 * 64 + 1 * 4 + 1]
+    byte = data[1, 64 + 256 + 1 * 64 + 1 * 4 + 1]  # behind the line of scales and block 0
     assert byte & 15 == codes[output, depth // 32, depth % 32]
     stored = data[1, :64].view(np.float16).reshape(2, 16)[1, 1] * np.float64(weight.scale)
     assert abs(stored - scales[output, 1]) <= abs(scales[output, 1]) * 2**-11

@@ -137,8 +137,9 @@ INLINE __m256i dot_half(const int bits, const __m256i w[8], const int8_t *line, 
 /* `n` rows (a constant where it is called) times half a panel, or a whole one where `halves` is 2. */
 INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, const size_t n, size_t half,
                  const size_t halves, float *out, size_t stride) {
-    const size_t blocks = x->blocks, shift = panel_scale_shift(weight);
-    const uint8_t *at = panel + panel_scale_bytes(weight);
+    const size_t blocks = x->blocks;
+    const unsigned shift = panel_scale_shift(weight);
+    const uint8_t *at = panel, *scales_at = panel;
     const int8_t *codes = x->codes + first * blocks * BLOCK;
     const float *scales = x->scales + first * blocks;
     const int32_t *offsets = x->offsets + first * blocks;
@@ -148,11 +149,15 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
         sums[t] = _mm256_setzero_ps();
     }
     for (size_t b = 0; b < blocks; b++, at += (size_t)bits * 64) {
+        if (panel_has_scales(shift, b)) {
+            scales_at = at;
+            at += 64;
+        }
         UNROLL
         for (size_t h = 0; h < halves; h++) {
             __m256i w[8];
             load_half(bits, at, half + h, w);
-            const uint8_t *stored = panel + ((b >> shift) * PANEL + (half + h) * 8) * sizeof(uint16_t);
+            const uint8_t *stored = scales_at + (b >> shift & 1) * 32 + (half + h) * 16;
             const __m256 scale = _mm256_cvtph_ps(_mm_load_si128((const __m128i *)(const void *)stored));
             UNROLL
             for (size_t t = 0; t < n; t++) {

@@ -83,8 +83,9 @@ INLINE __m512i four_inputs(const int8_t *codes) {
 /* `n` rows (a constant where it is called) times a panel of `bits` bits. */
 INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, const size_t n, float *out,
                  size_t stride) {
-    const size_t blocks = x->blocks, shift = panel_scale_shift(weight);
-    const uint8_t *at = panel + panel_scale_bytes(weight);
+    const size_t blocks = x->blocks;
+    const unsigned shift = panel_scale_shift(weight);
+    const uint8_t *at = panel, *stored = panel;
     const int8_t *codes = x->codes + first * blocks * BLOCK;
     const float *scales = x->scales + first * blocks;
     const int32_t *offsets = x->offsets + first * blocks;
@@ -95,6 +96,10 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
         sums[t] = _mm512_setzero_ps();
     }
     for (size_t b = 0; b < blocks; b++, at += (size_t)bits * 64) {
+        if (panel_has_scales(shift, b)) {
+            stored = at;
+            at += 64;
+        }
         __m512i w[8];
         UNROLL
         for (size_t g = 0; g < 4; g++) {
@@ -109,7 +114,7 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
                 w[g + 4] = _mm512_load_si512((const void *)(at + (g + 4) * 64));
             }
         }
-        const __m512 scale = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)(panel + (b >> shift) * PANEL * sizeof(uint16_t))));
+        const __m512 scale = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)(stored + (b >> shift & 1) * 32)));
         UNROLL
         for (size_t t = 0; t < n; t++) {
             const int8_t *line = codes + (t * blocks + b) * BLOCK;

@@ -4,11 +4,13 @@
  * tails included) and any alignment of float data; packed weights are 64-byte aligned.
  *
  * Weights are stored in panels of 16 outputs, the same bytes for every instruction set, and each is read front to back:
- *   quantised  scales float16 [blocks of the weight][16], padded to 64 bytes; then per 32 inputs
+ *   quantised  for every two blocks of the weight: their scales float16 [2][16], then their codes, per 32 inputs
  *              8 bits: [8 groups of 4 inputs][16 outputs][4 inputs] of code + 128
  *              4 bits: [4][16 outputs][4 inputs], group g in the low half of the byte and group g + 4 in the high one, code + 8
  *   floating   [inputs][16 outputs] of float16 or float32
- * so that one 32-bit lane holds four inputs of one output: what VPDPBUSD and SDOT multiply and add at once, without any sum across
+ * Scales stand between the codes because a second stream of addresses per panel, however short, cost more than half of the memory's
+ * speed (4 bits, one thread, weights in memory: 11 GB/s with the scales in front of each panel, 31 so; reading alone: 30).
+ * One 32-bit lane holds four inputs of one output: what VPDPBUSD and SDOT multiply and add at once, without any sum across
  * lanes. Inputs beyond the matrix are code 0, outputs beyond it are zero columns. */
 #ifndef VLM_KERNELS_H
 #define VLM_KERNELS_H
@@ -95,12 +97,27 @@ const Kernels *kernels_named(const char *name);
 float half_to_float(uint16_t half);
 uint16_t float_to_half(float value);
 
+/* Whether the scales of two blocks of the weight stand before block `b` of 32 inputs. */
+static inline bool panel_has_scales(unsigned shift, size_t b) { return (b & (((size_t)2 << shift) - 1)) == 0; }
+
 /* log2 of how many blocks of activations share a scale of the weights. */
 static inline unsigned panel_scale_shift(const PanelMatrix *weight) { return (unsigned)__builtin_ctzll(weight->block) - 5; }
 
-static inline size_t panel_scale_bytes(const PanelMatrix *weight) {
-    const size_t blocks = (weight->depth + weight->block - 1) >> __builtin_ctzll(weight->block);
-    return (blocks * PANEL * sizeof(uint16_t) + 63) / 64 * 64;
+/* Of block `b` of 32 inputs: where its scales and its codes are in a panel of `bits` bits. */
+static inline const uint16_t *panel_scales(const PanelMatrix *weight, size_t bits, const uint8_t *panel, size_t b) {
+    const unsigned shift = panel_scale_shift(weight);
+    const size_t pair = b >> (shift + 1), codes = pair << (shift + 1);
+    return (const uint16_t *)(const void *)(panel + pair * 64 + codes * bits * 64) + (b >> shift & 1) * PANEL;
+}
+
+static inline const uint8_t *panel_codes(const PanelMatrix *weight, size_t bits, const uint8_t *panel, size_t b) {
+    return panel + ((b >> (panel_scale_shift(weight) + 1)) + 1) * 64 + b * bits * 64;
+}
+
+/* Bytes of a quantised panel. */
+static inline size_t panel_bytes_of(const PanelMatrix *weight, size_t bits) {
+    const size_t blocks = (weight->depth + BLOCK - 1) / BLOCK, pair = (size_t)2 << panel_scale_shift(weight);
+    return (blocks + pair - 1) / pair * 64 + blocks * bits * 64;
 }
 
 #endif

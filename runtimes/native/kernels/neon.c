@@ -101,19 +101,24 @@ INLINE int32x4_t dot_quarter(const int8x16_t w[8], const int8_t *line, int32_t o
 /* `n` rows times `quarters` quarters of a panel, from `first_quarter` on; both are constants where it is called. */
 INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, const size_t n, size_t first_quarter,
                  const size_t quarters, float *out, size_t stride) {
-    const size_t blocks = x->blocks, shift = panel_scale_shift(weight);
-    const uint8_t *at = panel + panel_scale_bytes(weight);
+    const size_t blocks = x->blocks;
+    const unsigned shift = panel_scale_shift(weight);
+    const uint8_t *at = panel, *scales_at = panel;
     float32x4_t sums[8];
     UNROLL
     for (size_t t = 0; t < n * quarters; t++) {
         sums[t] = vdupq_n_f32(0.0f);
     }
     for (size_t b = 0; b < blocks; b++, at += (size_t)bits * 64) {
+        if (panel_has_scales(shift, b)) {
+            scales_at = at;
+            at += 64;
+        }
         UNROLL
         for (size_t q = 0; q < quarters; q++) {
             int8x16_t w[8];
             load_quarter(bits, at, first_quarter + q, w);
-            const uint16_t *stored = (const uint16_t *)(const void *)panel + (b >> shift) * PANEL + (first_quarter + q) * 4;
+            const uint16_t *stored = (const uint16_t *)(const void *)scales_at + (b >> shift & 1) * PANEL + (first_quarter + q) * 4;
             const float32x4_t scale = v_load_half(stored);
             UNROLL
             for (size_t t = 0; t < n; t++) {

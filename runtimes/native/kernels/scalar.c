@@ -107,19 +107,18 @@ static int int8_code(const uint8_t *block, size_t k, size_t o) { return block[k 
 
 static void product(const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, size_t rows, float *out, size_t stride) {
     const bool four = weight->format == WEIGHT_INT4;
-    const size_t block_bytes = four ? BLOCK * PANEL / 2 : BLOCK * PANEL, ratio = weight->block / BLOCK;
-    const uint16_t *scales = (const uint16_t *)(const void *)panel;
+    const size_t bits = four ? 4 : 8;
     for (size_t row = 0; row < rows; row++) {
         for (size_t o = 0; o < PANEL; o++) {
             float sum = 0.0f;
             for (size_t b = 0; b < x->blocks; b++) {
-                const uint8_t *block = panel + panel_scale_bytes(weight) + b * block_bytes;
+                const uint8_t *block = panel_codes(weight, bits, panel, b);
                 const size_t at = (first + row) * x->blocks + b;
                 int32_t dot = x->offsets[at] * (four ? 1 : 16);
                 for (size_t k = 0; k < BLOCK; k++) {
                     dot += (four ? int4_code(block, k, o) : int8_code(block, k, o)) * x->codes[at * BLOCK + k];
                 }
-                sum += (float)dot * (half_to_float(scales[b / ratio * PANEL + o]) * x->scales[at]);
+                sum += (float)dot * (half_to_float(panel_scales(weight, bits, panel, b)[o]) * x->scales[at]);
             }
             out[row * stride + o] = sum * weight->scale;
         }

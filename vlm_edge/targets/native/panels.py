@@ -38,9 +38,9 @@ def quantised(source: Quantised, order: npt.NDArray[np.int64]) -> Weight:
     """The outputs of `order` (−1 where a column is to be zero) as panels."""
     width = len(order)
     panels, blocks, groups = -(-width // PANEL), -(-source.depth // BLOCK), -(-source.depth // source.block)
-    scale_bytes = -(-groups * PANEL * 2 // 64) * 64
-    panel_bytes = scale_bytes + blocks * BLOCK * PANEL * source.bits // 8
-    panel_bytes = -(-panel_bytes // 64) * 64
+    pair, code_bytes = 2 * source.block // BLOCK, BLOCK * PANEL * source.bits // 8
+    pairs = -(-blocks // pair)
+    panel_bytes = pairs * 64 + blocks * code_bytes
     largest = float(np.abs(source.scales()).max(initial=0.0))
     factor = 2.0 ** (math.frexp(largest)[1] - _TOP) if largest > 0 else 1.0
 
@@ -60,10 +60,14 @@ def quantised(source: Quantised, order: npt.NDArray[np.int64]) -> Weight:
             packed = (halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)).transpose(0, 2, 3, 1, 4)
         else:
             packed = codes.reshape(panels, PANEL, blocks, 8, 4).transpose(0, 2, 3, 1, 4)
-        out = np.zeros((panels, panel_bytes), np.uint8)
-        out[:, : groups * PANEL * 2] = scales.view(np.uint8).reshape(panels, -1)
-        out[:, scale_bytes : scale_bytes + blocks * BLOCK * PANEL * source.bits // 8] = packed.reshape(panels, -1)
-        return out
+        # Lines of two blocks' scales, each before the codes of those blocks; the last line may be half empty.
+        lines = np.zeros((panels, pairs * 2, PANEL), np.float16)
+        lines[:, :groups] = scales
+        filled = np.zeros((panels, pairs * pair, code_bytes), np.uint8)
+        filled[:, :blocks] = packed.reshape(panels, blocks, code_bytes)
+        parts = [lines.view(np.uint8).reshape(panels, pairs, 64), filled.reshape(panels, pairs, pair * code_bytes)]
+        out = np.concatenate(parts, axis=2).reshape(panels, -1)[:, :panel_bytes]
+        return np.ascontiguousarray(out)
 
     kind = Format.INT4 if source.bits == 4 else Format.INT8
     return Weight(kind, source.depth, width, panels * panel_bytes, make, source.block, factor, panel_bytes)

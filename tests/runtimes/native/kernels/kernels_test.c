@@ -62,31 +62,37 @@ typedef struct {
 static Sample sample_matrix(WeightFormat format, size_t depth, size_t width, size_t block) {
     const size_t panels = (width + PANEL - 1) / PANEL, blocks = (depth + BLOCK - 1) / BLOCK;
     Sample s = {.matrix = {.format = format, .depth = depth, .width = width, .block = block, .scale = 0.25f}};
-    const size_t scales = block > 0 ? panel_scale_bytes(&s.matrix) : 0;
-    const size_t bytes[] = {blocks * BLOCK * PANEL / 2, blocks * BLOCK * PANEL, depth * PANEL * 2, depth * PANEL * 4};
-    s.matrix.panel_bytes = (scales + bytes[format] + 63) / 64 * 64;
+    /* The documented layout, written down once more: lines of two blocks' scales, each before the codes of those blocks. */
+    const size_t bits = format == WEIGHT_INT4 ? 4 : 8, pair = block / 16, pairs = block > 0 ? (blocks + pair - 1) / pair : 0;
+    const size_t bytes[] = {pairs * 64 + blocks * 256, pairs * 64 + blocks * 512, depth * PANEL * 2, depth * PANEL * 4};
+    s.matrix.panel_bytes = (bytes[format] + 63) / 64 * 64;
     s.data = memory(s.matrix.panel_bytes * panels, 0);
     s.weights = calloc(depth * width + 1, sizeof *s.weights);
     s.matrix.data = s.data;
     for (size_t p = 0; p < panels; p++) {
         uint8_t *panel = s.data + p * s.matrix.panel_bytes;
-        uint16_t *stored = (uint16_t *)(void *)panel;
-        for (size_t i = 0; block > 0 && i < (depth + block - 1) / block * PANEL; i++) {
-            stored[i] = float_to_half((float)uniform());
+        for (size_t i = 0; i < pairs; i++) {
+            uint16_t *line = (uint16_t *)(void *)(panel + i * (64 + pair * bits * 64));
+            for (size_t k = 0; k < 2 * PANEL; k++) {
+                line[k] = float_to_half((float)uniform());
+            }
         }
         for (size_t k = 0; k < (block > 0 ? blocks * BLOCK : depth); k++) {
             for (size_t o = 0; o < PANEL; o++) {
                 const bool inside = k < depth && p * PANEL + o < width;
+                const size_t b = k / BLOCK, place = block > 0 ? (b / pair + 1) * 64 + b * bits * 64 : 0;
+                const uint16_t *line = (uint16_t *)(void *)(panel + (block > 0 ? b / pair * (64 + pair * bits * 64) : 0));
+                const uint16_t *stored = line + (block > 0 ? k / block % 2 * PANEL : 0);
                 double value;
                 if (format == WEIGHT_INT4) {
-                    uint8_t *byte = panel + scales + k / BLOCK * 256 + k % 16 / 4 * 64 + o * 4 + k % 4;
+                    uint8_t *byte = panel + place + k % 16 / 4 * 64 + o * 4 + k % 4;
                     const int code = inside ? (int)below(16) : 8;
                     *byte |= (uint8_t)(k % BLOCK < 16 ? code : code << 4);
-                    value = (code - 8) * (double)half_to_float(stored[k / block * PANEL + o]) * s.matrix.scale;
+                    value = (code - 8) * (double)half_to_float(stored[o]) * s.matrix.scale;
                 } else if (format == WEIGHT_INT8) {
                     const int code = inside ? (int)below(256) : 128;
-                    panel[scales + k / BLOCK * 512 + k % BLOCK / 4 * 64 + o * 4 + k % 4] = (uint8_t)code;
-                    value = (code - 128) * (double)half_to_float(stored[k / block * PANEL + o]) * s.matrix.scale;
+                    panel[place + k % BLOCK / 4 * 64 + o * 4 + k % 4] = (uint8_t)code;
+                    value = (code - 128) * (double)half_to_float(stored[o]) * s.matrix.scale;
                 } else if (format == WEIGHT_FLOAT16) {
                     ((uint16_t *)(void *)panel)[k * PANEL + o] = float_to_half(inside ? (float)uniform() : 0.0f);
                     value = half_to_float(((uint16_t *)(void *)panel)[k * PANEL + o]);
