@@ -98,7 +98,8 @@ def fill(folder: Path) -> dict[Path, int]:
 def _write(stream: Any, one: Left, normal: npt.NDArray[np.float32], whole: npt.NDArray[np.uint8]) -> None:
     dtype = np.dtype(one.dtype)
     if dtype.kind == "f":
-        numbers = (normal * max(one.std, 1e-6) + one.mean).clip(one.low, one.high).astype(dtype)
+        numbers = normal[: one.length // dtype.itemsize]  # all of them, where the tensor is longer
+        numbers = (numbers * max(one.std, 1e-6) + one.mean).clip(one.low, one.high).astype(dtype)
         block = numbers.view(np.uint8)
     elif (one.low, one.high) == (0.0, 255.0) or dtype.itemsize == 1:
         block = whole

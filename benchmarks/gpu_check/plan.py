@@ -115,7 +115,7 @@ def _shape(name: str, kit: Path, work: Path, place: str, device: str, size: tupl
     fill = f"{name}: fill"
     if number == 1:
         about = "random weights for the graphs that travelled without"
-        steps.append(Step(fill, "fill", {"bundle": bundle, "parts": "builds"}, 60 if large else 30, about, least_s=15))
+        steps.append(Step(fill, "fill", {"bundle": bundle, "parts": "builds"}, 90 if large else 30, about, least_s=15))
     prompt, answer, runs = size
     options = {"bundle": bundle, "place": place, "prompt_tokens": prompt, "new_tokens": answer, "runs": runs}
 
