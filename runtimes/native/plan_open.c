@@ -262,7 +262,7 @@ static bool norm_fits(const Plan *p, const PlanStep *s) {
 
 /* Whether cache number `index` is [batch, heads, capacity, size] of floats. */
 static bool cache_fits(const Plan *p, int32_t index, int32_t heads, int32_t size) {
-    if (index < 0 || heads <= 0 || size <= 0) {
+    if (index < 0 || heads <= 0 || size <= 0 || size > HEAD_SIZE_MOST) {
         return false;
     }
     for (uint32_t i = 0; i < p->input_count; i++) {
@@ -311,7 +311,7 @@ static bool input_fits(const Plan *p, int32_t index, uint32_t type, uint32_t ran
 
 static bool cross_fits(const Plan *p, const PlanStep *s) {
     const int32_t *a = s->arg; /* keys, values, heads, kv heads, head size, mask */
-    if (a[2] <= 0 || a[3] <= 0 || a[4] <= 0 || a[2] % a[3] != 0 || !input_fits(p, a[0], 1, 4, a[3], a[4]) ||
+    if (a[2] <= 0 || a[3] <= 0 || a[4] <= 0 || a[4] > HEAD_SIZE_MOST || a[2] % a[3] != 0 || !input_fits(p, a[0], 1, 4, a[3], a[4]) ||
         !input_fits(p, a[1], 1, 4, a[3], a[4]) || (a[5] >= 0 && !input_fits(p, a[5], 7, 2, 0, 0))) {
         return false;
     }

@@ -31,6 +31,7 @@
 
 #define PANEL 16 /* outputs of one panel */
 #define BLOCK 32 /* inputs that share a scale of the activations */
+#define HEAD_SIZE_MOST 256 /* numbers of an attention head */
 #define ATTENTION_KEYS 64 /* keys that are taken together */
 
 typedef enum { WEIGHT_INT4 = 0, WEIGHT_INT8, WEIGHT_FLOAT16, WEIGHT_FLOAT32, WEIGHT_FORMATS } WeightFormat;
@@ -78,7 +79,7 @@ typedef struct {
     void (*unary)(Unary kind, const float *x, size_t n, float *out);
     /* unary(gate) · up */
     void (*gated)(Unary kind, const float *gate, const float *up, size_t n, float *out);
-    /* Scaled dot products of `queries` [count][dim] with `keys` cache entries [keys][dim]: out [count][stride]. */
+    /* Dot products of `queries` [count][dim] with `keys` cache entries [keys][dim]: out [count][stride]; dim up to HEAD_SIZE_MOST. */
     void (*scores)(const float *queries, size_t count, size_t dim, const void *entries, CacheFormat format, size_t keys, float *out, size_t stride);
     /* sums [count][dim] += weights [count][stride] · entries [keys][dim] */
     void (*weighted)(const float *weights, size_t stride, size_t count, size_t dim, const void *entries, CacheFormat format, size_t keys, float *sums);
