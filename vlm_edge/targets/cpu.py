@@ -46,7 +46,14 @@ def _decoder(job: Job, model: ir.Model) -> Lowered:
     if not contract.kv.layers:
         return lower_recurrent_decoder(model, **weights, block_size=block_size, options=options)
     try:
-        return lower_decoder(model, **weights, context_length=contract.context_length, block_size=block_size, options=options)
+        return lower_decoder(
+            model,
+            precision=weights["precision"],
+            head=weights["head"],
+            context_length=contract.context_length,
+            block_size=block_size,
+            options=options,
+        )
     except TargetError as error:  # what the fused kernel cannot do; nothing of the half-rewritten graph is kept
         model = ir.load(job.bundle.graph_path("decoder"))
         return lower_growing_decoder(model, why=str(error), **weights, block_size=block_size, options=options)
