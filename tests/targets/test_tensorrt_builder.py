@@ -10,7 +10,7 @@ from engine_builds import HALF, SMS, Remembered, cached_attention, linear, save,
 from onnx import TensorProto, helper
 
 from vlm_edge.targets import load_target
-from vlm_edge.targets.tensorrt import builder
+from vlm_edge.targets.tensorrt import builder, seam
 from vlm_edge.targets.tensorrt.builder import compile_engine
 from vlm_edge.targets.tensorrt.progress import BuildProgress, run_watched
 from vlm_edge.targets.tensorrt.seam import load_library
@@ -231,10 +231,15 @@ def test_an_error_in_the_thread_is_raised_here():
 
 
 def test_workspace_is_capped(rtx):
-    from vlm_edge.targets.tensorrt import seam
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = rtx.module.Builder(rtx.module.Logger()).create_builder_config()
         seam.set_workspace(rtx, config, 1 << 20)
         assert config.get_memory_pool_limit(rtx.module.MemoryPoolType.WORKSPACE) == 1 << 20
+
+
+def test_float32_is_not_tf32(rtx):
+    config = rtx.module.Builder(rtx.module.Logger()).create_builder_config()
+    assert config.get_flag(rtx.module.BuilderFlag.TF32)
+    seam.keep_float32(rtx, config)
+    assert not config.get_flag(rtx.module.BuilderFlag.TF32)

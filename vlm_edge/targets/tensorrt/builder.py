@@ -96,6 +96,7 @@ def compile_engine(
     config = builder.create_builder_config()
     seam.set_targets(library, config, sm)
     seam.keep_capturable(library, config)
+    seam.keep_float32(library, config)
     seam.set_workspace(library, config, workspace)
     if timings is not None and seam.has_timing_cache(library):
         seam.set_timings(library, config, timings.read())

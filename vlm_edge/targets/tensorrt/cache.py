@@ -20,7 +20,7 @@ from vlm_edge_runtime.bundle.manifest import GraphEntry
 
 from .seam import Gpu, Library, platform_tag
 
-_FORM = 2
+_FORM = 3
 """Raised when this module compiles the same graph otherwise than before: older engines are then stale."""
 
 

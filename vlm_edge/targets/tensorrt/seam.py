@@ -206,6 +206,11 @@ def keep_capturable(library: Library, config: Any) -> None:
         config.set_flag(flag)
 
 
+def keep_float32(library: Library, config: Any) -> None:
+    """Products of float32 are computed in float32: a build says what precision it has (TF32, 10 bits of it, is on by default)."""
+    config.clear_flag(library.module.BuilderFlag.TF32)
+
+
 def set_workspace(library: Library, config: Any, limit: int | None) -> None:
     """Caps the scratch memory that kernels may ask for, in bytes (None: all there is)."""
     if limit is not None:
