@@ -122,7 +122,7 @@ def train(
     probes, lessons = Probes(WIDTH), Lessons(student, parts, seed)
     lessons.check(parts.processor)
     kept: list[Tensor] = []
-    if student.seen is not None:
+    if student.seen is not None and start is None:  # fresh probes would unsettle eyes that see
         model.get_submodule(student.seen).register_forward_hook(lambda module, given, result: kept.append(_first(result)))
     hooks = _look_once(model.get_submodule(student.eyes), student.talks)
     weights = [weight for weight in (*model.parameters(), *probes.parameters()) if weight.requires_grad]
