@@ -66,7 +66,7 @@ def ort_product(kind: str, depth: int, width: int, threads: int) -> Callable[[np
         blocks, size = depth // 32, 32 * BITS[kind] // 8
         stored += [numpy_helper.from_array(np.full((width, blocks, size), 0x11, np.uint8), "w")]
         stored += [numpy_helper.from_array(np.full(width * blocks, 0.01, np.float32), "s")]
-        options = {"K": depth, "N": width, "bits": BITS[kind], "block_size": 32, "accuracy_level": 4}
+        options: dict[str, Any] = {"K": depth, "N": width, "bits": BITS[kind], "block_size": 32, "accuracy_level": 4}
         nodes = [helper.make_node("MatMulNBits", [*inputs, "w", "s"], ["y"], domain="com.microsoft", **options)]
     else:
         stored += [numpy_helper.from_array(np.full((depth, width), 0.01, np.float32), "w")]

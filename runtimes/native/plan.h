@@ -139,6 +139,9 @@ typedef struct {
 void *mapped_open(const char *path, size_t *bytes);
 void mapped_close(void *file, size_t bytes);
 
+/* What is wrong with a plan that was read, or NULL. Also counts its caches and sizes its threads' memory. */
+const char *plan_check(Plan *plan);
+
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
 size_t plan_stride(const PlanCall *call, PlanRef ref);
 /* Valid entries of a row before the tokens that are computed now. */

@@ -1,6 +1,6 @@
-/* Rotary positions, the cache, and attention over it: softmax(q · kᵀ) · v with the largest score and the sum carried along as keys are
+/* Attention over the cache and over static keys: softmax(q · kᵀ) · v with the largest score and the sum carried along as keys are
  * read (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135), so that no more than a block of scores exists. */
-#include "plan.h"
+#include "plan_heads.h"
 
 #include <math.h>
 #include <string.h>
@@ -8,15 +8,6 @@
 #define QUERIES 96    /* rows of queries that share a block of keys: tokens times the query heads of one key head */
 #define MOST_PARTS 8  /* of one token's keys, for threads to share */
 #define TILE 128      /* keys that one token's attention scores at a time */
-
-enum { ARG_KEYS, ARG_VALUES, ARG_HEADS, ARG_KV_HEADS, ARG_SIZE, ARG_ROTARY, ARG_INTERLEAVED, ARG_ANGLES, ARG_WINDOW = 5, ARG_BLOCKS };
-
-typedef struct {
-    CacheFormat format;
-    size_t heads, kv_heads, group, size;
-    const uint8_t *keys, *values; /* of all rows */
-    size_t row_bytes, head_bytes, entry_bytes;
-} Heads;
 
 static CacheFormat cache_format(const Plan *plan, int32_t index) {
     for (uint32_t i = 0; i < plan->input_count; i++) {
@@ -27,7 +18,7 @@ static CacheFormat cache_format(const Plan *plan, int32_t index) {
     return CACHE_FLOAT32;
 }
 
-static Heads heads_of(const PlanCall *call, const PlanStep *step) {
+Heads heads_of(const PlanCall *call, const PlanStep *step) {
     const int32_t *a = step->arg;
     const CacheFormat format = cache_format(call->plan, a[ARG_KEYS]);
     const size_t entry = (size_t)a[ARG_SIZE] * (format == CACHE_FLOAT16 ? 2 : 4);
@@ -41,79 +32,6 @@ static Heads heads_of(const PlanCall *call, const PlanStep *step) {
                    .row_bytes = call->run->cache_row_bytes[a[ARG_KEYS]],
                    .head_bytes = call->run->capacity * entry,
                    .entry_bytes = entry};
-}
-
-void angles_work(const PlanCall *call, const PlanStep *step, size_t row) {
-    const size_t half = step->width / 2, all = call->run->rows * call->run->tokens;
-    const size_t token = row / call->tokens * call->run->tokens + call->first + row % call->tokens;
-    const float *frequencies = (const float *)(const void *)call->plan->weights[step->weight[0]].matrix.data;
-    const int32_t *axes = (const int32_t *)(const void *)call->plan->weights[step->weight[1]].matrix.data;
-    float *out = plan_row(call, step->out[0], false, row);
-    for (size_t i = 0; i < half; i++) {
-        const float angle = (float)call->run->positions[(size_t)axes[i] * all + token] * frequencies[i];
-        out[i] = cosf(angle) * step->real[0];
-        out[half + i] = sinf(angle) * step->real[0];
-    }
-}
-
-/* One head: pairs (i, i + half), or neighbours where interleaved. */
-static void rotate(const float *x, size_t size, size_t half, bool interleaved, const float *cosine, const float *sine, float *out) {
-    if (interleaved) {
-        for (size_t i = 0; i < half; i++) {
-            const float a = x[2 * i], b = x[2 * i + 1];
-            out[2 * i] = a * cosine[i] - b * sine[i];
-            out[2 * i + 1] = a * sine[i] + b * cosine[i];
-        }
-    } else {
-        for (size_t i = 0; i < half; i++) {
-            const float a = x[i], b = x[half + i];
-            out[i] = a * cosine[i] - b * sine[i];
-            out[half + i] = a * sine[i] + b * cosine[i];
-        }
-    }
-    if (out != x) {
-        memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof *x);
-    }
-}
-
-static void write_entry(const Kernels *kernels, CacheFormat format, const float *x, size_t size, uint8_t *entry) {
-    if (format == CACHE_FLOAT16) {
-        kernels->to_half(x, size, (uint16_t *)(void *)entry);
-    } else {
-        memcpy(entry, x, size * sizeof *x);
-    }
-}
-
-void rotary_work(const PlanCall *call, const PlanStep *step, size_t row) {
-    const Plan *plan = call->plan;
-    const Kernels *kernels = plan->kernels;
-    const Heads h = heads_of(call, step);
-    const size_t batch = row / call->tokens, index = plan_past(call, batch) + row % call->tokens;
-    const size_t half = (size_t)step->arg[ARG_ROTARY] / 2;
-    const bool interleaved = step->arg[ARG_INTERLEAVED] != 0;
-    const float *cosine = NULL, *sine = NULL;
-    if (step->arg[ARG_ANGLES] == 3) {
-        cosine = plan_row(call, step->in[3], false, row);
-        sine = cosine + half;
-    } else if (step->arg[ARG_ANGLES] != 0) {
-        const size_t token = batch * call->run->tokens + call->first + row % call->tokens;
-        const size_t position = step->arg[ARG_ANGLES] == 1 ? (size_t)call->run->positions[token] : index;
-        cosine = (const float *)(const void *)plan->weights[step->weight[0]].matrix.data + position * half;
-        sine = (const float *)(const void *)plan->weights[step->weight[1]].matrix.data + position * half;
-    }
-    const float *q = plan_row(call, step->in[0], false, row), *k = plan_row(call, step->in[1], false, row), *v = plan_row(call, step->in[2], false, row);
-    float *out = plan_row(call, step->out[0], false, row);
-    for (size_t head = 0; head < h.heads; head++) {
-        rotate(q + head * h.size, h.size, half, interleaved, cosine, sine, out + head * h.size);
-    }
-    kernels->scale(out, step->real[0], h.heads * h.size, out);
-    float turned[h.size];
-    for (size_t head = 0; head < h.kv_heads; head++) {
-        const size_t at = batch * h.row_bytes + head * h.head_bytes + index * h.entry_bytes;
-        rotate(k + head * h.size, h.size, half, interleaved, cosine, sine, turned);
-        write_entry(kernels, h.format, turned, h.size, call->run->caches[step->arg[ARG_KEYS]] + at);
-        write_entry(kernels, h.format, v + head * h.size, h.size, call->run->caches[step->arg[ARG_VALUES]] + at);
-    }
 }
 
 void attention_split(PlanCall *call) {

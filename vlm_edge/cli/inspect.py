@@ -94,6 +94,8 @@ def _graphs(name: str, graphs: dict[str, GraphEntry], build: Build | None) -> No
     if shared:
         drawn.add_row("[dim]weights, shared by the graphs[/]", "", "", "", size(sum(shared.values())))
     stdout.print(drawn)
+    if build is not None and (runs := build.options.get("decoder.kernels")):
+        stdout.print(Padding(f"the decoder runs with: {runs}", (0, 0, 0, 2)), highlight=False)
     for role, graph in graphs.items():
         stdout.print(Padding(f"[dim]{role}:[/] {_signature(graph)}", (0, 0, 0, 2)), highlight=False)
 

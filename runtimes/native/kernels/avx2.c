@@ -12,6 +12,7 @@
 
 #define VW 8
 #define ROWS 5
+#define GROUP 2
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 #define v_load(p) ((vf)_mm256_loadu_ps(p))

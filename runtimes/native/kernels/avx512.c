@@ -12,6 +12,7 @@
 
 #define VW 16
 #define ROWS 12
+#define GROUP 3
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 #define v_load(p) ((vf)_mm512_loadu_ps(p))

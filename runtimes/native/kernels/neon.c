@@ -16,6 +16,7 @@
 
 #define VW 4
 #define ROWS 4
+#define GROUP 4
 typedef float32x4_t vf;
 typedef int32x4_t vi;
 #define v_load(p) vld1q_f32(p)

@@ -45,6 +45,7 @@ uint16_t float_to_half(float value) {
 
 #define VW 1
 #define ROWS 1
+#define GROUP 1
 typedef float vf;
 typedef int32_t vi;
 #define v_load(p) (*(p))
