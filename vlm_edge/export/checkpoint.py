@@ -21,6 +21,7 @@ from vlm_edge.families.base import Family
 from vlm_edge.families.registry import Entry
 from vlm_edge_runtime.bundle.manifest import Source
 from vlm_edge_runtime.errors import ExportError, UnsupportedModelError
+from vlm_edge_runtime.preprocess import PROCESSORS
 
 from .trace import quiet
 
@@ -220,12 +221,26 @@ def _read_processor(source: str, known: dict[str, Any]) -> _Parts:
     with _reading(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **known)
         has_images = plain or "image_processor" in (config or {}) or not videos
-        images = _plain(AutoImageProcessor.from_pretrained(source, **known).to_dict()) if has_images else {}
+        images = _image_options(source, (config or {}).get("image_processor") or plain, known) if has_images else {}
         others = {name: AutoTokenizer.from_pretrained(source, subfolder=name, **known) for name in extra}
     template = _read_text(source, "chat_template.jinja", known["revision"]) or getattr(tokenizer, "chat_template", None)
     if template is None and (older := _read_text(source, "chat_template.json", known["revision"])):
         template = json.loads(older).get("chat_template")
     return _Parts(tokenizer, images, videos, config, template, others)
+
+
+def _image_options(source: str, saved: dict[str, Any] | None, known: dict[str, Any]) -> dict[str, Any]:
+    """The image processor's configuration, defaults filled in by transformers.
+
+    Some classes of transformers cannot be made without torchvision; the runtime's own class then knows the same defaults.
+    """
+    try:
+        return _plain(AutoImageProcessor.from_pretrained(source, **known).to_dict())
+    except ValueError:
+        kind = str((saved or {}).get("image_processor_type")).removesuffix("Fast")
+        if saved is None or kind not in PROCESSORS:
+            raise
+        return saved
 
 
 def _take_processor(processor: Any) -> _Parts:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, GotOcr2ImageProcessorPil
 from transformers.models.aya_vision.processing_aya_vision import AyaVisionProcessor
 from transformers.models.cohere2_vision.processing_cohere2_vision import Cohere2VisionProcessor
+from transformers.models.got_ocr2 import image_processing_pil_got_ocr2
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -133,9 +136,23 @@ def _aya_vision(reference: AnySizeReference, images: list[Any], token: str) -> t
     return found, written
 
 
+def _least_scaled(size: tuple[int, int], tile: tuple[int, int], least: int, most: int) -> tuple[int, int]:
+    """`get_optimal_tiled_canvas` of transformers' image_processing_cohere2_vision.py: (columns, rows)."""
+    grids = sorted(
+        ((w, h) for w in range(1, most + 1) for h in range(1, most + 1) if w * h <= most), key=lambda one: one[0] * one[1]
+    )
+    scales = (np.array(grids) * tile[0] / np.stack([size[1], size[0]])).min(-1, keepdims=True)
+    if (scales < 1).all():
+        return grids[int(scales.argmax())]
+    return grids[int(np.where(scales < 1.0, 10e9, scales).argmin())]
+
+
 def _cohere2_vision(reference: AnySizeReference, images: list[Any], token: str) -> tuple[dict[str, Any], list[str]]:
-    """Its image processor needs torchvision; GotOcr2's arranges these photographs' tiles in the same way."""
-    found, words = reference.images(images), reference.tokenizer
+    """Its image processor needs torchvision: GotOcr2's with its rule for the tiles, which is spelt out."""
+    options = {key: reference.own["image_processor"][key] for key in ("size", "resample", "crop_to_patches", "max_patches")}
+    with patch.object(image_processing_pil_got_ocr2, "get_optimal_tiled_canvas", _least_scaled):
+        found = dict(GotOcr2ImageProcessorPil(**options)(images, return_tensors="pt"))
+    words = reference.tokenizer
     joint = SimpleNamespace(
         boi_token=words.boi_token,
         eoi_token=words.eoi_token,

@@ -32,6 +32,7 @@ SLOW = [
     "internvl",
     "internvl-qwen3",
     "aya_vision",
+    "cohere2_vision",
     "pixtral",
     "mistral3",
     "lighton_ocr",
