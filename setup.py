@@ -22,7 +22,9 @@ setup(
         Extension(
             "vlm_edge_runtime._native",
             sources=sorted(str(p.relative_to(HERE)) for p in (HERE / "runtimes/native").rglob("*.c")),
-            depends=sorted(str(p.relative_to(HERE)) for p in (HERE / "runtimes/native").rglob("*.*") if p.suffix in (".h", ".inc")),
+            depends=sorted(
+                str(p.relative_to(HERE)) for p in (HERE / "runtimes/native").rglob("*.*") if p.suffix in (".h", ".inc")
+            ),
             include_dirs=["runtimes/native"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED else [],
             py_limited_api=LIMITED,

@@ -56,7 +56,8 @@ class GraphEntry(_Struct, kw_only=True):
 
     `role` is one of `vision_encoder`, `projector`, `embed_tokens`, `decoder`, `text_encoder`, … ; it is also the file stem.
     `precision` is what the weights are stored in: fp32, fp16, int8 (activations too), int8w (weights only), int4.
-    `format`: an ONNX file, or the plan of a decoder that the native kernels run (`model` is then all there is, `nodes` its steps).
+    `format`: an ONNX file, or the plan of a decoder that the native kernels run (`model` is then all there is, `nodes` counts its
+    steps).
     """
 
     role: str
