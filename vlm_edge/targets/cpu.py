@@ -33,7 +33,7 @@ class CpuBackend(Backend):
 
     def finish(self, job: Job, writer: BuildWriter, build: Build) -> None:
         """See `Backend.finish`; the decoder becomes a plan where the target wants native kernels."""
-        if job.target.options.kernels == "native":
+        if job.target.options.kernels == "native" and "decoder" in build.graphs:
             native_decoder(job, writer, build, exact=self.is_exact(job, "decoder"))
 
 

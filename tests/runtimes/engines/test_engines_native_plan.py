@@ -134,6 +134,19 @@ def test_answers_are_those_of_onnx_runtime(bundle, scene):
     assert texts["native"] == texts["onnxruntime"] == answer
 
 
+def test_a_model_without_decoder_is_built_as_ever(portable_bundle, tmp_path):
+    shutil.copytree(portable_bundle("clip"), tmp_path / "clip.vlm")
+    assert "decoder.kernels" not in build(tmp_path / "clip.vlm", target("cpu-fp32", "native")).options
+
+
+@pytest.mark.slow
+def test_a_decoder_that_has_no_plan_stays_with_onnx_runtime_and_says_why(portable_bundle, tmp_path):
+    shutil.copytree(portable_bundle("blip2-t5"), tmp_path / "t5.vlm")
+    made = build(tmp_path / "t5.vlm", target("cpu-fp32", "native"))
+    assert str(made.options["decoder.kernels"]).startswith("onnxruntime: no native kernel for ")
+    assert made.graphs["decoder"].format == "onnx"
+
+
 @pytest.mark.slow
 def test_accuracy_of_int4_is_pytorchs_within_a_point(portable_bundle, tmp_path):
     """400 held-out questions on each trained model: the portable graphs (PyTorch's answers), and the plan with 4-bit weights."""
