@@ -136,8 +136,7 @@ STUDENTS: dict[str, Student] = {
             text=[[image, prompt] for image, prompt in zip(images, prompts, strict=True)], padding=True, return_tensors="pt"
         ),
         eyes="model.vision_model",
-        seen=None,
-        rate=5e-4,
+        seen="model.perceiver_resampler",
         batch=16,
         donor="vision encoder (frozen), words and language model of tiny-llava",
     ),

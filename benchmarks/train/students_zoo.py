@@ -269,7 +269,7 @@ STUDENTS: dict[str, Student] = {
         _decoder,
         _pictures,
         eyes="encoder.vit",
-        seen="encoder.vit",
+        seen="encoder.caption_pooler",
         processor=SideBySide.from_pretrained,
         objective=_contrastive_captioner,
         further=_retrieval,
