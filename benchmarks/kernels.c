@@ -81,6 +81,7 @@ double bench_read(Bench *b, const uint8_t *data, size_t bytes) {
 
 __attribute__((target("avx512f,avx512vnni"))) static void peak512_int8(void *context, size_t step, size_t item, size_t thread) {
     __m512i s[12], x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5);
+#pragma GCC unroll 12
     for (int i = 0; i < 12; i++) {
         s[i] = _mm512_set1_epi32(i);
     }
@@ -92,6 +93,7 @@ __attribute__((target("avx512f,avx512vnni"))) static void peak512_int8(void *con
         }
     }
     __m512i sum = s[0];
+#pragma GCC unroll 12
     for (int i = 1; i < 12; i++) {
         sum = _mm512_add_epi32(sum, s[i]);
     }
@@ -100,6 +102,7 @@ __attribute__((target("avx512f,avx512vnni"))) static void peak512_int8(void *con
 
 __attribute__((target("avx512f"))) static void peak512_float(void *context, size_t step, size_t item, size_t thread) {
     __m512 s[12], x = _mm512_set1_ps(0.3f), y = _mm512_set1_ps(0.5f);
+#pragma GCC unroll 12
     for (int i = 0; i < 12; i++) {
         s[i] = _mm512_set1_ps((float)i);
     }
@@ -111,6 +114,7 @@ __attribute__((target("avx512f"))) static void peak512_float(void *context, size
         }
     }
     __m512 sum = s[0];
+#pragma GCC unroll 12
     for (int i = 1; i < 12; i++) {
         sum = _mm512_add_ps(sum, s[i]);
     }
@@ -120,6 +124,7 @@ __attribute__((target("avx512f"))) static void peak512_float(void *context, size
 /* Multiply, widen, add: three instructions for 32 products; the additions of pairs may wait, so this is what 8-bit weights allow. */
 __attribute__((target("avx2"))) static void peak2_int8(void *context, size_t step, size_t item, size_t thread) {
     __m256i s[10], x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5);
+#pragma GCC unroll 12
     for (int i = 0; i < 10; i++) {
         s[i] = _mm256_set1_epi16((short)i);
     }
@@ -132,6 +137,7 @@ __attribute__((target("avx2"))) static void peak2_int8(void *context, size_t ste
         }
     }
     __m256i sum = s[0];
+#pragma GCC unroll 12
     for (int i = 1; i < 10; i++) {
         sum = _mm256_add_epi16(sum, s[i]);
     }
@@ -140,6 +146,7 @@ __attribute__((target("avx2"))) static void peak2_int8(void *context, size_t ste
 
 __attribute__((target("avx2,fma"))) static void peak2_float(void *context, size_t step, size_t item, size_t thread) {
     __m256 s[10], x = _mm256_set1_ps(0.3f), y = _mm256_set1_ps(0.5f);
+#pragma GCC unroll 12
     for (int i = 0; i < 10; i++) {
         s[i] = _mm256_set1_ps((float)i);
     }
@@ -151,6 +158,7 @@ __attribute__((target("avx2,fma"))) static void peak2_float(void *context, size_
         }
     }
     __m256 sum = s[0];
+#pragma GCC unroll 12
     for (int i = 1; i < 10; i++) {
         sum = _mm256_add_ps(sum, s[i]);
     }
