@@ -15,7 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "asan"
-TESTS = ("tests/runtimes/native", "tests/runtimes/engines")
+ENGINES = ROOT / "tests" / "runtimes" / "engines"
+TESTS = (
+    "tests/runtimes/native",
+    *sorted(str(path.relative_to(ROOT)) for path in ENGINES.glob("test_engines_*.py")),
+    "tests/runtimes/engines/test_cuda_loop.py",
+    "tests/targets/test_targets_native_plan.py",
+)
+"""What runs C of the extension. Engines for GPUs do so through the same loop; their kernels have a sanitizer of their own."""
 SANITIZERS = "address,undefined"
 
 
