@@ -125,7 +125,7 @@ def plan_step(session: Session, feeds: Mapping[str, Buffer]) -> dict[str, tuple[
     """
 
 def plan_seconds(session: Session) -> list[tuple[str, int, float]]:
-    """(kind, width, seconds of all threads together) of each step of a plan since the last call; the first one begins to measure."""
+    """(kind, width, seconds of all threads together) of each step of a plan since the last call; the first begins to measure."""
 
 class Session:
     """One graph loaded by ONNX Runtime on the CPU, or (`plan`) a decoder plan by its path, which runs in a DecoderState only.
