@@ -348,7 +348,7 @@ DEVICE double uniform_draw(u64 seed, u64 step) {
  * then the head is everything. */
 DEVICE void nucleus_end(const float *scores, const double *weights, i32 count, double wanted, u32 *end_key, i32 *end_token) {
     SHARED u32 there[16], digit;
-    SHARED double above, each;
+    SHARED double above;
     SHARED i32 ties[MAX_THREADS], included;
     double sums[16];
     u32 prefix = 0;
@@ -405,15 +405,22 @@ DEVICE void nucleus_end(const float *scores, const double *weights, i32 count, d
     for (i32 i = begin; i < stop; i++) {
         if (weights[i] >= 0.0 && ordered(scores[i]) == prefix) {
             own++;
-            each = weights[i]; /* the same from every thread */
         }
     }
     ties[THREAD] = own;
     __syncthreads();
     if (THREAD == 0) {
-        i32 all = 0;
+        i32 all = 0, first = -1;
         for (u32 i = 0; i < THREADS; i++) {
+            first = first < 0 && ties[i] > 0 ? (i32)i : first;
             all += ties[i];
+        }
+        double each = 0.0; /* the weight that all of them have */
+        for (i32 i = first * share; first >= 0 && i < count && i < (first + 1) * share; i++) {
+            if (weights[i] >= 0.0 && ordered(scores[i]) == prefix) {
+                each = weights[i];
+                break;
+            }
         }
         double reached = above + each;
         for (included = 1; included < all && reached < wanted; included++) {
