@@ -21,6 +21,9 @@ typedef unsigned long long u64;
 DEVICE float negative_infinity() { return __int_as_float(0xff800000); }
 DEVICE u32 float_bits(float value) { return __float_as_uint(value); }
 DEVICE void count_up(u32 *counter) { atomicAdd(counter, 1u); }
+/* Several threads may write the same value to one place. */
+DEVICE float get(const float *place) { return *(const volatile float *)place; }
+DEVICE void put(float *place, float value) { *(volatile float *)place = value; }
 #endif
 
 #define THREAD threadIdx.x

@@ -91,7 +91,7 @@ DEVICE double block_sum(double value) {
 DEVICE void forbid(float *scores, i32 vocab, List list) {
     for (i32 i = (i32)THREAD; i < list.count; i += (i32)THREADS) {
         if (list.tokens[i] >= 0 && list.tokens[i] < vocab) {
-            scores[list.tokens[i]] = negative_infinity();
+            put(scores + list.tokens[i], negative_infinity());
         }
     }
     __syncthreads();
@@ -120,20 +120,28 @@ DEVICE float as_float(i32 bits) {
     return both.value;
 }
 
-/* −∞ may be added in any order; other biases of one token are added in the order of the rules, as the C sampler does. */
+/* Biases of one token are added in the order of the rules, as the C sampler does; then what −∞ is added to is forbidden. */
 DEVICE void add_biases(const Row *row, const i32 *rules, float *scores, i32 vocab) {
-    for (i32 i = 0; i < row->bias_count; i++) {
-        const float bias = as_float(*rules++);
-        const List sequence = take(&rules);
-        const bool always = bias == negative_infinity();
-        if (always ? i % (i32)THREADS == (i32)THREAD : THREAD == 0) {
+    for (i32 pass = 0; pass < 2; pass++) {
+        const i32 *rule = rules;
+        for (i32 i = 0; i < row->bias_count; i++) {
+            const float bias = as_float(*rule++);
+            const List sequence = take(&rule);
+            const bool always = bias == negative_infinity();
+            if (always != (pass == 1) || (always ? i % (i32)THREADS != (i32)THREAD : THREAD != 0)) {
+                continue;
+            }
             const i32 token = sequence.tokens[sequence.count - 1];
             if (token >= 0 && token < vocab && ends_with(row, sequence.tokens, sequence.count - 1)) {
-                scores[token] += bias;
+                if (always) {
+                    put(scores + token, get(scores + token) + bias);
+                } else {
+                    scores[token] += bias;
+                }
             }
         }
+        __syncthreads();
     }
-    __syncthreads();
 }
 
 DEVICE void forbid_ngrams(const Row *row, float *scores, i32 vocab) {
@@ -142,7 +150,7 @@ DEVICE void forbid_ngrams(const Row *row, float *scores, i32 vocab) {
     for (i64 start = THREAD; start + before < row->tokens; start += THREADS) {
         const i32 token = history[start + before];
         if (token >= 0 && token < vocab && ends_with(row, history + start, before)) {
-            scores[token] = negative_infinity();
+            put(scores + token, negative_infinity());
         }
     }
     __syncthreads();
@@ -167,7 +175,7 @@ DEVICE void mask(const Row *row, const i32 *rules, float *scores, i32 vocab) {
         const List list = take(&forced);
         if (length == row->tokens) {
             for (i32 token = (i32)THREAD; token < vocab; token += (i32)THREADS) {
-                scores[token] = negative_infinity();
+                put(scores + token, negative_infinity());
             }
             __syncthreads();
             for (i32 at = (i32)THREAD; at < list.count; at += (i32)THREADS) {

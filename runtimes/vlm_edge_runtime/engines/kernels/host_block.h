@@ -26,3 +26,9 @@ static inline u32 float_bits(float value) {
     return bits;
 }
 static inline void count_up(u32 *counter) { __atomic_fetch_add(counter, 1u, __ATOMIC_RELAXED); }
+static inline float get(const float *place) {
+    float value;
+    __atomic_load(place, &value, __ATOMIC_RELAXED);
+    return value;
+}
+static inline void put(float *place, float value) { __atomic_store(place, &value, __ATOMIC_RELAXED); }
