@@ -16,7 +16,6 @@ from .cleanup import Cleanup
 from .graph import (
     MICROSOFT,
     attribute_float,
-    attribute_int,
     consumers,
     fixed_dim,
     insert,
@@ -25,7 +24,7 @@ from .graph import (
     remove_dead,
     substitute,
 )
-from .heads import merge_heads, split_heads
+from .heads import attention_heads, merge_heads, split_heads
 from .layout import CancelLayout
 from .position_bias import bias_of_rows, distance_table
 
@@ -107,7 +106,7 @@ def _refuse(node: ir.Node) -> Sizes:
         raise TargetError(f"Attention node {label!r} also returns its scores; the fused kernel has none to give.")
     if len(node.inputs) > 6 and node.inputs[6] is not None:
         raise TargetError(f"Attention node {label!r} has nonpad_kv_seqlen: it is not from a portable graph.")
-    heads, kv_heads, head_dim = _heads(node)
+    heads, kv_heads, head_dim = attention_heads(node)
     if fixed_dim(node.inputs[5], 3) not in (head_dim, None):
         raise TargetError(f"Attention node {label!r} has values of another size than keys: the fused kernel needs one size.")
     if heads % kv_heads:
@@ -115,18 +114,8 @@ def _refuse(node: ir.Node) -> Sizes:
     return Sizes(kv_heads, head_dim)
 
 
-def _heads(node: ir.Node) -> tuple[int, int, int]:
-    """(query heads, KV heads, head size) of an Attention node, from its 4-D past and its query."""
-    kv_heads, head_dim = fixed_dim(node.inputs[4], 1), fixed_dim(node.inputs[4], 3)
-    query = node.inputs[0]
-    heads = fixed_dim(query, 1) if rank(query) == 4 else attribute_int(node, "q_num_heads", 0)
-    if not heads or not kv_heads or not head_dim:
-        raise TargetError(f"Attention node {node.name!r}: the number of heads and their size must be fixed numbers.")
-    return heads, kv_heads, head_dim
-
-
 def _lower(graph: ir.Graph, node: ir.Node, lengths: ir.Value, total: ir.Value, bias: ir.Value | None) -> None:
-    heads, kv_heads, head_dim = _heads(node)
+    heads, kv_heads, head_dim = attention_heads(node)
     query, key, value = (merge_heads(node, source) for source in node.inputs[:3])
     attributes: dict[str, int | float] = {
         "num_heads": heads,

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from vlm_edge_runtime.errors import TargetError
 
-from .graph import add_initializer, insert, typed
+from .graph import add_initializer, attribute_int, fixed_dim, insert, rank, typed
 
 
 def merge_heads(before: ir.Node, value: ir.Value | None) -> ir.Value:
@@ -35,3 +35,16 @@ def split_heads(before: ir.Node, value: ir.Value, heads: int, size: int) -> ir.V
     split = typed(insert(before, "Reshape", [value, shape]).outputs[0], value.dtype, [batch, sequence, heads, size])
     turned = insert(before, "Transpose", [split], {"perm": [0, 2, 1, 3]}).outputs[0]
     return typed(turned, value.dtype, [batch, heads, sequence, size])
+
+
+def attention_heads(node: ir.Node) -> tuple[int, int, int]:
+    """(query heads, KV heads, head size) of an Attention node, from its 4-D past and its query.
+
+    Raises TargetError where they are no fixed numbers.
+    """
+    kv_heads, head_dim = fixed_dim(node.inputs[4], 1), fixed_dim(node.inputs[4], 3)
+    query = node.inputs[0]
+    heads = fixed_dim(query, 1) if rank(query) == 4 else attribute_int(node, "q_num_heads", 0)
+    if not heads or not kv_heads or not head_dim:
+        raise TargetError(f"Attention node {node.name!r}: the number of heads and their size must be fixed numbers.")
+    return heads, kv_heads, head_dim

@@ -13,7 +13,6 @@ from vlm_edge.passes.base import Changes, GraphPass
 from vlm_edge.passes.cleanup import Cleanup
 from vlm_edge.passes.graph import (
     attribute_float,
-    attribute_int,
     consumers,
     fixed_dim,
     insert,
@@ -22,7 +21,7 @@ from vlm_edge.passes.graph import (
     remove_dead,
     substitute,
 )
-from vlm_edge.passes.heads import merge_heads, split_heads
+from vlm_edge.passes.heads import attention_heads, merge_heads, split_heads
 from vlm_edge.passes.position_bias import distance_table
 from vlm_edge_runtime.errors import TargetError
 
@@ -100,7 +99,7 @@ class StaticCache(GraphPass):
 
     def _lower(self, graph: ir.Graph, node: ir.Node, mask: ir.Value, write: _Places) -> None:
         query, key, value = node.inputs[:3]
-        heads, kv_heads, head_dim = _heads(node)
+        heads, kv_heads, head_dim = attention_heads(node)
         flat = rank(query) == 3
         assert query is not None and key is not None and value is not None
         size = fixed_dim(node.inputs[5], 3) or head_dim
@@ -170,7 +169,7 @@ class _Places:
         if update == "TensorScatter":
             self.first_slots = self._emit("Cast", [lengths], int64, ["batch"], {"to": int(int64)})
         else:
-            self.entries = {count: self._index(count) for count in sorted({_heads(node)[1] for node in found})}
+            self.entries = {count: self._index(count) for count in sorted({attention_heads(node)[1] for node in found})}
 
     def _index(self, kv_heads: int) -> ir.Value:
         """What would lie behind the last slot goes there: an index out of bounds may write anywhere on a GPU."""
@@ -208,20 +207,10 @@ def _refuse(node: ir.Node) -> Sizes:
         raise TargetError(f"Attention node {_label(node)} also returns its scores; TensorRT's has one output.")
     if len(node.inputs) > 6 and node.inputs[6] is not None:
         raise TargetError(f"Attention node {_label(node)} has nonpad_kv_seqlen: it is not from a portable graph.")
-    heads, kv_heads, head_dim = _heads(node)
+    heads, kv_heads, head_dim = attention_heads(node)
     if heads % kv_heads:
         raise TargetError(f"Attention node {_label(node)}: {heads} query heads are not a multiple of {kv_heads} KV heads.")
     return Sizes(kv_heads, head_dim)
-
-
-def _heads(node: ir.Node) -> tuple[int, int, int]:
-    """(query heads, KV heads, head size) of an Attention node, from its 4-D past and its query."""
-    kv_heads, head_dim = fixed_dim(node.inputs[4], 1), fixed_dim(node.inputs[4], 3)
-    query = node.inputs[0]
-    heads = fixed_dim(query, 1) if rank(query) == 4 else attribute_int(node, "q_num_heads", 0)
-    if not heads or not kv_heads or not head_dim:
-        raise TargetError(f"Attention node {_label(node)}: the number of heads and their size must be fixed numbers.")
-    return heads, kv_heads, head_dim
 
 
 def _add_input(graph: ir.Graph) -> ir.Value:
