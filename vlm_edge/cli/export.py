@@ -18,6 +18,11 @@ from .options import lowering_options
 @click.option("--revision", help="Branch, tag or commit of a hub checkpoint.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint. Off unless you ask.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch on several shapes.")
+@click.option(
+    "--merge-visual-tokens",
+    metavar="SHARE|COUNT",
+    help="Merge visual tokens that are alike: 50% away, or 64 kept, of each image or tile. Faster prefill, other answers.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output, no progress.")
 def command(
@@ -30,6 +35,7 @@ def command(
     revision: str | None,
     trust_remote_code: bool,
     check: bool,
+    merge_visual_tokens: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -59,6 +65,7 @@ def command(
             overwrite=overwrite,
             check=check,
             progress=listener,
+            merge_visual_tokens=merge_visual_tokens,
         )
         if targets:
             from .build import build_targets

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from vlm_edge.families.base import GraphPlan
+from vlm_edge.families.token_merging import merging
 from vlm_edge.progress import Progress, Silent
 from vlm_edge_runtime.bundle.manifest import Check, GraphEntry, Manifest, ParityRecord
 from vlm_edge_runtime.bundle.writer import BundleWriter, now
@@ -39,12 +40,15 @@ def export(
     check: bool = True,
     progress: Progress | None = None,
     processor: Any = None,
+    merge_visual_tokens: str | None = None,
 ) -> Manifest:
     """Splits a checkpoint into its graphs, traces each to ONNX (opset 23), checks each against PyTorch, writes the bundle `out`.
 
     `source`: a local folder, a hub id, or a model object; `processor` (a processor, or a folder with one) goes with a model
     object. `revision`: branch, tag or commit of a hub id. `trust_remote_code` runs Python that comes with the checkpoint.
     `check=False` writes graphs that nobody compared, and the manifest says so by having no parity record.
+    `merge_visual_tokens`: a share of each image's tokens to merge away (`50%`) or a number to keep (`64`), see
+    families/token_merging.py; the answers are then no longer the checkpoint's own.
 
     Raises UnsupportedModelError before anything is loaded when the model type is unknown or its configuration cannot be
     carried, ExportError when the checkpoint is missing or damaged, a graph cannot be traced or differs from PyTorch, or the
@@ -69,7 +73,7 @@ def export(
     try:
         with evaluating(model), BundleWriter(out, overwrite=overwrite) as writer:
             with _step(steps, "split") as said, quiet():
-                split = family.split(checkpoint, entry)
+                split = merging(family.split(checkpoint, entry), merge_visual_tokens)
                 said.text = ", ".join(plan.role for plan in split.graphs)
             folder = writer.path / PORTABLE
             folder.mkdir()
