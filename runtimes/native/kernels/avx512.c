@@ -159,7 +159,10 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
 PRODUCT(product_int4, 4)
 PRODUCT(product_int8, 8)
 
-const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, FLOAT_KERNELS};
+BYTES_KERNEL(products_bytes_scalar)
+
+const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
+                                .quantize_bytes = quantize_bytes_scalar, FLOAT_KERNELS};
 
 #include "target_end.inc"
 

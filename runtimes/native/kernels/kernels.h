@@ -54,8 +54,48 @@ typedef struct {
     size_t blocks;
 } QuantRows;
 
+/* Rows of activations in 8 bits with one scale and one zero point each: value ≈ (code − zero) · scale. For products whose int32 sums run
+ * over the whole depth. */
+typedef struct {
+    uint8_t *codes; /* [rows][stride]; those beyond the depth meet weights of 0 */
+    float *scales;  /* [rows] */
+    int32_t *zeros; /* [rows] */
+    size_t stride;  /* bytes: at least byte_stride(depth) */
+} ByteRows;
+
+/* Weights in 8 bits with one scale per output, in panels [groups of 4 inputs][16 outputs][4 inputs] of codes −127…127; inputs beyond the
+ * depth, up to a multiple of 32, and outputs beyond the width are code 0. */
+typedef struct {
+    size_t depth, width;  /* depth up to 65,536: int32 holds the sums */
+    const int8_t *codes;  /* 64-byte aligned, byte_panel(depth) bytes a panel */
+    const float *scales;  /* [panels · 16], 0 beyond the width */
+    const float *bias;    /* [panels · 16], or NULL */
+    const int32_t *sums;  /* [panels · 16]: the sum of each output's codes */
+} ByteMatrix;
+
 typedef enum { UNARY_IDENTITY = 0, UNARY_SILU, UNARY_GELU, UNARY_GELU_TANH, UNARY_QUICK_GELU, UNARY_RELU, UNARY_TANH, UNARY_SIGMOID, UNARY_KINDS } Unary;
 typedef enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 } CacheFormat;
+
+/* Attention of `rows` queries of one head (or of the heads that share keys) over the keys [begin, end):
+ * softmax(scale · query · keyᵀ) · value, the scores never more than a block at a time. Row i is query head i % group of token i / group. */
+typedef struct {
+    size_t size, group, rows;    /* numbers of a head, up to HEAD_SIZE_MOST; query heads side by side in a token's row; tokens · group */
+    const float *queries;        /* [tokens][query_stride] */
+    size_t query_stride;         /* numbers */
+    const void *keys, *values;   /* [end][stride] of `format` */
+    size_t key_stride, value_stride; /* numbers */
+    CacheFormat format;
+    size_t begin, end;
+    float scale, cap;            /* cap: scores become cap · tanh(score / cap); 0: none */
+    const float *bias;           /* [rows][bias_stride], from key 0 on, added to the scores; or NULL */
+    size_t bias_stride;
+    /* Writes −∞ to the scores of the keys [key, key + count) that a row may not see; NULL: all are seen. A row that sees none is NaN. */
+    void (*hide)(const void *context, size_t row, size_t key, size_t count, float *scores);
+    const void *context;
+    float *out;                  /* [tokens][out_stride], query heads side by side */
+    size_t out_stride;           /* numbers */
+    void *scratch;               /* attention_bytes(rows, size), 64-byte aligned */
+} HeadAttention;
 
 typedef struct {
     const char *name;
@@ -70,6 +110,13 @@ typedef struct {
                     bool add);
     /* One row of n floats into row `row` of `out`; codes beyond n are 0. */
     void (*quantize)(const float *x, size_t n, const QuantRows *out, size_t row);
+    /* out = unary(x · weight + bias), or with `add` out + that, for the panels [panel, panel + panels): rows [first, first + rows) of x into
+     * out [rows][panels · 16], `stride` floats apart. */
+    void (*bytes)(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, Unary unary, bool add, float *out,
+                  size_t stride);
+    /* One row of n floats into row `row` of `out`. A row with NaN or infinity has such a scale. */
+    void (*quantize_bytes)(const float *x, size_t n, const ByteRows *out, size_t row);
+    void (*attention)(const HeadAttention *a);
     /* x / sqrt(mean(x²) + epsilon) · weight, or the same of x − mean, plus bias (NULL: none). `out` may be `x`. */
     void (*rms_norm)(const float *x, const float *weight, float epsilon, size_t n, float *out);
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon, size_t n, float *out);
@@ -89,6 +136,29 @@ typedef struct {
     void (*to_float)(const uint16_t *half, size_t n, float *out);
     void (*to_half)(const float *x, size_t n, uint16_t *out);
 } Kernels;
+
+/* The scale of a row in 8 bits whose numbers lie in [low, high], which holds 0; its inverse (0: all codes are the zero point) and zero point. */
+static inline float byte_scale(float low, float high, bool finite, float *inverse, int32_t *zero) {
+    const float scale = high / 255.0f - low / 255.0f; /* the difference itself may overflow */
+    *inverse = finite && scale >= 1e-37f ? 1.0f / scale : 0.0f;
+    *zero = (int32_t)(-low * *inverse + 0.5f);
+    return *inverse > 0.0f ? scale : finite ? 0.0f : __builtin_nanf("");
+}
+
+/* Bytes of a row of activations, and of a panel of weights, of so many inputs. */
+static inline size_t byte_stride(size_t depth) { return (depth + 63) / 64 * 64; }
+static inline size_t byte_panel(size_t depth) { return (depth + BLOCK - 1) / BLOCK * BLOCK * PANEL; }
+
+/* The scratch of an attention. */
+static inline size_t attention_bytes(size_t rows, size_t size) {
+    const size_t padded = (size + PANEL - 1) / PANEL * PANEL, lines = (rows + 15) / 16 * 16;
+    return (lines * (2 * padded + ATTENTION_KEYS + 2) + 2 * ATTENTION_KEYS * padded) * sizeof(float) + 256;
+}
+
+/* Those of plain C, which a table without its own takes. */
+void quantize_bytes_scalar(const float *x, size_t n, const ByteRows *out, size_t row);
+void products_bytes_scalar(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, bool add, float *out,
+                           size_t stride);
 
 /* The fastest this CPU has, and by name ("scalar", "avx2", "avx512", "neon"; NULL: not built in, or the CPU lacks it). */
 const Kernels *kernels_best(void);

@@ -126,4 +126,43 @@ static void product(const PanelMatrix *weight, const uint8_t *panel, const Quant
     }
 }
 
-const Kernels kernels_scalar = {.name = "scalar", .int4 = product, .int8 = product, .quantize = quantize, FLOAT_KERNELS};
+void quantize_bytes_scalar(const float *x, size_t n, const ByteRows *out, size_t row) {
+    float low = 0.0f, high = 0.0f; /* 0 is a code: beyond the depth, and where a ReLU was */
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        finite = finite && x[i] - x[i] == 0.0f;
+    }
+    float inverse;
+    out->scales[row] = byte_scale(low, high, finite, &inverse, &out->zeros[row]);
+    uint8_t *codes = out->codes + row * out->stride;
+    for (size_t i = 0; i < n; i++) {
+        const float code = rintf(x[i] * inverse) + (float)out->zeros[row];
+        codes[i] = code > 0.0f ? code < 255.0f ? (uint8_t)code : 255 : 0;
+    }
+    memset(codes + n, 0, out->stride - n);
+}
+
+void products_bytes_scalar(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, bool add, float *out,
+                           size_t stride) {
+    for (size_t row = 0; row < rows; row++) {
+        const uint8_t *codes = x->codes + (first + row) * x->stride;
+        for (size_t o = 0; o < panels * PANEL; o++) {
+            const size_t output = panel * PANEL + o;
+            const int8_t *column = weight->codes + output / PANEL * byte_panel(weight->depth) + output % PANEL * 4;
+            int32_t dot = 0;
+            for (size_t k = 0; k < weight->depth; k++) {
+                dot += (codes[k] - x->zeros[first + row]) * column[k / 4 * 4 * PANEL + k % 4];
+            }
+            float *to = out + row * stride + o;
+            const float value = v_fma((float)dot, x->scales[first + row] * weight->scales[output], weight->bias != NULL ? weight->bias[output] : 0.0f);
+            *to = add ? *to + value : value;
+        }
+    }
+}
+
+BYTES_KERNEL(products_bytes_scalar)
+
+const Kernels kernels_scalar = {.name = "scalar", .int4 = product, .int8 = product, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
+                                .quantize_bytes = quantize_bytes_scalar, FLOAT_KERNELS};

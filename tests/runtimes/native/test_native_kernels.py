@@ -32,7 +32,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def kernel_sources() -> list[Path]:
-    return [TESTS / "kernels_test.c", *sorted((NATIVE / "kernels").glob("*.c"))]
+    return [*(TESTS / f"{name}_test.c" for name in ("kernels", "bytes", "attention")), *sorted((NATIVE / "kernels").glob("*.c"))]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,9 @@ def test_planted_mistake_is_found(tmp_path):
     for file in (*(NATIVE / "kernels").glob("*.h"), *(NATIVE / "kernels").glob("*.inc"), *(NATIVE / "kernels").glob("*.c")):
         shutil.copy(file, tmp_path)
     (tmp_path / "scalar.c").write_text(changed)
-    test = (TESTS / "kernels_test.c").read_text().replace("../../../../runtimes/native/kernels/kernels.h", "kernels.h")
-    (tmp_path / "kernels_test.c").write_text(test)
+    for test in (TESTS / "checking.h", *(source for source in kernel_sources() if source.parent == TESTS)):
+        text = test.read_text().replace("../../../../runtimes/native/kernels/kernels.h", "kernels.h")
+        (tmp_path / test.name).write_text(text)
     done = run(compiled(tmp_path, "planted", sorted(tmp_path.glob("*.c")), "-O0", "-Wno-unused-function"), "scalar")
     assert done.returncode == 1
     assert "int8" in done.stdout

@@ -3,54 +3,13 @@
  *   kernels_test NAME     0: all agree; 1: a difference, printed; 2: this CPU has no such kernels
  *   kernels_test --time NAME   weight bytes a second and operations a second of the matrix products, for a look
  * A program of its own, so that it runs under qemu-user and the sanitizers without Python. */
-#define _POSIX_C_SOURCE 200809L
-#include "../../../../runtimes/native/kernels/kernels.h"
+#include "checking.h"
 
 #include <float.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
-static uint64_t state = 0x9e3779b97f4a7c15u;
-static int failures;
-
-static uint64_t bits64(void) { /* xorshift64* */
-    state ^= state >> 12;
-    state ^= state << 25;
-    state ^= state >> 27;
-    return state * 0x2545f4914f6cdd1du;
-}
-
-static size_t below(size_t n) { return (size_t)(bits64() >> 33) % n; }
-static double uniform(void) { return (double)(bits64() >> 11) / 9007199254740992.0 * 2.0 - 1.0; }
-
-/* Memory of exactly so many bytes at an address that is `off` beyond a multiple of 64: what lies behind belongs to the sanitizer. */
-static void *memory(size_t bytes, size_t off) {
-    void *raw = NULL;
-    if (posix_memalign(&raw, 64, bytes + off + 1) != 0) {
-        abort();
-    }
-    memset(raw, 0, bytes + off + 1);
-    return (uint8_t *)raw + off;
-}
-
-static void release(void *at, size_t off) { free((uint8_t *)at - off); }
-
-static float *floats(size_t n, float size, size_t off) {
-    float *x = memory(n * sizeof *x, off * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = (float)uniform() * size;
-    }
-    return x;
-}
-
-static void check(const char *what, double got, double want, double tolerance) {
-    if (!(fabs(got - want) <= tolerance) && got != want && !(isnan(got) && isnan(want)) && failures++ < 20) {
-        printf("%s: %.9g, expected %.9g (±%.3g)\n", what, got, want, tolerance);
-    }
-}
+uint64_t state = 0x9e3779b97f4a7c15u;
+int failures;
 
 /* A random packed matrix and the float64 weights [depth][width] that it stands for. */
 typedef struct {
@@ -492,6 +451,8 @@ int main(int count, char **arguments) {
     test_attention(k);
     test_softmax(k);
     test_halves(k);
+    test_bytes(k);
+    test_head_attention(k);
     printf("%s: %d differences\n", k->name, failures);
     return failures > 0;
 }

@@ -1,0 +1,117 @@
+/* Attention of one head against float64: all keys, causal, a window, a mask, biases, a cap; caches in both formats. */
+#include "checking.h"
+
+typedef struct {
+    size_t past, window, group;
+    bool causal;
+    const uint8_t *seen; /* or NULL */
+} Rule;
+
+static bool visible(const Rule *rule, size_t row, size_t key) {
+    const size_t at = rule->past + row / rule->group;
+    return (rule->seen == NULL || rule->seen[key]) && (!rule->causal || (key <= at && (rule->window == 0 || key + rule->window > at)));
+}
+
+static void hide(const void *context, size_t row, size_t key, size_t count, float *scores) {
+    for (size_t i = 0; i < count; i++) {
+        if (!visible(context, row, key + i)) {
+            scores[i] = -INFINITY;
+        }
+    }
+}
+
+static void test_one(const Kernels *k, size_t round) {
+    const size_t size = (size_t[]){64, 16, 80, 7, 1, 128, 72, 256}[round % 8], group = 1 + below(3), tokens = 1 + below(40), rows = tokens * group;
+    const size_t past = below(90), keys = past + tokens, extra = below(3);
+    const CacheFormat format = round % 2 ? CACHE_FLOAT16 : CACHE_FLOAT32;
+    const size_t element = format == CACHE_FLOAT16 ? 2 : 4, query_stride = group * size + below(3), stride = size + below(5);
+    const float large = round % 6 == 5 ? 30.0f : 1.0f;
+    float *queries = floats(tokens * query_stride, large, 1), *key = floats(keys * stride, large, 1), *value = floats(keys * stride, 1.0f, 1);
+    float *out = memory(tokens * (group * size + extra) * sizeof *out, 4), *bias = floats(rows * keys, 3.0f, 1);
+    void *held[2] = {key, value};
+    for (size_t i = 0; i < 2 && format == CACHE_FLOAT16; i++) { /* unaligned halves, and what they stand for */
+        held[i] = memory(keys * stride * element, 2);
+        k->to_half(i ? value : key, keys * stride, held[i]);
+        k->to_float(held[i], keys * stride, i ? value : key);
+    }
+    uint8_t *seen = memory(keys, 0);
+    for (size_t i = 0; i < keys; i++) {
+        seen[i] = i == 0 || below(3) > 0;
+    }
+    const Rule rule = {.past = past, .window = round % 5 == 4 ? 1 + below(50) : 0, .group = group, .causal = round % 3 != 0, .seen = round % 9 == 8 ? seen : NULL};
+    const size_t begin = rule.causal && rule.window > 0 && past + 1 > rule.window ? past + 1 - rule.window : 0;
+    HeadAttention a = {.size = size, .group = group, .rows = rows, .queries = queries, .query_stride = query_stride, .keys = held[0], .values = held[1]};
+    a.key_stride = a.value_stride = stride;
+    a.format = format;
+    a.begin = begin;
+    a.end = keys;
+    a.scale = 1.0f / sqrtf((float)size);
+    a.cap = round % 7 == 6 ? 5.0f : 0.0f;
+    a.bias = round % 4 == 3 ? bias : NULL;
+    a.bias_stride = keys;
+    a.hide = rule.causal || rule.seen != NULL ? hide : NULL;
+    a.context = &rule;
+    a.out = out;
+    a.out_stride = group * size + extra;
+    a.scratch = memory(attention_bytes(rows, size), 0);
+    k->attention(&a);
+    double *weights = malloc(keys * sizeof *weights);
+    for (size_t row = 0; row < rows; row++) {
+        const float *query = queries + row / group * query_stride + row % group * size;
+        double highest = -INFINITY, sum = 0, sharpness = 0;
+        for (size_t i = 0; i < keys; i++) {
+            double dot = 0, parts = 0;
+            for (size_t d = 0; d < size; d++) {
+                dot += (double)query[d] * key[i * stride + d];
+                parts += fabs((double)query[d] * key[i * stride + d]);
+            }
+            dot *= a.scale;
+            dot = a.cap > 0 ? a.cap * tanh(dot / a.cap) : dot;
+            dot += a.bias != NULL ? bias[row * keys + i] : 0;
+            weights[i] = visible(&rule, row, i) ? dot : -INFINITY;
+            highest = fmax(highest, weights[i]);
+            sharpness = fmax(sharpness, parts * a.scale);
+        }
+        for (size_t i = 0; i < keys; i++) {
+            weights[i] = exp(weights[i] - highest);
+            sum += weights[i];
+        }
+        for (size_t d = 0; d < size; d++) {
+            double want = 0;
+            for (size_t i = 0; i < keys; i++) {
+                want += weights[i] / sum * value[i * stride + d];
+            }
+            /* A score's error is a weight's relative error; values are at most 1. */
+            check("attention", out[row / group * a.out_stride + row % group * size + d], want, attention_error(k) * (2 + 2 * sharpness));
+        }
+    }
+    free(weights);
+    release(a.scratch, 0);
+    release(queries, 4);
+    release(key, 4);
+    release(value, 4);
+    release(out, 4);
+    release(bias, 4);
+    release(seen, 0);
+    for (size_t i = 0; i < 2 && format == CACHE_FLOAT16; i++) {
+        release(held[i], 2);
+    }
+}
+
+void test_head_attention(const Kernels *k) {
+    for (size_t round = 0; round < 120; round++) {
+        test_one(k, round);
+    }
+    /* NaN is seen in what comes out, and only in its own row. */
+    float queries[2] = {NAN, 1.0f}, keys[3] = {1.0f, 2.0f, 3.0f}, out[2];
+    HeadAttention a = {.size = 1, .group = 1, .rows = 2, .queries = queries, .query_stride = 1, .keys = keys, .values = keys};
+    a.key_stride = a.value_stride = a.out_stride = 1;
+    a.end = 3;
+    a.scale = 0.0f;
+    a.out = out;
+    a.scratch = memory(attention_bytes(2, 1), 0);
+    k->attention(&a);
+    check("attention: NaN", out[0], NAN, 0);
+    check("attention: beside NaN", out[1], 2.0, 1e-2);
+    release(a.scratch, 0);
+}
