@@ -47,8 +47,13 @@ static int check(const CudaApi *api, int error, const char *call, char message[C
 
 static int launch(const CudaApi *api, CudaRun *run, char message[CUDA_MESSAGE_SIZE]) {
     const size_t step = run->launched;
-    if (check(api, api->graph_launch(run->graphs[(run->turn + step) % 2], run->stream), "cuGraphLaunch", message) != 0) {
-        return -1;
+    const CudaStep *kind = &run->kinds[(run->turn + step) % 2];
+    for (size_t i = 0; i < kind->count; i++) {
+        const CudaPiece *piece = &kind->pieces[i];
+        if (piece->graph != NULL ? check(api, api->graph_launch(piece->graph, run->stream), "cuGraphLaunch", message) != 0
+                                 : bound_run_execute(piece->run, message) != 0) {
+            return -1;
+        }
     }
     run->launched++;
     return check(api, api->event_record(run->events[step % 2], run->stream), "cuEventRecord", message);

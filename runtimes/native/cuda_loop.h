@@ -1,14 +1,16 @@
-/* Launching captured decode steps on a CUDA device, and collecting what each one chose. No Python in here: it runs with the interpreter
- * lock released. The driver is reached through its shared library, so that nothing of CUDA is needed to build this. */
+/* Launching decode steps on a CUDA device, and collecting what each one chose. No Python in here: it runs with the interpreter lock
+ * released. The driver is reached through its shared library, so that nothing of CUDA is needed to build this. */
 #ifndef VLM_CUDA_LOOP_H
 #define VLM_CUDA_LOOP_H
+
+#include "bound_run.h"
 
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define CUDA_MESSAGE_SIZE 512
+#define CUDA_MESSAGE_SIZE ORT_MESSAGE_SIZE
 
 /* What one row did in one step: written by the device into page-locked memory (kernels/decode_layout.h has the same structure). */
 typedef struct {
@@ -28,10 +30,25 @@ typedef struct {
     int (*error_name)(int error, const char **name);
 } CudaApi;
 
-/* `graphs` take turns, `turn` is the first (one graph: both alike). Steps so far in the ring: `base`. */
+/* A part of a step: a captured CUDA graph, or a run of ONNX Runtime, whose CUDA graph is its own affair. */
+typedef struct {
+    void *graph;
+    BoundRun *run; /* where `graph` is NULL */
+} CudaPiece;
+
+#define CUDA_MAX_PIECES 8
+
+/* What a step queues, one after another. */
+typedef struct {
+    CudaPiece pieces[CUDA_MAX_PIECES];
+    size_t count;
+} CudaStep;
+
+/* `kinds` of steps take turns, `turn` is the first (one kind: both alike). Steps so far in the ring: `base`. */
 typedef struct {
     void *stream;
-    void *events[2], *graphs[2];
+    void *events[2];
+    CudaStep kinds[2];
     size_t turn;
     const volatile CudaRecord *ring; /* [slots, batch] */
     size_t slots, batch, base, steps;

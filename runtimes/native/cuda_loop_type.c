@@ -1,4 +1,4 @@
-/* `_native.CudaLoop`: the loop over captured decode steps, for one decoder state. */
+/* `_native.CudaLoop`: the loop over decode steps, for one decoder state. */
 #include "cuda_loop.h"
 #include "native.h"
 
@@ -31,25 +31,67 @@ static void loop_dealloc(PyObject *self) {
     Py_DECREF(type);
 }
 
+/* An integer handle of a captured graph, a BoundRun, or a sequence of those. −1 with an error set. */
+static int read_step(PyObject *object, CudaStep *step) {
+    if (!PyLong_Check(object) && bound_run_of(object) == NULL && PySequence_Check(object)) {
+        const Py_ssize_t count = PySequence_Size(object);
+        for (Py_ssize_t i = 0; i < count; i++) {
+            PyObject *item = PySequence_GetItem(object, i); /* the caller's sequence keeps it */
+            const int result = item != NULL && !PySequence_Check(item) ? read_step(item, step) : -1;
+            Py_XDECREF(item);
+            if (result != 0) {
+                return -1;
+            }
+        }
+        return count < 0 ? -1 : 0;
+    }
+    if (step->count == CUDA_MAX_PIECES) {
+        PyErr_Format(PyExc_ValueError, "CudaLoop.run: a step of more than %d pieces", CUDA_MAX_PIECES);
+        return -1;
+    }
+    CudaPiece *piece = &step->pieces[step->count++];
+    piece->run = bound_run_of(object);
+    if (piece->run == NULL) {
+        piece->graph = (void *)(uintptr_t)PyLong_AsUnsignedLongLong(object);
+    }
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* Whether every piece is there. */
+static bool whole(const CudaStep *step) {
+    for (size_t i = 0; i < step->count; i++) {
+        if (step->pieces[i].graph == NULL && step->pieces[i].run == NULL) {
+            return false;
+        }
+    }
+    return step->count > 0;
+}
+
 static PyObject *loop_run(PyObject *self, PyObject *args, PyObject *kwargs) {
     static char *names[] = {"stream", "events", "graphs", "turn", "ring", "slots", "batch", "base", "steps", NULL};
     LoopObject *loop = (LoopObject *)self;
-    unsigned long long stream, events[2], graphs[2], ring;
+    unsigned long long stream, events[2], ring;
+    PyObject *kinds[2];
     Py_ssize_t turn, slots, batch, base, steps;
     char message[CUDA_MESSAGE_SIZE];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "K(KK)(KK)nKnnnn:run", names, &stream, &events[0], &events[1], &graphs[0], &graphs[1], &turn,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "K(KK)(OO)nKnnnn:run", names, &stream, &events[0], &events[1], &kinds[0], &kinds[1], &turn,
                                      &ring, &slots, &batch, &base, &steps)) {
-        return NULL;
-    }
-    if (turn < 0 || slots < 2 || batch < 1 || base < 0 || steps < 1 || ring == 0 || graphs[0] == 0 || graphs[1] == 0) {
-        PyErr_SetString(PyExc_ValueError, "CudaLoop.run: expected turn ≥ 0, slots ≥ 2, batch ≥ 1, base ≥ 0, steps ≥ 1, a ring and two graphs");
         return NULL;
     }
     CudaRun run = {.stream = (void *)(uintptr_t)stream, .turn = (size_t)turn, .ring = (const volatile CudaRecord *)(uintptr_t)ring,
                    .slots = (size_t)slots, .batch = (size_t)batch, .base = (size_t)base, .steps = (size_t)steps};
     for (size_t i = 0; i < 2; i++) {
         run.events[i] = (void *)(uintptr_t)events[i];
-        run.graphs[i] = (void *)(uintptr_t)graphs[i];
+        if (read_step(kinds[i], &run.kinds[i]) != 0) {
+            if (!PyErr_Occurred()) {
+                PyErr_SetString(PyExc_TypeError, "CudaLoop.run: a step is a graph's handle, a BoundRun, or a sequence of those");
+            }
+            return NULL;
+        }
+    }
+    if (turn < 0 || slots < 2 || batch < 1 || base < 0 || steps < 1 || ring == 0 || !whole(&run.kinds[0]) || !whole(&run.kinds[1])) {
+        PyErr_SetString(PyExc_ValueError, "CudaLoop.run: expected turn ≥ 0, slots ≥ 2, batch ≥ 1, base ≥ 0, steps ≥ 1, a ring and two steps");
+        return NULL;
     }
     run.out = calloc(run.steps * run.batch, sizeof *run.out);
     if (run.out == NULL) {
@@ -100,7 +142,7 @@ static PyType_Slot loop_slots[] = {
     {Py_tp_dealloc, loop_dealloc},
     {Py_tp_methods, loop_methods},
     {Py_tp_getset, loop_getset},
-    {Py_tp_doc, "CudaLoop(library): launches captured decode steps through the CUDA driver's shared library."},
+    {Py_tp_doc, "CudaLoop(library): launches decode steps through the CUDA driver's shared library."},
     {0, NULL},
 };
 

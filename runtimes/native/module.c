@@ -8,6 +8,7 @@ PyObject *native_prompt_error;
 static PyMethodDef functions[] = {
     {"load_runtime", native_load_runtime, METH_VARARGS, "Opens ONNX Runtime's shared library; returns its version."},
     {"runtime_version", native_runtime_version, METH_NOARGS, "Version of the opened ONNX Runtime, or None."},
+    {"session_placement", native_session_placement, METH_O, "(provider, operator, name) of a Session's nodes; None where ONNX Runtime cannot say."},
     {"normalize_hwc_u8", (PyCFunction)(void (*)(void))native_normalize_hwc_u8, METH_VARARGS | METH_KEYWORDS,
      "uint8 [h, w, c] → float32 [c, h, w], (value · scale − mean) / std."},
     {"resize_u8", (PyCFunction)(void (*)(void))native_resize_u8, METH_VARARGS | METH_KEYWORDS,
@@ -15,6 +16,7 @@ static PyMethodDef functions[] = {
     {"merge_features", (PyCFunction)(void (*)(void))native_merge_features, METH_VARARGS | METH_KEYWORDS,
      "Feature rows replace the embeddings of the image tokens, in order; returns how many."},
     {"plan_seconds", native_plan_seconds, METH_O, "What each step of a plan took since the last call."},
+    {"graph_run", native_graph_run, METH_VARARGS, "Runs a graph's plan: {name: input array}, {name: output array}, which is filled."},
     {"plan_step", native_plan_step, METH_VARARGS, "One step of a decoder plan on arrays."},
     {"uniform", native_uniform, METH_VARARGS, "The step-th draw of a seed's stream, in [0, 1)."},
     {"philox", native_philox, METH_VARARGS, "Philox4x32-10 of a counter and a key."},
@@ -42,7 +44,7 @@ PyMODINIT_FUNC PyInit__native(void);
 PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = import_errors() == 0 ? PyModule_Create(&definition) : NULL;
     if (module != NULL && (native_add_session_types(module) != 0 || native_add_sampler_type(module) != 0 || native_add_decoder_type(module) != 0 ||
-                           native_add_cuda_loop_type(module) != 0)) {
+                           native_add_bound_run_type(module) != 0 || native_add_cuda_loop_type(module) != 0)) {
         Py_CLEAR(module);
     }
     return module;

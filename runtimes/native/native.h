@@ -48,16 +48,19 @@ int acquire_view(PyObject *object, Py_buffer *view, ElementType type, int rank, 
 int native_add_session_types(PyObject *module);
 int native_add_sampler_type(PyObject *module);
 int native_add_decoder_type(PyObject *module);
+int native_add_bound_run_type(PyObject *module);
 int native_add_cuda_loop_type(PyObject *module);
 
 /* Module functions. */
 PyObject *native_load_runtime(PyObject *module, PyObject *args);
 PyObject *native_runtime_version(PyObject *module, PyObject *args);
+PyObject *native_session_placement(PyObject *module, PyObject *session);
 PyObject *native_normalize_hwc_u8(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *native_resize_u8(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *native_merge_features(PyObject *module, PyObject *args, PyObject *kwargs);
 PyObject *native_plan_step(PyObject *module, PyObject *args);
 PyObject *native_plan_seconds(PyObject *module, PyObject *session);
+PyObject *native_graph_run(PyObject *module, PyObject *args);
 PyObject *native_uniform(PyObject *module, PyObject *args);
 PyObject *native_philox(PyObject *module, PyObject *args);
 

@@ -15,6 +15,8 @@ typedef struct {
 static PlatformMutex guard = PLATFORM_MUTEX_INITIALIZER;
 static const char *version;
 static OrtMemoryInfo *cpu_memory;
+static OrtPlacementFunctions placement;
+static bool has_placement;
 
 static struct {
     OrtEnv *env;
@@ -59,6 +61,13 @@ static int load(const char *path, char message[ORT_MESSAGE_SIZE]) {
 #define ORT_FILL(slot, name, result, parameters) memcpy(&ort.name, &table[slot], sizeof ort.name);
     ORT_FUNCTIONS(ORT_FILL)
 #undef ORT_FILL
+    const void *const *newer = minor >= ORT_PLACEMENT_VERSION ? base->GetApi(ORT_PLACEMENT_VERSION) : NULL;
+    if (newer != NULL) {
+#define ORT_FILL(slot, name, result, parameters) memcpy(&placement.name, &newer[slot], sizeof placement.name);
+        ORT_PLACEMENT_FUNCTIONS(ORT_FILL)
+#undef ORT_FILL
+        has_placement = true;
+    }
     if (ort_check(ort.CreateCpuMemoryInfo(ORT_ALLOCATOR_DEVICE, ORT_MEMORY_DEFAULT, &cpu_memory), message) != 0) {
         return -1;
     }
@@ -74,6 +83,8 @@ int ort_load(const char *path, char message[ORT_MESSAGE_SIZE]) {
 }
 
 const char *ort_version(void) { return version; }
+
+const OrtPlacementFunctions *ort_placement(void) { return has_placement ? &placement : NULL; }
 
 OrtStatus *ort_wrap(void *data, size_t bytes, const int64_t *shape, size_t rank, int type, OrtValue **out) {
     return ort.CreateTensorWithDataAsOrtValue(cpu_memory, data, bytes, shape, rank, type, out);

@@ -33,11 +33,15 @@ typedef struct OrtTensorInfo OrtTensorInfo; /* upstream: OrtTensorTypeAndShapeIn
 typedef struct OrtAllocator OrtAllocator;
 typedef struct OrtRunOptions OrtRunOptions;
 typedef struct OrtIoBinding OrtIoBinding;
+typedef struct OrtCudaOptions OrtCudaOptions;       /* upstream: OrtCUDAProviderOptionsV2 */
+typedef struct OrtSubgraph OrtSubgraph;             /* upstream: OrtEpAssignedSubgraph */
+typedef struct OrtAssignedNode OrtAssignedNode;     /* upstream: OrtEpAssignedNode */
 
-enum { ORT_LOG_FATAL = 4, ORT_ALLOCATOR_DEVICE = 0, ORT_MEMORY_DEFAULT = 0 };
+enum { ORT_INVALID_ARGUMENT = 2, ORT_LOG_FATAL = 4, ORT_ALLOCATOR_DEVICE = 0, ORT_MEMORY_DEFAULT = 0 };
 
 /* X(slot, name, return type, parameters) */
 #define ORT_FUNCTIONS(X)                                                                                                             \
+    X(0, CreateStatus, OrtStatus *, (int code, const char *message))                                                                 \
     X(2, GetErrorMessage, const char *, (const OrtStatus *status))                                                                   \
     X(3, CreateEnv, OrtStatus *, (int log_level, const char *name, OrtEnv **out))                                                    \
     X(7, CreateSession, OrtStatus *, (const OrtEnv *env, const OrtPathChar *path, const OrtSessionOptions *options, OrtSession **out)) \
@@ -57,6 +61,8 @@ enum { ORT_LOG_FATAL = 4, ORT_ALLOCATOR_DEVICE = 0, ORT_MEMORY_DEFAULT = 0 };
     X(34, SessionGetOutputTypeInfo, OrtStatus *, (const OrtSession *session, size_t index, OrtTypeInfo **out))                       \
     X(36, SessionGetInputName, OrtStatus *, (const OrtSession *session, size_t index, OrtAllocator *allocator, char **out))          \
     X(37, SessionGetOutputName, OrtStatus *, (const OrtSession *session, size_t index, OrtAllocator *allocator, char **out))         \
+    X(39, CreateRunOptions, OrtStatus *, (OrtRunOptions * *out))                                                                     \
+    X(41, RunOptionsSetRunLogSeverityLevel, OrtStatus *, (OrtRunOptions * options, int level))                                       \
     X(49, CreateTensorWithDataAsOrtValue, OrtStatus *,                                                                               \
       (const OrtMemoryInfo *info, void *data, size_t bytes, const int64_t *shape, size_t rank, int type, OrtValue **out))            \
     X(50, IsTensor, OrtStatus *, (const OrtValue *value, int *out))                                                                  \
@@ -67,6 +73,7 @@ enum { ORT_LOG_FATAL = 4, ORT_ALLOCATOR_DEVICE = 0, ORT_MEMORY_DEFAULT = 0 };
     X(62, GetDimensions, OrtStatus *, (const OrtTensorInfo *info, int64_t *dims, size_t count))                                      \
     X(63, GetSymbolicDimensions, OrtStatus *, (const OrtTensorInfo *info, const char **names, size_t count))                         \
     X(65, GetTensorTypeAndShape, OrtStatus *, (const OrtValue *value, OrtTensorInfo **out))                                          \
+    X(68, CreateMemoryInfo, OrtStatus *, (const char *name, int allocator, int id, int memory, OrtMemoryInfo **out))                 \
     X(69, CreateCpuMemoryInfo, OrtStatus *, (int allocator, int memory, OrtMemoryInfo **out))                                        \
     X(76, AllocatorFree, OrtStatus *, (OrtAllocator * allocator, void *memory))                                                      \
     X(78, GetAllocatorWithDefaultOptions, OrtStatus *, (OrtAllocator * *out))                                                        \
@@ -75,6 +82,7 @@ enum { ORT_LOG_FATAL = 4, ORT_ALLOCATOR_DEVICE = 0, ORT_MEMORY_DEFAULT = 0 };
     X(94, ReleaseMemoryInfo, void, (OrtMemoryInfo * info))                                                                           \
     X(95, ReleaseSession, void, (OrtSession * session))                                                                              \
     X(96, ReleaseValue, void, (OrtValue * value))                                                                                    \
+    X(97, ReleaseRunOptions, void, (OrtRunOptions * options))                                                                        \
     X(98, ReleaseTypeInfo, void, (OrtTypeInfo * info))                                                                               \
     X(99, ReleaseTensorTypeAndShapeInfo, void, (OrtTensorInfo * info))                                                               \
     X(100, ReleaseSessionOptions, void, (OrtSessionOptions * options))                                                               \
@@ -91,16 +99,40 @@ enum { ORT_LOG_FATAL = 4, ORT_ALLOCATOR_DEVICE = 0, ORT_MEMORY_DEFAULT = 0 };
     X(137, BindOutput, OrtStatus *, (OrtIoBinding * binding, const char *name, const OrtValue *value))                               \
     X(147, SetGlobalIntraOpNumThreads, OrtStatus *, (OrtThreadingOptions * options, int threads))                                    \
     X(148, SetGlobalInterOpNumThreads, OrtStatus *, (OrtThreadingOptions * options, int threads))                                    \
-    X(149, SetGlobalSpinControl, OrtStatus *, (OrtThreadingOptions * options, int allow))
+    X(149, SetGlobalSpinControl, OrtStatus *, (OrtThreadingOptions * options, int allow))                                            \
+    X(165, AddRunConfigEntry, OrtStatus *, (OrtRunOptions * options, const char *key, const char *value))                            \
+    X(204, SessionOptionsAppendExecutionProvider_CUDA_V2, OrtStatus *, (OrtSessionOptions * options, const OrtCudaOptions *cuda))    \
+    X(205, CreateCUDAProviderOptions, OrtStatus *, (OrtCudaOptions * *out))                                                          \
+    X(206, UpdateCUDAProviderOptions, OrtStatus *,                                                                                   \
+      (OrtCudaOptions * options, const char *const *keys, const char *const *values, size_t count))                                  \
+    X(208, ReleaseCUDAProviderOptions, void, (OrtCudaOptions * options))                                                             \
+    X(263, UpdateCUDAProviderOptionsWithValue, OrtStatus *, (OrtCudaOptions * options, const char *key, void *value))
 
-typedef struct {
 #define ORT_MEMBER(slot, name, result, parameters) result(ORT_CALL *name) parameters;
+typedef struct {
     ORT_FUNCTIONS(ORT_MEMBER)
-#undef ORT_MEMBER
 } OrtFunctions;
 
 /* Filled by ort_load; every pointer is valid once it succeeded. */
 extern OrtFunctions ort;
+
+/* What ONNX Runtime 1.24 added to say which provider runs which node of a session that was made with
+ * `session.record_ep_graph_assignment_info`. */
+#define ORT_PLACEMENT_VERSION 24
+#define ORT_PLACEMENT_FUNCTIONS(X)                                                                                                   \
+    X(407, Session_GetEpGraphAssignmentInfo, OrtStatus *,                                                                            \
+      (const OrtSession *session, const OrtSubgraph *const **out, size_t *count))                                                    \
+    X(408, EpAssignedSubgraph_GetEpName, OrtStatus *, (const OrtSubgraph *subgraph, const char **out))                               \
+    X(409, EpAssignedSubgraph_GetNodes, OrtStatus *, (const OrtSubgraph *subgraph, const OrtAssignedNode *const **out, size_t *count)) \
+    X(410, EpAssignedNode_GetName, OrtStatus *, (const OrtAssignedNode *node, const char **out))                                     \
+    X(412, EpAssignedNode_GetOperatorType, OrtStatus *, (const OrtAssignedNode *node, const char **out))
+
+typedef struct {
+    ORT_PLACEMENT_FUNCTIONS(ORT_MEMBER)
+} OrtPlacementFunctions;
+
+/* NULL where the library is older. */
+const OrtPlacementFunctions *ort_placement(void);
 
 #define ORT_MESSAGE_SIZE 1024
 

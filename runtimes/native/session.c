@@ -130,8 +130,8 @@ static int describe(const SessionCore *core, bool inputs, size_t count, ValueInf
     return 0;
 }
 
-static OrtStatus *configure(OrtSessionOptions *options, const ConfigEntry *config, size_t config_count, int optimization_level, int threads,
-                            bool spin, bool shared) {
+static OrtStatus *configure(OrtSessionOptions *options, ConfigEntries config, const ConfigEntries *cuda, int optimization_level, int threads, bool spin,
+                            bool shared) {
     OrtStatus *status = ort.SetSessionGraphOptimizationLevel(options, optimization_level);
     if (status == NULL) {
         status = ort.SetSessionLogSeverityLevel(options, ORT_LOG_FATAL);
@@ -145,10 +145,10 @@ static OrtStatus *configure(OrtSessionOptions *options, const ConfigEntry *confi
             status = ort.AddSessionConfigEntry(options, "session.intra_op.allow_spinning", spin ? "1" : "0");
         }
     }
-    for (size_t i = 0; status == NULL && i < config_count; i++) {
-        status = ort.AddSessionConfigEntry(options, config[i].key, config[i].value);
+    for (size_t i = 0; status == NULL && i < config.count; i++) {
+        status = ort.AddSessionConfigEntry(options, config.entries[i].key, config.entries[i].value);
     }
-    return status;
+    return status == NULL && cuda != NULL ? session_append_cuda(options, cuda) : status;
 }
 
 static OrtStatus *create(const OrtEnv *env, const char *model, size_t model_bytes, const OrtSessionOptions *options, OrtSession **out) {
@@ -165,7 +165,7 @@ static OrtStatus *create(const OrtEnv *env, const char *model, size_t model_byte
 #endif
 }
 
-SessionCore *session_core_load(const char *model, size_t model_bytes, const char *name, const ConfigEntry *config, size_t config_count,
+SessionCore *session_core_load(const char *model, size_t model_bytes, const char *name, ConfigEntries config, const ConfigEntries *cuda,
                                int optimization_level, int threads, bool spin, char message[ORT_MESSAGE_SIZE]) {
     SessionCore *core = calloc(1, sizeof *core);
     OrtSessionOptions *options = NULL;
@@ -185,7 +185,7 @@ SessionCore *session_core_load(const char *model, size_t model_bytes, const char
     }
     core->has_env = true;
     if (ort_check(ort.CreateSessionOptions(&options), message) != 0 ||
-        ort_check(configure(options, config, config_count, optimization_level, threads, spin, core->shared_pool), message) != 0 ||
+        ort_check(configure(options, config, cuda, optimization_level, threads, spin, core->shared_pool), message) != 0 ||
         ort_check(create(env, model, model_bytes, options, &core->session), message) != 0 ||
         ort_check(ort.SessionGetInputCount(core->session, &core->input_count), message) != 0 ||
         ort_check(ort.SessionGetOutputCount(core->session, &core->output_count), message) != 0) {

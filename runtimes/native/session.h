@@ -50,9 +50,18 @@ typedef struct {
     const char *key, *value;
 } ConfigEntry;
 
-/* Loads a model (a path, or bytes when `model_bytes` is not 0). Call without the interpreter lock. NULL on failure. */
-SessionCore *session_core_load(const char *model, size_t model_bytes, const char *name, const ConfigEntry *config, size_t config_count,
+typedef struct {
+    const ConfigEntry *entries;
+    size_t count;
+} ConfigEntries;
+
+/* Loads a model (a path, or bytes when `model_bytes` is not 0). `cuda`: options of the CUDA provider, NULL for the CPU. Call without the
+ * interpreter lock. NULL on failure. */
+SessionCore *session_core_load(const char *model, size_t model_bytes, const char *name, ConfigEntries config, const ConfigEntries *cuda,
                                int optimization_level, int threads, bool spin, char message[ORT_MESSAGE_SIZE]);
+
+/* Puts the CUDA provider before the CPU's; `user_compute_stream` is a stream's address in digits. */
+OrtStatus *session_append_cuda(OrtSessionOptions *options, const ConfigEntries *cuda);
 
 /* The same for a decoder's plan, which needs no ONNX Runtime. `kernels`: a name, or NULL for the best there are. */
 SessionCore *session_core_load_plan(const char *path, const char *name, int threads, bool spin, const char *kernels, char message[ORT_MESSAGE_SIZE]);

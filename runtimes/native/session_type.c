@@ -69,16 +69,16 @@ static int read_config(PyObject *mapping, PyObject **texts, ConfigEntry **entrie
 }
 
 static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"model", "name", "config", "optimization_level", "threads", "spin", "plan", "kernels", NULL};
+    static char *names[] = {"model", "name", "config", "optimization_level", "threads", "spin", "plan", "kernels", "cuda", NULL};
     SessionObject *object = (SessionObject *)self;
-    PyObject *model_object, *config_object = NULL, *model_bytes = NULL, *texts = NULL;
-    ConfigEntry *config = NULL;
-    size_t config_count = 0;
+    PyObject *model_object, *config_object = NULL, *cuda_object = NULL, *model_bytes = NULL, *texts = NULL, *cuda_texts = NULL;
+    ConfigEntry *config = NULL, *options = NULL;
+    ConfigEntries entries = {NULL, 0}, cuda = {NULL, 0};
     const char *name, *kernels = NULL;
     int level = 99, threads = 1, spin = 1, plan = 0, result = -1;
     char message[ORT_MESSAGE_SIZE];
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|Oiippz:Session", names, &model_object, &name, &config_object, &level, &threads, &spin, &plan,
-                                     &kernels)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "Os|OiippzO:Session", names, &model_object, &name, &config_object, &level, &threads, &spin, &plan,
+                                     &kernels, &cuda_object)) {
         return -1;
     }
     if (!plan && ort_version() == NULL) {
@@ -99,9 +99,15 @@ static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     }
     const bool in_memory = PyBytes_Check(model_object);
     model_bytes = in_memory ? Py_NewRef(model_object) : PyUnicode_EncodeFSDefault(model_object);
-    if (model_bytes == NULL || (config_object != NULL && read_config(config_object, &texts, &config, &config_count) != 0)) {
+    if (cuda_object == Py_None) {
+        cuda_object = NULL;
+    }
+    if (model_bytes == NULL || (config_object != NULL && read_config(config_object, &texts, &config, &entries.count) != 0) ||
+        (cuda_object != NULL && read_config(cuda_object, &cuda_texts, &options, &cuda.count) != 0)) {
         goto done;
     }
+    entries.entries = config;
+    cuda.entries = options;
     const char *model = PyBytes_AsString(model_bytes);
     const size_t size = in_memory ? (size_t)PyBytes_Size(model_bytes) : 0;
     if (in_memory && size == 0) {
@@ -111,7 +117,7 @@ static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     SessionCore *core;
     Py_BEGIN_ALLOW_THREADS;
     core = plan ? session_core_load_plan(model, name, threads, spin != 0, kernels, message)
-                : session_core_load(model, size, name, config, config_count, level, threads, spin != 0, message);
+                : session_core_load(model, size, name, entries, cuda_object != NULL ? &cuda : NULL, level, threads, spin != 0, message);
     Py_END_ALLOW_THREADS;
     if (core == NULL) {
         raise_device(name, message);
@@ -121,7 +127,9 @@ static int session_init(PyObject *self, PyObject *args, PyObject *kwargs) {
     }
 done:
     free(config);
+    free(options);
     Py_XDECREF(texts);
+    Py_XDECREF(cuda_texts);
     Py_XDECREF(model_bytes);
     return result;
 }
@@ -368,7 +376,7 @@ static PyGetSetDef session_getset[] = {
 
 static PyType_Slot session_slots[] = {
     {Py_tp_init, session_init},       {Py_tp_dealloc, session_dealloc}, {Py_tp_methods, session_methods},
-    {Py_tp_getset, session_getset},   {Py_tp_doc, "Session(model, name, config={}, optimization_level=99, threads=1, spin=True)"},
+    {Py_tp_getset, session_getset},   {Py_tp_doc, "Session(model, name, config={}, optimization_level=99, threads=1, spin=True, cuda=None)"},
     {0, NULL},
 };
 

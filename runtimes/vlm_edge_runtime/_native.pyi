@@ -133,7 +133,8 @@ class Session:
     `kernels`: the instruction set of a plan by name, None for the best that the CPU has.
 
     `model`: a path, or the bytes of a model. `threads` and `spin` describe the thread pool: sessions that agree share one
-    pool, another wish gets a pool of its own. Raises DeviceError, naming the graph, when ONNX Runtime refuses.
+    pool, another wish gets a pool of its own. `cuda`: options of the CUDA provider, which then comes before the CPU's
+    (`user_compute_stream` is the stream's address in digits). Raises DeviceError, naming the graph, when ONNX Runtime refuses.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Session:
         spin: bool = True,
         plan: bool = False,
         kernels: str | None = None,
+        cuda: Mapping[str, str] | None = None,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -211,8 +213,33 @@ class DecoderState:
 
 # --- CUDA ---
 
+def session_placement(session: Session) -> list[tuple[str, str, str]] | None:
+    """(provider, operator, node's name) of each node of a session that was made with the configuration entry
+
+    `session.record_ep_graph_assignment_info`; None for an ONNX Runtime older than 1.24. Raises DeviceError.
+    """
+
+class BoundRun:
+    """A run of `session` over memory at addresses, which the caller keeps alive: bound once, run many times.
+
+    `cuda`: the addresses are of GPU 0, the run is queued on the session's stream and not waited for, and `graph_id` names the
+    CUDA graph that ONNX Runtime captures of it (−1: none). Raises DeviceError.
+    """
+
+    def __init__(self, session: Session, cuda: bool = False, graph_id: int = -1) -> None: ...
+    @property
+    def runs(self) -> int:
+        """How often it ran, in the C loop too."""
+
+    def bind_input(self, name: str, address: int, shape: Sequence[int], host: bool = False, /) -> None:
+        """Memory of the input's type and this shape; `host`: an address of the host. Raises DeviceError for what does not fit."""
+
+    def bind_output(self, name: str, address: int, shape: Sequence[int], host: bool = False, /) -> None: ...
+    def run(self) -> None:
+        """Runs, with the interpreter lock released. Raises DeviceError naming the graph."""
+
 class CudaLoop:
-    """Launches captured decode steps, one ahead, and collects what each one chose; for one decoder state.
+    """Launches decode steps, one ahead, and collects what each one chose; for one decoder state.
 
     `library`: the CUDA driver's shared library. Raises DeviceError when it cannot be used.
     """
@@ -222,7 +249,7 @@ class CudaLoop:
         self,
         stream: int,
         events: tuple[int, int],
-        graphs: tuple[int, int],
+        graphs: tuple[int | Sequence[int | BoundRun], int | Sequence[int | BoundRun]],
         turn: int,
         ring: int,
         slots: int,
@@ -232,8 +259,9 @@ class CudaLoop:
     ) -> tuple[bytes, int]:
         """Up to `steps` steps on `stream`, with the interpreter lock released: (records [done, batch], how many were launched).
 
-        Handles and the `ring`'s host address are integers; `graphs[(turn + step) % 2]` is launched; `base` steps are in the
-        ring of `slots` already. Raises DeviceError with the driver's error.
+        Handles and the `ring`'s host address are integers; `graphs[(turn + step) % 2]` is launched: a captured graph's handle, or
+        a sequence of such and of runs, one after another; `base` steps are in the ring of `slots` already. Raises DeviceError
+        with the driver's or ONNX Runtime's error.
         """
 
     def cancel(self) -> None: ...
