@@ -82,7 +82,7 @@ def test_inspect_shows_graphs_memory_and_verdicts(trained_bundle):
     for word in ("projector", "vision_encoder", "decoder", "int4", "KV cache", "PASS", "all checked"):
         assert word in done.stdout
     plan = json.loads(vlm_edge("inspect", trained_bundle("tiny-llava"), "--context-length", 256, "--json").stdout)["memory"]
-    assert plan["cpu-int4"]["kv_cache"] == 2 * 4 * 2 * 256 * 32 * 4  # both × layers × heads × tokens × width × float32
+    assert plan["cpu-int4"]["kv_cache"] == 2 * 4 * 2 * 256 * 32 * 2  # both × layers × heads × tokens × width × float16
     assert plan["cpu-int4"]["weights"] < plan["portable"]["weights"] / 2
 
 
@@ -148,7 +148,7 @@ def test_images_and_placeholders_must_match(trained_bundle, scene, prompt, image
 def test_a_damaged_bundle(trained_bundle, scene, tmp_path):
     bundle = tmp_path / "damaged.vlm"
     shutil.copytree(trained_bundle("tiny-llava"), bundle)
-    graph = bundle / "builds/cpu-int4/decoder.onnx"
+    graph = bundle / "builds/cpu-int4/decoder.plan"
     data = bytearray(graph.read_bytes())
     data[len(data) // 2] ^= 1
     graph.write_bytes(data)

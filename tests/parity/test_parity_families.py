@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from graph_targets import graph_target
 from planted import copy, edit_graph, set_weight
 
 from vlm_edge.parity import bisect_bundle, compare
@@ -96,7 +97,7 @@ def test_a_fault_is_found_in_any_graph(name, role, target, portable_bundle, tiny
     """A weight in the middle of the graph is negated; bisecting names its node."""
     path = copy(portable_bundle(name), tmp_path)
     if target:
-        build(path, target)
+        build(path, graph_target(target))
     planted: list[str] = []
 
     def spoil(model):

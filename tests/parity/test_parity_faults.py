@@ -6,6 +6,7 @@ import json
 
 import msgspec
 import pytest
+from graph_targets import graph_target
 from planted import copy, edit_graph, edit_json, matmul, set_epsilon, set_weight, zero_block
 
 from vlm_edge.parity import bisect_bundle, compare, first_divergence
@@ -32,7 +33,7 @@ def llava(portable_bundle, tmp_path):
 def lowered(portable_bundle, tmp_path_factory):
     """With a build in fp32; it is shared: copy it before changing it."""
     bundle = copy(portable_bundle("llava-llama"), tmp_path_factory.mktemp("lowered"))
-    build(bundle, "cpu-fp32")
+    build(bundle, graph_target("cpu-fp32"))
     return bundle
 
 
@@ -194,7 +195,7 @@ def test_a_swapped_epsilon_in_a_build(lowered, tmp_path):
 def test_a_fault_in_a_quantised_build(portable_bundle, tmp_path):
     """On trained weights, where 4-bit error leaves the answers alone and a fault does not."""
     bundle = copy(portable_bundle("tiny-llava"), tmp_path)
-    build(bundle, "cpu-int8")
+    build(bundle, graph_target("cpu-int8"))
     sound = compare(bundle, None, examples=EXAMPLES, max_new_tokens=6, store=False)
     assert "logits" not in failed(sound, "cpu-int8")
     planted = []

@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import onnx_ir as ir
 import pytest
+from graph_targets import graph_target
 from sketch_bundle import SHAPE, embedding, encoder, projector_contract, write_bundle
 from small_decoder import decoder, feeds
 from small_graphs import largest_difference
@@ -39,32 +40,38 @@ def test_fp32(vlm_bundle):
     assert largest_difference(found["logits"], wanted["logits"][:, -1:]) <= 1e-4
 
 
-def test_recorded_signature_is_the_graphs(vlm_bundle):
-    made = build(vlm_bundle, "cpu-int4")
+@pytest.mark.parametrize("kernels", ["native", "onnxruntime"])
+def test_recorded_signature_is_the_graphs(vlm_bundle, kernels):
+    made = build(vlm_bundle, "cpu-int4" if kernels == "native" else graph_target("cpu-int4"))
+    assert made.options.get("decoder.kernels", "onnxruntime") == kernels
+    assert made.graphs["decoder"].format == ("plan" if kernels == "native" else "onnx")
     opened = open_bundle(vlm_bundle, build="cpu-int4")
     for role, entry in made.graphs.items():
         graph = session(opened.graph_path(role))
         for specs, values in ((entry.inputs, graph.get_inputs()), (entry.outputs, graph.get_outputs())):
             assert [(spec.name, list(spec.shape)) for spec in specs] == [(value.name, list(value.shape)) for value in values]
-        assert entry.nodes == len(list(ir.load(opened.graph_path(role)).graph)) and entry.parameters > 0
+        assert entry.nodes > 0 and entry.parameters > 0
+        if entry.format == "onnx":
+            assert entry.nodes == len(list(ir.load(opened.graph_path(role)).graph))
     names = [spec.name for spec in made.graphs["decoder"].inputs]
     assert names[:4] == ["inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length"]
 
 
 @pytest.mark.parametrize("target,stored", [("cpu-int4", "int4"), ("cpu-int8", "int8w")])
 def test_quantised(vlm_bundle, target, stored):
-    made = build(vlm_bundle, target)
-    assert {role: entry.precision for role, entry in made.graphs.items()} == {
-        "vision_encoder": "int8",
-        "projector": "int8",
-        "embed_tokens": "fp16",
-        "decoder": stored,
-    }
+    for chosen in (target, graph_target(target)):
+        made = build(vlm_bundle, chosen, overwrite=True)
+        assert {role: entry.precision for role, entry in made.graphs.items()} == {
+            "vision_encoder": "int8",
+            "projector": "int8",
+            "embed_tokens": "fp16",
+            "decoder": stored,
+        }
+        assert all(made.options[f"{role}.cosine"] > 0.9 for role in made.graphs)
     model = ir.load(open_bundle(vlm_bundle, build=target).graph_path("decoder"))
     bits = [node.attributes["bits"].as_int() for node in model.graph if node.op_type == "MatMulNBits"]
     assert bits[-1] == 8 and set(bits[:-1]) == {4 if target == "cpu-int4" else 8}
     assert not [node for node in model.graph if node.op_type == "MatMul"]
-    assert all(made.options[f"{role}.cosine"] > 0.9 for role in made.graphs)
 
 
 def test_each_graph_by_itself(vlm_bundle):
@@ -77,6 +84,7 @@ def test_each_graph_by_itself(vlm_bundle):
         "decoder": "int4",
         "lm_head": "fp32",
     }
+    assert made.options["decoder.kernels"] == "onnxruntime: no native kernel for 4-bit weights in blocks of 16"
     graph = ir.load(open_bundle(vlm_bundle, build="mixed").graph_path("decoder")).graph
     assert [node.op_type for node in graph].count("MatMul") == 1, "the head stays fp32"
     assert {node.attributes["block_size"].as_int() for node in graph if node.op_type == "MatMulNBits"} == {16}

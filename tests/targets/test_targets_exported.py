@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 import onnx_ir as ir
 import tiny
+from graph_targets import graph_target
 from PIL import Image
 
 from vlm_edge.families import coverage
@@ -55,7 +56,7 @@ def decoder(opened: Bundle) -> ir.Graph:
 def test_full_precision(bundle, name):
     """fp32 lowering changes nothing but the order of additions (build() itself compares and refuses otherwise)."""
     path = bundle(name)
-    made = build(path, "cpu-fp32")
+    made = build(path, graph_target("cpu-fp32"))
     relative = {role: made.options[f"{role}.relative"] for role in made.graphs}
     assert relative and max(relative.values()) <= 1e-4
     contract = open_bundle(path).manifest.contract
@@ -84,7 +85,7 @@ def test_eight_bits(bundle, name):
 
 
 def quantised(path: Path, target: str) -> None:
-    made, portable = build(path, target), open_bundle(path)
+    made, portable = build(path, graph_target(target)), open_bundle(path)
     kinds = bundle_roles(portable.graphs)
     assert all(np.isfinite(made.options[f"{role}.cosine"]) for role in made.graphs)
     for role in portable.graphs:
@@ -124,7 +125,7 @@ SLOW = (
 def test_static_int8_from_pictures(bundle, name, tmp_path):
     """Through every graph that an image passes: the later ones are calibrated on what the earlier ones give."""
     path = bundle(name)
-    made = build(path, "cpu-int8", calibration=pictures(tmp_path), name="static")
+    made = build(path, graph_target("cpu-int8"), calibration=pictures(tmp_path), name="static")
     assert made.options["calibration_images"] == 3
     opened = open_bundle(path, build="static")
     contract = opened.manifest.contract

@@ -123,11 +123,13 @@ def test_decoders_whose_shapes_follow_the_prompt_are_not_captured_on_the_cpu_pro
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-smolvlm"])
 def test_answers_of_the_trained_models_on_the_cpu_provider(name, portable_bundle, scene, tmp_path) -> None:
+    from graph_targets import graph_target
+
     from vlm_edge.targets.build import build
 
     path = tmp_path / f"{name}.vlm"
     shutil.copytree(portable_bundle(name), path)
-    build(path, "cpu-fp32")
+    build(path, graph_target("cpu-fp32"))
     picture, _ = scene
     bundle = open_bundle(path, build="cpu-fp32")
     engines = [open_engine(bundle, "cpu", OPTIONS), OrtCudaEngine(bundle, OPTIONS, _place=host_place())]
