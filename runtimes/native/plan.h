@@ -111,11 +111,12 @@ typedef struct {
     const float *embeds;      /* [rows · tokens][hidden] */
     const int64_t *positions; /* [position_axes][rows · tokens] */
     const int32_t *seqlens;   /* [rows]: valid entries after this call, minus one */
-    float *logits;            /* [rows][vocab] */
+    float *logits;            /* [rows][vocab]; with `each` [rows · tokens][vocab] */
     uint8_t *const *caches;   /* each [rows][heads][capacity][head size] */
     const size_t *cache_row_bytes;
     const uint8_t *const *inputs; /* further inputs, in the order of the file's */
     const size_t *input_sizes;    /* STEP_CROSS: entries of static keys, per further input */
+    bool each; /* logits of every token, and all of it bit for bit as if the tokens were run one after another */
 } PlanRun;
 
 /* Opens a plan and makes its threads. `kernels`: a name, or NULL for the best. NULL with the reason in `message`. */
@@ -132,7 +133,7 @@ typedef struct {
     size_t first, tokens;    /* the tokens [first, first + tokens) of each row that are computed now */
     size_t rows;             /* rows · tokens */
     size_t longest;          /* most valid entries of any row, after these tokens */
-    size_t parts, part_keys; /* an attention of single tokens: how many parts, and keys of each */
+    size_t parts;            /* an attention of single tokens: the most parts of any */
 } PlanCall;
 
 /* A file, mapped for reading. NULL on failure. */
@@ -146,6 +147,8 @@ float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
 size_t plan_stride(const PlanCall *call, PlanRef ref);
 /* Valid entries of a row before the tokens that are computed now. */
 size_t plan_past(const PlanCall *call, size_t row);
+/* Whether attention takes each token by itself. */
+static inline bool plan_single(const PlanCall *call) { return call->run->tokens == 1 || call->run->each; }
 
 size_t attention_items(const PlanCall *call, const PlanStep *step);
 void attention_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch);

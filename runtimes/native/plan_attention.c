@@ -34,18 +34,32 @@ Heads heads_of(const PlanCall *call, const PlanStep *step) {
                    .entry_bytes = entry};
 }
 
+/* Keys of each part of a token that sees `length` of them: its own length alone decides, so that neither the other rows nor the other
+ * tokens of a call change what comes out. */
+static size_t part_keys(size_t length) {
+    const size_t part = (length + MOST_PARTS - 1) / MOST_PARTS;
+    return (part + ATTENTION_KEYS - 1) / ATTENTION_KEYS * ATTENTION_KEYS;
+}
+
+static size_t parts_of(size_t length) { return (length + part_keys(length) - 1) / part_keys(length); }
+
+/* Keys that token `row` of the call's sees. */
+static size_t seen_by(const PlanCall *call, size_t row) { return plan_past(call, row / call->tokens) + row % call->tokens + 1; }
+
 void attention_split(PlanCall *call) {
-    const size_t part = (call->longest + MOST_PARTS - 1) / MOST_PARTS;
-    call->part_keys = (part + ATTENTION_KEYS - 1) / ATTENTION_KEYS * ATTENTION_KEYS;
-    call->parts = call->tokens == 1 ? (call->longest + call->part_keys - 1) / call->part_keys : 1;
+    call->parts = 1;
+    for (size_t row = 0; plan_single(call) && row < call->rows; row++) {
+        const size_t parts = parts_of(seen_by(call, row));
+        call->parts = parts > call->parts ? parts : call->parts;
+    }
 }
 
 static size_t block_tokens(const Heads *h) { return h->group < QUERIES ? QUERIES / h->group : 1; }
 
 size_t attention_items(const PlanCall *call, const PlanStep *step) {
     const Heads h = heads_of(call, step);
-    if (call->tokens == 1) {
-        return call->run->rows * h.kv_heads * call->parts;
+    if (plan_single(call)) {
+        return call->rows * h.kv_heads * call->parts;
     }
     const size_t tokens = block_tokens(&h);
     return call->run->rows * h.kv_heads * ((call->tokens + tokens - 1) / tokens);
@@ -145,20 +159,25 @@ static float *part_of(const PlanCall *call, const Heads *h, size_t row, size_t h
 
 static void single_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
     const Heads h = heads_of(call, step);
-    const size_t part = item % call->parts, kv = item / call->parts % h.kv_heads, row = item / call->parts / h.kv_heads;
-    const size_t window = (size_t)step->arg[ARG_WINDOW], length = plan_past(call, row) + 1;
+    /* The tokens of a row follow each other: they read the same keys. */
+    const size_t token = item % call->tokens, rest = item / call->tokens, part = rest % call->parts, kv = rest / call->parts % h.kv_heads;
+    const size_t batch = rest / call->parts / h.kv_heads, row = batch * call->tokens + token;
+    const size_t window = (size_t)step->arg[ARG_WINDOW], length = seen_by(call, row);
     const size_t first = window > 0 && length > window ? length - window : 0;
-    size_t begin = part * call->part_keys, end = begin + call->part_keys;
+    size_t begin = part * part_keys(length), end = begin + part_keys(length);
+    if (begin >= length) {
+        return; /* another token has more parts */
+    }
     begin = begin < first ? first : begin;
     end = end > length ? length : end;
     end = end < begin ? begin : end;
-    const size_t at = row * h.row_bytes + kv * h.head_bytes;
+    const size_t at = batch * h.row_bytes + kv * h.head_bytes;
     const float *queries = plan_row(call, step->in[0], false, row) + kv * h.group * h.size;
     float *scores = (float *)(void *)scratch, *sums = scores + h.group * TILE, *highest = sums + h.group * h.size, *sum = highest + h.group;
     const Sight sight = {.causal = true}; /* the range says it all */
     attend_one(call->plan->kernels, &h, &sight, step->real[1], queries, h.keys + at, h.values + at, begin, end, highest, sum, sums, scores);
     for (size_t g = 0; g < h.group; g++) {
-        if (call->parts == 1) {
+        if (parts_of(length) == 1) {
             call->plan->kernels->scale(sums + g * h.size, 1.0f / sum[g], h.size, plan_row(call, step->out[0], false, row) + (kv * h.group + g) * h.size);
         } else {
             float *to = part_of(call, &h, row, kv * h.group + g, part);
@@ -170,7 +189,8 @@ static void single_work(const PlanCall *call, const PlanStep *step, size_t item,
 }
 
 void attention_combine(const PlanCall *call, const PlanStep *step, size_t row) {
-    if (call->tokens > 1 || call->parts == 1) {
+    const size_t parts = plan_single(call) ? parts_of(seen_by(call, row)) : 1;
+    if (parts == 1) {
         return;
     }
     const Heads h = heads_of(call, step);
@@ -178,19 +198,19 @@ void attention_combine(const PlanCall *call, const PlanStep *step, size_t row) {
         const float *part = part_of(call, &h, row, head, 0);
         float *out = plan_row(call, step->out[0], false, row) + head * h.size;
         float highest = -INFINITY, sum = 0.0f, weights[MOST_PARTS];
-        for (size_t i = 0; i < call->parts; i++) {
+        for (size_t i = 0; i < parts; i++) {
             const float most = part[i * (h.size + 2) + h.size];
             highest = most > highest || most != most ? most : highest;
         }
-        for (size_t i = 0; i < call->parts; i++) {
+        for (size_t i = 0; i < parts; i++) {
             weights[i] = expf(part[i * (h.size + 2) + h.size] - highest);
             sum += weights[i] * part[i * (h.size + 2) + h.size + 1];
         }
         memset(out, 0, h.size * sizeof *out);
-        for (size_t i = 0; i < call->parts; i++) {
+        for (size_t i = 0; i < parts; i++) {
             weights[i] /= sum;
         }
-        for (size_t i = 0; i < call->parts; i++) {
+        for (size_t i = 0; i < parts; i++) {
             const float weight = weights[i];
             const float *from = part + i * (h.size + 2);
             for (size_t d = 0; d < h.size; d++) {
@@ -294,16 +314,21 @@ static Item item_of(const PlanCall *call, const Heads *h, size_t item) {
                   .count = call->tokens - first < tokens ? call->tokens - first : tokens};
 }
 
+/* The row of the buffers that an item's token number `t` is in. */
+static size_t row_of(const PlanCall *call, const PlanStep *step, const Item *item, size_t t) {
+    return step->last && !call->run->each ? item->row : item->row * call->tokens + item->first + t;
+}
+
 static void take_queries(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, float scale, float *queries) {
     for (size_t t = 0; t < item->count; t++) {
-        const float *from = plan_row(call, step->in[0], step->last != 0, step->last ? item->row : item->row * call->tokens + item->first + t);
+        const float *from = plan_row(call, step->in[0], step->last != 0, row_of(call, step, item, t));
         call->plan->kernels->scale(from + item->kv * h->group * h->size, scale, h->group * h->size, queries + t * h->group * h->size);
     }
 }
 
 static void give_sums(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, const Block *b) {
     for (size_t i = 0; i < item->count * h->group; i++) {
-        float *out = plan_row(call, step->out[0], step->last != 0, step->last ? item->row : item->row * call->tokens + item->first + i / h->group);
+        float *out = plan_row(call, step->out[0], step->last != 0, row_of(call, step, item, i / h->group));
         call->plan->kernels->scale(b->sums + i * padded(h->size), 1.0f / b->sum[i], h->size, out + (item->kv * h->group + i % h->group) * h->size);
     }
 }
@@ -326,7 +351,7 @@ static void block_work(const PlanCall *call, const PlanStep *step, size_t index,
 }
 
 void attention_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
-    if (call->tokens == 1) {
+    if (plan_single(call)) {
         single_work(call, step, item, scratch);
     } else {
         block_work(call, step, item, scratch);
@@ -353,14 +378,15 @@ static Heads cross_heads(const PlanCall *call, const PlanStep *step) {
 
 size_t cross_items(const PlanCall *call, const PlanStep *step) {
     const Heads h = cross_heads(call, step);
-    const size_t tokens = block_tokens(&h);
-    return call->run->rows * h.kv_heads * (step->last ? 1 : (call->tokens + tokens - 1) / tokens);
+    const size_t tokens = call->run->each ? 1 : block_tokens(&h);
+    return call->run->rows * h.kv_heads * (step->last && !call->run->each ? 1 : (call->tokens + tokens - 1) / tokens);
 }
 
 void cross_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_t *scratch) {
     const Heads h = cross_heads(call, step);
-    const bool single = step->last || call->tokens == 1;
-    const Item item = single ? (Item){.row = index / h.kv_heads, .kv = index % h.kv_heads, .count = 1} : item_of(call, &h, index);
+    const bool single = step->last || plan_single(call);
+    const size_t tokens = call->run->each ? call->tokens : 1, each = index / h.kv_heads; /* of a row, and which one of all */
+    const Item item = single ? (Item){.row = each / tokens, .kv = index % h.kv_heads, .first = each % tokens, .count = 1} : item_of(call, &h, index);
     const size_t entries = call->run->input_sizes[step->arg[ARG_KEYS]], rows = item.count * h.group, at = item.row * h.row_bytes + item.kv * h.head_bytes;
     Sight sight = {0};
     if (step->arg[ARG_MASK] >= 0) {

@@ -21,7 +21,8 @@ size_t plan_stride(const PlanCall *call, PlanRef ref) { return call->plan->buffe
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row) {
     const PlanBuffer *b = &call->plan->buffers[ref.buffer];
     if (b->kind == BUFFER_EMBEDS) {
-        const size_t tokens = call->run->tokens, batch = last ? row : row / call->tokens, token = last ? tokens - 1 : call->first + row % call->tokens;
+        const bool picked = last && !call->run->each;
+        const size_t tokens = call->run->tokens, batch = picked ? row : row / call->tokens, token = picked ? tokens - 1 : call->first + row % call->tokens;
         return (float *)(uintptr_t)call->run->embeds + (batch * tokens + token) * b->width + ref.column;
     }
     if (b->kind == BUFFER_LOGITS) {
@@ -38,7 +39,7 @@ static QuantRows plan_codes(const PlanCall *call, PlanRef ref) {
     return (QuantRows){.codes = codes, .scales = scales, .offsets = (int32_t *)(void *)(scales + call->rows * blocks), .blocks = blocks};
 }
 
-static size_t rows_of(const PlanCall *call, const PlanStep *step) { return step->last ? call->run->rows : call->rows; }
+static size_t rows_of(const PlanCall *call, const PlanStep *step) { return step->last && !call->run->each ? call->run->rows : call->rows; }
 
 static const float *vector(const Plan *plan, int32_t weight) {
     return weight >= 0 ? (const float *)(const void *)plan->weights[weight].matrix.data : NULL;
@@ -54,8 +55,9 @@ static void panel_product(const PlanCall *call, const PlanStep *step, const Plan
         (m->format == WEIGHT_INT4 ? kernels->int4 : kernels->int8)(m, data, &x, first, rows, out, stride);
         return;
     }
-    /* Rows of the embeddings follow each other only within a row of the batch: one at a time there. */
-    const bool split = call->plan->buffers[step->in[0].buffer].kind == BUFFER_EMBEDS;
+    /* Rows of the embeddings follow each other only within a row of the batch: one at a time there. So they are where each token is to
+     * come out as if it were alone: the kernels add up several rows of floats in another order than one. */
+    const bool split = call->run->each || call->plan->buffers[step->in[0].buffer].kind == BUFFER_EMBEDS;
     for (size_t row = 0; row < rows; row += split ? 1 : rows) {
         const float *x = plan_row(call, step->in[0], step->last, first + row);
         const size_t some = split ? 1 : rows;
@@ -188,7 +190,7 @@ static void row_work(const PlanCall *call, const PlanStep *step, size_t row) {
         attention_combine(call, step, row);
         break;
     case STEP_LAST: {
-        const size_t token = row * call->tokens + call->tokens - 1;
+        const size_t token = call->run->each ? row : row * call->tokens + call->tokens - 1;
         memcpy(plan_row(call, step->out[0], true, row), plan_row(call, step->in[0], false, token), width * sizeof(float));
         break;
     }
@@ -331,9 +333,9 @@ static uint8_t *grown(uint8_t *memory, size_t *have, size_t bytes) {
 static int reserve(Plan *plan, const PlanCall *call, char message[PLAN_MESSAGE_SIZE]) {
     const size_t threads = pool_threads(plan->pool);
     size_t parts = 0;
-    for (uint32_t i = 0; i < plan->step_count && call->tokens == 1 && call->parts > 1; i++) {
+    for (uint32_t i = 0; i < plan->step_count && plan_single(call) && call->parts > 1; i++) {
         const PlanStep *s = &plan->steps[i];
-        const size_t needed = s->kind == STEP_ATTENTION ? call->run->rows * (size_t)s->arg[2] * call->parts * ((size_t)s->arg[4] + 2) : 0;
+        const size_t needed = s->kind == STEP_ATTENTION ? call->rows * (size_t)s->arg[2] * call->parts * ((size_t)s->arg[4] + 2) : 0;
         parts = needed > parts ? needed : parts;
     }
     plan->arena = grown(plan->arena, &plan->arena_bytes, plan->token_bytes * call->rows + 64);
@@ -368,10 +370,13 @@ static int check_static(const Plan *plan, const PlanRun *run, char message[PLAN_
 }
 
 int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
+    if (plan->graph) {
+        return fail(message, "this plan is no decoder's");
+    }
     if (check_positions(plan, run, message) != 0 || check_static(plan, run, message) != 0) {
         return -1;
     }
-    const size_t chunk = run->rows > 1 || has_blocks(plan, run) || run->tokens < CHUNK ? run->tokens : CHUNK;
+    const size_t chunk = run->each || run->rows > 1 || has_blocks(plan, run) || run->tokens < CHUNK ? run->tokens : CHUNK;
     for (size_t first = 0; first < run->tokens; first += chunk) {
         PlanCall call = {.plan = plan, .run = run, .first = first, .tokens = run->tokens - first < chunk ? run->tokens - first : chunk};
         call.rows = run->rows * call.tokens;
