@@ -52,7 +52,7 @@ def idefics(seed: int) -> Parts:
         rms_norm_eps=1e-5,
         alpha_initializer="ones",
         alpha_type="vector",
-        cross_layer_interval=2,
+        cross_layer_interval=1,
         qk_layer_norms=True,
         freeze_text_layers=False,
         freeze_vision_layers=False,
@@ -70,7 +70,7 @@ def idefics(seed: int) -> Parts:
     )
     images = t.IdeficsImageProcessorPil(image_size=TILE)
     model: Any = t.IdeficsForVisionText2Text(config)
-    donors.give(model.model.vision_model, donors.clip_eyes(), frozen=True)
+    donors.give(model.model.vision_model, donors.clip_eyes())
     donors.give(model.model, donors.llama(grouped=False))
     donors.give(model, {"lm_head.weight": donors.embeddings()})
     for layer in model.model.gated_cross_attn_layers:  # Flamingo's 0 is a slow beginning, 1 drowns what the donor knows
@@ -138,7 +138,7 @@ STUDENTS: dict[str, Student] = {
         eyes="model.vision_model",
         seen="model.perceiver_resampler",
         batch=16,
-        donor="vision encoder (frozen), words and language model of tiny-llava",
+        donor="vision encoder, words and language model of tiny-llava",
     ),
     "blip2": Student(
         blip2,

@@ -105,12 +105,12 @@ def visual_gpt(seed: int) -> Parts:
 
 
 def coca(seed: int) -> Parts:
-    """CoCa (arXiv 2205.01917): a ViT, 16 caption queries, two unimodal and two multimodal layers."""
+    """CoCa (arXiv 2205.01917): a ViT, 16 caption queries, two unimodal and four multimodal layers."""
     words = donors.words(["[CLS]"])
     vision = CoCaVisionConfig(**VISION, layer_norm_eps=1e-5, caption_queries=CELLS)
     text = CoCaTextConfig(
         **{**_GPT2, "vocab_size": tokenizers.VOCABULARY + 32},
-        n_layer=4,
+        n_layer=6,
         unimodal_layers=2,
         cls_token_id=words.convert_tokens_to_ids("[CLS]"),
     )
