@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PLAN_VERSION 1
+#define PLAN_VERSION 2
 #define PLAN_MESSAGE_SIZE 1024
 #define PLAN_MAX_RANK 8
 
@@ -58,15 +58,17 @@ typedef struct {
     float real[4];
 } PlanStep;
 
-typedef enum { BUFFER_FLOATS = 0, BUFFER_CODES, BUFFER_EMBEDS, BUFFER_LOGITS, BUFFER_INPUT, BUFFER_KINDS } BufferKind;
+typedef enum { BUFFER_FLOATS = 0, BUFFER_CODES, BUFFER_EMBEDS, BUFFER_LOGITS, BUFFER_INPUT, BUFFER_OUTPUT, BUFFER_BYTES, BUFFER_KINDS } BufferKind;
 
-/* `offset`: bytes from the arena's beginning, per token of the call. BUFFER_INPUT: `offset` is the number of a further input. */
+/* `offset`: bytes from the arena's beginning, per token of the call. BUFFER_INPUT: `offset` is the number of a further input.
+ * `rows`: in the plan of a graph (plan_graph.h) the rows of an image; `offset` is then per image. */
 typedef struct {
-    uint32_t kind, width;
+    uint32_t kind, width, rows;
     uint64_t offset;
 } PlanBuffer;
 
-typedef enum { WEIGHT_VECTOR = WEIGHT_FORMATS, WEIGHT_INTEGERS } PlainFormat;
+/* WEIGHT_BYTES: a ByteMatrix, its scales, bias, sums and codes one after another (plan_graph.h). */
+typedef enum { WEIGHT_VECTOR = WEIGHT_FORMATS, WEIGHT_INTEGERS, WEIGHT_BYTES } PlainFormat;
 
 typedef struct {
     PanelMatrix matrix; /* `format` beyond WEIGHT_FORMATS: plain floats [depth][width], or int32 */
@@ -83,6 +85,7 @@ typedef struct {
 typedef struct {
     const Kernels *kernels;
     Pool *pool;
+    bool graph; /* steps and buffers are those of plan_graph.h, and it runs by graph_run */
     void *file;
     size_t file_bytes;
     PlanValue *inputs, *outputs;

@@ -139,8 +139,8 @@ PyObject *native_plan_step(PyObject *module, PyObject *args) {
     if (c.core == NULL) {
         return NULL;
     }
-    if (c.core->plan == NULL) {
-        PyErr_SetString(PyExc_TypeError, "expected a session of a plan");
+    if (c.core->plan == NULL || c.core->plan->graph) {
+        PyErr_SetString(PyExc_TypeError, "expected a session of a decoder's plan");
         session_core_release(c.core);
         return NULL;
     }
@@ -194,6 +194,7 @@ PyObject *native_plan_step(PyObject *module, PyObject *args) {
 PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
     static const char *const names[] = {"",     "quantize", "matmul", "gated", "norm", "angles", "rotary", "attention", "combine", "cross",
                                         "last", "unary",    "add",    "multiply", "lookup", "select"};
+    static const char *const graph_names[] = {"", "copy", "quantize", "matmul", "gated", "norm", "attention", "unary", "add", "multiply"};
     SessionCore *core = session_core_from_object(session);
     if (core == NULL) {
         return NULL;
@@ -214,7 +215,7 @@ PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
         for (size_t thread = 0; plan->seconds != NULL && thread < threads; thread++) {
             sum += plan->seconds[thread * steps + i];
         }
-        PyObject *entry = Py_BuildValue("(sId)", names[plan->steps[i].kind], plan->steps[i].width, sum);
+        PyObject *entry = Py_BuildValue("(sId)", (plan->graph ? graph_names : names)[plan->steps[i].kind], plan->steps[i].width, sum);
         if (entry == NULL) {
             Py_CLEAR(list);
         } else {

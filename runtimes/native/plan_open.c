@@ -1,5 +1,5 @@
 /* Reading a plan's file: nothing in it is believed before it is checked. */
-#include "plan.h"
+#include "plan_graph.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -99,7 +99,7 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
         PlanWeight *w = &p->weights[i];
         PanelMatrix *m = &w->matrix;
         const uint32_t format = read_u32(r);
-        m->format = (WeightFormat)(format <= WEIGHT_INTEGERS ? format : 0);
+        m->format = (WeightFormat)(format <= WEIGHT_BYTES ? format : 0);
         m->depth = read_u32(r);
         m->width = read_u32(r);
         m->block = read_u32(r);
@@ -107,7 +107,7 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
         const uint64_t offset = read_u64(r);
         w->bytes = read_u64(r);
         m->panel_bytes = (size_t)read_u64(r);
-        if (r->wrong != NULL || format > WEIGHT_INTEGERS) {
+        if (r->wrong != NULL || format > WEIGHT_BYTES) {
             r->wrong = r->wrong != NULL ? r->wrong : "a weight has an unknown format";
             return;
         }
@@ -121,6 +121,9 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
             const size_t expected = !fits ? 0 : quantised ? panel_bytes_of(m, m->format == WEIGHT_INT4 ? 4 : 8) : (floats + 63) / 64 * 64;
             fits = fits && m->panel_bytes == expected;
             needed = m->panel_bytes * panels;
+        } else if (format == WEIGHT_BYTES) {
+            fits = fits && m->depth <= (1u << 16);
+            needed = fits ? graph_byte_matrix_bytes(m) : 0;
         }
         if (!fits || w->bytes != needed || offset % 64 != 0 || offset > p->file_bytes - data || needed > p->file_bytes - data - offset) {
             r->wrong = "a weight is not where or what it should be";
@@ -163,7 +166,7 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
     read_bytes(&r, magic, sizeof magic);
     const uint32_t version = read_u32(&r), meta = read_u32(&r);
     if (r.wrong != NULL || memcmp(magic, MAGIC, sizeof magic) != 0) {
-        return fail(message, "%s is not a decoder plan", path);
+        return fail(message, "%s is not a plan", path);
     }
     if (version != PLAN_VERSION) {
         return fail(message, "the plan %s has version %u, this runtime reads version %d: build it again", path, version, PLAN_VERSION);
@@ -173,6 +176,7 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
         return fail(message, "the plan %s is damaged: it ends too early", path);
     }
     r.end = r.at + meta;
+    p->graph = read_u32(&r) != 0;
     p->inputs = read_values(&r, &p->input_count);
     p->outputs = read_values(&r, &p->output_count);
     p->hidden = read_u32(&r);
@@ -184,6 +188,7 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
     for (uint32_t i = 0; i < p->buffer_count; i++) {
         p->buffers[i].kind = read_u32(&r);
         p->buffers[i].width = read_u32(&r);
+        p->buffers[i].rows = read_u32(&r);
         p->buffers[i].offset = read_u64(&r);
     }
     read_weights(&r, p, data);
@@ -191,7 +196,7 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
     if (r.wrong == NULL && (p->position_axes > 8 || p->token_bytes > (1u << 28) || p->block_input < -1)) {
         r.wrong = "its sizes make no sense";
     }
-    const char *wrong = r.wrong != NULL ? r.wrong : plan_check(p);
+    const char *wrong = r.wrong != NULL ? r.wrong : p->graph ? graph_check(p) : plan_check(p);
     return wrong != NULL ? fail(message, "the plan %s is damaged: %s", path, wrong) : 0;
 }
 

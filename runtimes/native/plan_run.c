@@ -373,6 +373,9 @@ int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
     if (plan->graph) {
         return fail(message, "this plan is no decoder's");
     }
+    if (plan->graph) {
+        return fail(message, "this plan is no decoder's");
+    }
     if (check_positions(plan, run, message) != 0 || check_static(plan, run, message) != 0) {
         return -1;
     }

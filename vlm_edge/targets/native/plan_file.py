@@ -1,4 +1,4 @@
-"""The file of a decoder plan: what runtimes/native/plan.h reads. Numbers here are that header's numbers."""
+"""The file of a plan: what runtimes/native/plan.h and plan_graph.h read. Numbers here are that header's numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"VLMEPLAN"
 _PAGE, _LINE = 4096, 64
 _INPUTS, _OUTPUTS, _WEIGHTS, _ARGUMENTS, _REALS = 4, 3, 3, 12, 4
@@ -38,6 +38,20 @@ class Kind(IntEnum):
     SELECT = 15
 
 
+class GraphKind(IntEnum):
+    """What a step of a graph's plan does; see `GraphKind` in plan_graph.h."""
+
+    COPY = 1
+    QUANTIZE = 2
+    MATMUL = 3
+    GATED = 4
+    NORM = 5
+    ATTENTION = 6
+    UNARY = 7
+    ADD = 8
+    MULTIPLY = 9
+
+
 class Unary(IntEnum):
     """Activation functions; see `Unary` in kernels.h."""
 
@@ -60,6 +74,7 @@ class Format(IntEnum):
     FLOAT32 = 3
     VECTOR = 4
     INTEGERS = 5
+    BYTES = 6
 
 
 class BufferKind(IntEnum):
@@ -70,6 +85,8 @@ class BufferKind(IntEnum):
     EMBEDS = 2
     LOGITS = 3
     INPUT = 4
+    OUTPUT = 5
+    BYTES = 6
 
 
 @dataclass(slots=True)
@@ -83,22 +100,28 @@ class Value:
 
 @dataclass(slots=True, eq=False)
 class Buffer:
-    """Rows of `width` numbers, one per token; `offset` in bytes per token, once it is placed."""
+    """Rows of `width` numbers, one per token; `offset` in bytes per token, once it is placed.
+
+    In the plan of a graph: `rows` of them per image, and `offset` per image (of an input or output: its number).
+    """
 
     kind: BufferKind
     width: int
     offset: int = 0
+    rows: int = 1
 
     @property
     def bytes(self) -> int:
-        """Of the arena, per token."""
+        """Of the arena, per token (per image)."""
         if self.kind == BufferKind.FLOATS:
             size = self.width * 4
         elif self.kind == BufferKind.CODES:
             size = -(-self.width // 32) * 40
+        elif self.kind == BufferKind.BYTES:
+            size = -(-self.width // _LINE) * _LINE + 8
         else:
             return 0
-        return -(-size // _LINE) * _LINE
+        return -(-size * self.rows // _LINE) * _LINE
 
 
 @dataclass(slots=True, frozen=True)
@@ -127,7 +150,7 @@ class Weight:
 class Step:
     """One step; places that are not used are None."""
 
-    kind: Kind
+    kind: Kind | GraphKind
     width: int
     last: bool = False
     inputs: list[Ref | None] = field(default_factory=list)
@@ -139,7 +162,10 @@ class Step:
 
 @dataclass(slots=True)
 class Plan:
-    """A whole decoder. `block_input`: which further input numbers blocks of tokens, −1 for none."""
+    """A whole decoder, or (`graph`) another graph, whose steps are of GraphKind.
+
+    `block_input`: which further input numbers blocks of tokens, −1 for none.
+    """
 
     inputs: list[Value]
     outputs: list[Value]
@@ -148,6 +174,7 @@ class Plan:
     position_axes: int
     steps: list[Step]
     block_input: int = -1
+    graph: bool = False
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -197,11 +224,12 @@ def write(plan: Plan, path: Path) -> None:
         end += -(-weight.size // _LINE) * _LINE
     meta = b"".join(
         [
+            struct.pack("<I", plan.graph),
             _values(plan.inputs),
             _values(plan.outputs),
             struct.pack("<IIIiQ", plan.hidden, plan.vocab, plan.position_axes, plan.block_input, token_bytes),
             struct.pack("<I", len(buffers)),
-            *(struct.pack("<IIQ", one.kind, one.width, one.offset) for one in buffers),
+            *(struct.pack("<IIIQ", one.kind, one.width, one.rows, one.offset) for one in buffers),
             struct.pack("<I", len(weights)),
             *(_weight(one, offset) for one, offset in zip(weights, offsets, strict=True)),
             struct.pack("<I", len(plan.steps)),
