@@ -81,7 +81,46 @@ INLINE __m512i four_inputs(const int8_t *codes) {
     return _mm512_set1_epi32(four);
 }
 
-/* `n` rows (a constant where it is called) times a panel of `bits` bits. */
+/* One row times a panel of `bits` bits: the memory's speed decides, and two sums side by side hide the latency. */
+INLINE void tile_row(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t row, float *out) {
+    const size_t blocks = x->blocks;
+    const unsigned shift = panel_scale_shift(weight);
+    const uint8_t *at = panel, *stored = panel;
+    const int8_t *codes = x->codes + row * blocks * BLOCK;
+    const float *scales = x->scales + row * blocks;
+    const int32_t *offsets = x->offsets + row * blocks;
+    const __m512i nibble = _mm512_set1_epi8(15);
+    __m512 sum = _mm512_setzero_ps();
+    for (size_t b = 0; b < blocks; b++, at += (size_t)bits * 64) {
+        if (panel_has_scales(shift, b)) {
+            stored = at;
+            at += 64;
+        }
+        const __m512 scale = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)(stored + (b >> shift & 1) * 32)));
+        const int8_t *line = codes + b * BLOCK;
+        __m512i dot = _mm512_set1_epi32(bits == 4 ? offsets[b] : offsets[b] * 16), other = _mm512_setzero_si512();
+        UNROLL
+        for (size_t g = 0; g < 4; g++) {
+            __m512i low = _mm512_load_si512((const void *)(at + g * 64)), high;
+            if (bits == 4) { /* the high codes stay where they are, 16 times too large, which costs one shift a block */
+                __asm__("" : "+v"(low)); /* loaded once, not by both of its readers */
+                high = _mm512_andnot_si512(nibble, low);
+                low = _mm512_and_si512(low, nibble);
+            } else {
+                high = _mm512_load_si512((const void *)(at + (g + 4) * 64));
+            }
+            dot = _mm512_dpbusd_epi32(dot, low, four_inputs(line + g * 4));
+            other = _mm512_dpbusd_epi32(other, high, four_inputs(line + (g + 4) * 4));
+        }
+        dot = _mm512_add_epi32(dot, bits == 4 ? _mm512_srai_epi32(other, 4) : other);
+        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, _mm512_set1_ps(scales[b])), sum);
+    }
+    _mm512_storeu_ps(out, _mm512_mul_ps(sum, _mm512_set1_ps(weight->scale)));
+}
+
+/* `n` rows (a constant where it is called) times a panel, the same bits as row by row. Group by group over all rows: two vectors of
+ * weights are then alive at a time, and the rows' sums of a block and of all blocks fit the registers. What bounds it: for every 8
+ * VPDPBUSD a multiplication and a multiply-add by the scales go through the same two ports, 80 % of the peak. */
 INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, const size_t n, float *out,
                  size_t stride) {
     const size_t blocks = x->blocks;
@@ -101,40 +140,39 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
             stored = at;
             at += 64;
         }
-        __m512i w[8];
+        __m512i dots[ROWS];
+        UNROLL
+        for (size_t t = 0; t < n; t++) {
+            dots[t] = _mm512_set1_epi32(offsets[t * blocks + b]);
+            if (bits == 8) {
+                dots[t] = _mm512_slli_epi32(dots[t], 4);
+            }
+        }
         UNROLL
         for (size_t g = 0; g < 4; g++) {
+            __m512i low = _mm512_load_si512((const void *)(at + g * 64)), high;
+            __asm__("" : "+v"(low));
             if (bits == 4) {
-                __m512i both = _mm512_load_si512((const void *)(at + g * 64));
-                __asm__("" : "+v"(both)); /* loaded once, not by both of its readers */
-                w[g] = _mm512_and_si512(both, nibble);
-                /* For a single row the high codes stay where they are, 16 times too large, which costs one shift a block. */
-                w[g + 4] = n == 1 ? _mm512_andnot_si512(nibble, both) : _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-            } else {
-                w[g] = _mm512_load_si512((const void *)(at + g * 64));
-                w[g + 4] = _mm512_load_si512((const void *)(at + (g + 4) * 64));
+                high = _mm512_and_si512(_mm512_srli_epi16(low, 4), nibble);
+                low = _mm512_and_si512(low, nibble);
+            }
+            UNROLL
+            for (size_t t = 0; t < n; t++) {
+                dots[t] = _mm512_dpbusd_epi32(dots[t], low, four_inputs(codes + (t * blocks + b) * BLOCK + g * 4));
+            }
+            if (bits == 8) {
+                high = _mm512_load_si512((const void *)(at + (g + 4) * 64));
+                __asm__("" : "+v"(high));
+            }
+            UNROLL
+            for (size_t t = 0; t < n; t++) {
+                dots[t] = _mm512_dpbusd_epi32(dots[t], high, four_inputs(codes + (t * blocks + b) * BLOCK + (g + 4) * 4));
             }
         }
         const __m512 scale = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *)(const void *)(stored + (b >> shift & 1) * 32)));
         UNROLL
         for (size_t t = 0; t < n; t++) {
-            const int8_t *line = codes + (t * blocks + b) * BLOCK;
-            __m512i dot = _mm512_set1_epi32(bits == 4 ? offsets[t * blocks + b] : offsets[t * blocks + b] * 16);
-            if (n == 1) { /* two sums side by side: nothing else hides the latency */
-                __m512i other = _mm512_setzero_si512();
-                UNROLL
-                for (size_t g = 0; g < 4; g++) {
-                    dot = _mm512_dpbusd_epi32(dot, w[g], four_inputs(line + g * 4));
-                    other = _mm512_dpbusd_epi32(other, w[g + 4], four_inputs(line + (g + 4) * 4));
-                }
-                dot = _mm512_add_epi32(dot, bits == 4 ? _mm512_srai_epi32(other, 4) : other);
-            } else {
-                UNROLL
-                for (size_t g = 0; g < 8; g++) {
-                    dot = _mm512_dpbusd_epi32(dot, w[g], four_inputs(line + g * 4));
-                }
-            }
-            sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, _mm512_set1_ps(scales[t * blocks + b])), sums[t]);
+            sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), _mm512_mul_ps(scale, _mm512_set1_ps(scales[t * blocks + b])), sums[t]);
         }
     }
     UNROLL
@@ -143,26 +181,124 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
     }
 }
 
+#define PRODUCT_ROWS(bits, count)                                                            \
+    for (; rows >= (count); rows -= (count), first += (count), out += (count) * stride) {    \
+        tile(bits, weight, panel, x, first, count, out, stride);                             \
+    }
 #define PRODUCT(name, bits)                                                                                                              \
     static void name(const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, size_t rows, float *out, size_t stride) { \
-        for (; rows >= ROWS; rows -= ROWS, first += ROWS, out += ROWS * stride) {                                                        \
-            tile(bits, weight, panel, x, first, ROWS, out, stride);                                                                      \
-        }                                                                                                                                \
-        for (; rows >= 4; rows -= 4, first += 4, out += 4 * stride) {                                                                    \
-            tile(bits, weight, panel, x, first, 4, out, stride);                                                                         \
-        }                                                                                                                                \
-        for (; rows > 0; rows--, first++, out += stride) {                                                                               \
-            tile(bits, weight, panel, x, first, 1, out, stride);                                                                         \
+        PRODUCT_ROWS(bits, ROWS)                                                                                                         \
+        PRODUCT_ROWS(bits, 8)                                                                                                            \
+        PRODUCT_ROWS(bits, 4)                                                                                                            \
+        PRODUCT_ROWS(bits, 2)                                                                                                            \
+        if (rows > 0) {                                                                                                                  \
+            tile_row(bits, weight, panel, x, first, out);                                                                                \
         }                                                                                                                                \
     }
 
 PRODUCT(product_int4, 4)
 PRODUCT(product_int8, 8)
 
-BYTES_KERNEL(products_bytes_scalar)
+static void quantize_bytes(const float *x, size_t n, const ByteRows *out, size_t row) {
+    __m512 low = _mm512_setzero_ps(), high = low; /* 0 is a code: beyond the depth, and where a ReLU was */
+    __m512i largest = _mm512_setzero_si512();     /* as integers: from infinity's bits on, something is not finite */
+    const __mmask16 rest = (__mmask16)((1u << (n % 16)) - 1);
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(n - i < 16 ? rest : 0xffff, x + i);
+        low = _mm512_min_ps(low, v);
+        high = _mm512_max_ps(high, v);
+        largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v)));
+    }
+    float inverse;
+    const bool finite = _mm512_reduce_max_epi32(largest) < 0x7f800000;
+    out->scales[row] = byte_scale(_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), finite, &inverse, &out->zeros[row]);
+    uint8_t *codes = out->codes + row * out->stride;
+    const __m512 factor = _mm512_set1_ps(inverse);
+    const __m512i zero = _mm512_set1_epi32(out->zeros[row]);
+    size_t i = 0;
+    for (; i < n; i += 16) {
+        const __mmask16 some = n - i < 16 ? rest : 0xffff;
+        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), factor)), zero);
+        _mm_mask_storeu_epi8(codes + i, some, _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, _mm512_setzero_si512())));
+    }
+    memset(codes + n, 0, out->stride - n);
+}
 
-const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
-                                .quantize_bytes = quantize_bytes_scalar, FLOAT_KERNELS};
+/* `n` rows times `count` panels (constants where it is called): nothing but VPDPBUSD in the loop. */
+INLINE void tile_bytes(const ByteMatrix *weight, size_t panel, const size_t count, const ByteRows *x, size_t first, const size_t n, bool add, float *out,
+                       size_t stride) {
+    const size_t bytes = byte_panel(weight->depth);
+    const int8_t *at = weight->codes + panel * bytes, *end = at + bytes;
+    const uint8_t *codes = x->codes + first * x->stride;
+    __m512i dots[8][2];
+    UNROLL
+    for (size_t t = 0; t < n; t++) {
+        UNROLL
+        for (size_t p = 0; p < count; p++) {
+            dots[t][p] = _mm512_setzero_si512();
+        }
+    }
+    for (; at < end; at += 64, codes += 4) {
+        __m512i w[2];
+        UNROLL
+        for (size_t p = 0; p < count; p++) {
+            w[p] = _mm512_load_si512((const void *)(at + p * bytes));
+            __asm__("" : "+v"(w[p]));
+        }
+        UNROLL
+        for (size_t t = 0; t < n; t++) {
+            const __m512i four = four_inputs((const int8_t *)codes + t * x->stride);
+            UNROLL
+            for (size_t p = 0; p < count; p++) {
+                dots[t][p] = _mm512_dpbusd_epi32(dots[t][p], four, w[p]);
+            }
+        }
+    }
+    UNROLL
+    for (size_t p = 0; p < count; p++) {
+        const size_t output = (panel + p) * PANEL;
+        const __m512 scale = _mm512_loadu_ps(weight->scales + output), bias = weight->bias != NULL ? _mm512_loadu_ps(weight->bias + output) : _mm512_setzero_ps();
+        const __m512i sums = _mm512_loadu_si512(weight->sums + output);
+        UNROLL
+        for (size_t t = 0; t < n; t++) {
+            const __m512i dot = _mm512_sub_epi32(dots[t][p], _mm512_mullo_epi32(sums, _mm512_set1_epi32(x->zeros[first + t])));
+            const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, _mm512_set1_ps(x->scales[first + t])), bias);
+            float *to = out + t * stride + p * PANEL;
+            _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), value) : value);
+        }
+    }
+}
+
+static void products_bytes(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, bool add, float *out,
+                           size_t stride) {
+    for (; panels > 0; panels -= panels > 1 ? 2 : 1, panel += 2, out += 2 * PANEL) {
+        float *to = out;
+        size_t row = 0;
+        if (panels == 1) {
+            for (; row + 8 <= rows; row += 8, to += 8 * stride) {
+                tile_bytes(weight, panel, 1, x, first + row, 8, add, to, stride);
+            }
+            for (; row < rows; row++, to += stride) {
+                tile_bytes(weight, panel, 1, x, first + row, 1, add, to, stride);
+            }
+            return;
+        }
+        for (; row + 8 <= rows; row += 8, to += 8 * stride) {
+            tile_bytes(weight, panel, 2, x, first + row, 8, add, to, stride);
+        }
+        for (; row + 4 <= rows; row += 4, to += 4 * stride) {
+            tile_bytes(weight, panel, 2, x, first + row, 4, add, to, stride);
+        }
+        for (; row < rows; row++, to += stride) {
+            tile_bytes(weight, panel, 2, x, first + row, 1, add, to, stride);
+        }
+    }
+}
+
+BYTES_KERNEL(products_bytes)
+
+const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes,
+                                .quantize_bytes = quantize_bytes, FLOAT_KERNELS};
 
 #include "target_end.inc"
 

@@ -141,7 +141,7 @@ typedef struct {
 static inline float byte_scale(float low, float high, bool finite, float *inverse, int32_t *zero) {
     const float scale = high / 255.0f - low / 255.0f; /* the difference itself may overflow */
     *inverse = finite && scale >= 1e-37f ? 1.0f / scale : 0.0f;
-    *zero = (int32_t)(-low * *inverse + 0.5f);
+    *zero = *inverse > 0.0f ? (int32_t)(-low * *inverse + 0.5f) : 0;
     return *inverse > 0.0f ? scale : finite ? 0.0f : __builtin_nanf("");
 }
 
