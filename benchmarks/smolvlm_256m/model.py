@@ -47,6 +47,7 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = _with_paragraphs(tokenizer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -61,6 +62,18 @@ def _tokenizer() -> Any:
     frames = ["<global-img>", *tiles, "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     fast.add_tokens(frames, special_tokens=True)
     return fast
+
+
+def _with_paragraphs(tokenizer: Any) -> Any:
+    """SmolLM2 has a token for two line ends, which llama.cpp asks for; here it takes the place of the last merge."""
+    from tokenizers import Tokenizer
+
+    saved = json.loads(tokenizer.to_str())
+    vocabulary, end = saved["model"]["vocab"], "\u010a"
+    if end * 2 not in vocabulary:
+        vocabulary[end * 2] = vocabulary.pop(max(vocabulary, key=vocabulary.get))
+        saved["model"]["merges"][-1] = [end, end]
+    return Tokenizer.from_str(json.dumps(saved))
 
 
 def make(folder: Path, layers: int = LAYERS) -> None:

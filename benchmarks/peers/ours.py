@@ -1,0 +1,99 @@
+"""vlm-edge: the bundle's build, run without PyTorch (worker: see worker.py)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.worker import Job, main
+
+PACKAGES = ("vlm-edge", "onnxruntime", "numpy")
+TURN_TOKENS = 8
+
+
+class Ours:
+    """`load` and `generate` as a user calls them. Nothing is handed over ready: the picture is preprocessed in every call."""
+
+    def __init__(self, job: Job) -> None:
+        from PIL import Image
+
+        from vlm_edge_runtime import load
+
+        self.job = job
+        options = {"image_options": job["image_options"]} if job["image_options"] else {}
+        self.vlm: Any = load(job["bundle"], build=job["variant"], threads=job["threads"], **options)
+        with Image.open(job["image"]["picture"]) as opened:
+            self.image = opened.convert("RGB")
+
+    def _answer(self, text: str, new_tokens: int, image: bool, keep: bool = False) -> Any:
+        if not keep:
+            self.vlm.clear_caches()
+        images = [self.image] if image else None
+        answer = self.vlm.generate(text, images, raw=True, max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        return answer, self.vlm.stats
+
+    def picture(self) -> float:
+        return float(self._answer(self.job["image"]["text"], 1, True)[1].ttft_s)
+
+    def turn(self) -> float:
+        answer, _ = self._answer(self.job["image"]["text"], TURN_TOKENS, True)
+        follow = self.job["image"]["text"] + answer.text + self.job["turn"]["text"]
+        return float(self._answer(follow, 1, True, keep=True)[1].ttft_s)
+
+    def vision(self) -> float:
+        return float(self._answer(self.job["image"]["text"], 1, True)[1].vision_s)
+
+    def text(self, prompt: dict[str, Any], new_tokens: int) -> Sequence[float]:
+        _, stats = self._answer(prompt["text"], new_tokens, False)
+        if stats.prompt_tokens != len(prompt["ids"]) or stats.new_tokens != new_tokens:
+            raise SystemExit(
+                f"{stats.prompt_tokens} prompt and {stats.new_tokens} new tokens, not {len(prompt['ids'])} and {new_tokens}"
+            )
+        return [stats.ttft_s + stats.tpot_s * index for index in range(new_tokens)]
+
+    def facts(self) -> dict[str, Any]:
+        from vlm_edge_runtime.bundle.reader import open_bundle
+
+        bundle = open_bundle(self.job["bundle"], build=self.job["variant"], verify=False)
+        entry = bundle.build.graphs["decoder"] if bundle.build else bundle.manifest.graphs["decoder"]
+        decoder = entry.model.bytes + sum(data.bytes for data in entry.data)
+        kv = bundle.kv
+        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[kv.dtype if kv else "float32"]
+        note = "picture decoded and preprocessed inside every figure; " + ", ".join(
+            f"{role} {graph.precision}"
+            for role, graph in (bundle.build.graphs if bundle.build else bundle.manifest.graphs).items()
+        )
+        return {"files": self._files(bundle), "token_bytes": decoder, "kv_bytes": width, "whole": True, "note": note}
+
+    def _files(self, bundle: Any) -> list[str]:
+        graphs = bundle.build.graphs if bundle.build else bundle.manifest.graphs
+        refs = [ref for graph in graphs.values() for ref in (graph.model, *graph.data)] + list(bundle.manifest.files)
+        return sorted({str(bundle.path / ref.file) for ref in refs} | {str(bundle.path / "manifest.json")})
+
+
+def prepare(job: Job) -> None:
+    """Exports the checkpoint and builds the variant with native kernels, where they are not there yet or `rebuild` is asked."""
+    import msgspec
+
+    from vlm_edge.export import export
+    from vlm_edge.targets.build import build
+    from vlm_edge.targets.target import load_target
+
+    bundle = Path(job["bundle"])
+    if not (bundle / "manifest.json").is_file():
+        export(Path(job["checkpoint"]), bundle)
+    have = json.loads((bundle / "manifest.json").read_text())["builds"]
+    if job["variant"] not in have or job["rebuild"]:
+        target = load_target(job["variant"])
+        options = msgspec.structs.replace(target.options, kernels="native")
+        target = msgspec.structs.replace(target, options=options)
+        began = time.perf_counter()
+        build(bundle, target, name=job["variant"], overwrite=True)
+        print(f"built {job['variant']} in {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main(Ours, prepare, PACKAGES)

@@ -1,0 +1,146 @@
+"""What every contender's process does, in the same order. Only the standard library: it runs in the environments of all peers.
+
+A contender is a module of this package, run as `python -m benchmarks.peers.NAME {prepare|measure} JOB.json`. `prepare` makes its
+artefacts; `measure` prints one line `RESULT {…}` with seconds and bytes. The environment variable BENCH_BEGAN holds the time at
+which the process was started, so that a cold start counts the interpreter and its imports.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+BEGAN = float(os.environ.get("BENCH_BEGAN", time.time()))
+MARK = "RESULT "
+Job = dict[str, Any]
+"""Made by scenario.py: `checkpoint`, `text_checkpoint`, `plain_checkpoint` (folders), `folder` (where artefacts go), `variant`,
+`threads`, `runs`, `tiles`, `new_tokens`, `image` (`text`, `ids`, `arrays`: an .npz, `picture`: a .png), `turn` (`text`, `ids`),
+`texts`: `short`, `long`, `longest` → prompts (`text`, `ids`), each different, so that no cache of prefixes answers for it."""
+
+
+class Contender(Protocol):
+    """What a worker's module makes of a job. Seconds are wall time; `None` is "this contender has no such thing"."""
+
+    def picture(self) -> float | None:
+        """Seconds from the image prompt to its first token, nothing kept from before. None: it takes no images."""
+
+    def turn(self) -> float | None:
+        """Seconds to the first token of a second turn after `picture`, which sees the same image."""
+
+    def vision(self) -> float | None:
+        """Seconds to encode all tiles of the image once."""
+
+    def text(self, prompt: dict[str, Any], new_tokens: int) -> Sequence[float]:
+        """Seconds from a text prompt to each of its new tokens."""
+
+    def facts(self) -> dict[str, Any]:
+        """`files`: paths that a device needs; `token_bytes`: bytes of weights that one decoded token reads; `kv_bytes`: bytes
+        of one number in its KV cache; `whole`: whether it is a whole vision-language model in one process; `note`."""
+
+
+def peak_rss_mb() -> float:
+    """The process's largest resident set so far, in 10⁶ bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def files_bytes(paths: Sequence[str | Path]) -> int:
+    """Bytes on disk of files, and of what lies in folders."""
+    found = [file for path in map(Path, paths) for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    return sum(file.stat().st_size for file in found)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def rate(times: Sequence[float]) -> float:
+    """Tokens per second after the first one."""
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def measure(make: Callable[[Job], Contender], job: Job) -> dict[str, Any]:
+    """Everything about one contender that one process can say. Figures are medians over the job's runs."""
+    found: dict[str, Any] = {}
+    began = time.perf_counter()
+    contender = make(job)
+    found["load_s"] = time.perf_counter() - began
+    found.update(_image(contender, job))
+    if job["tiles"] == 1:
+        found.update(_texts(contender, job))
+    found["rss_long_mb"] = peak_rss_mb()
+    facts = contender.facts()
+    files = facts.pop("files")
+    found.update(size_mb=files_bytes(files) / 1e6, files=[str(file) for file in files], **facts)
+    if not facts["whole"]:  # half a model's memory and size say nothing beside a whole one's
+        for name in ("rss_mb", "rss_long_mb", "size_mb", "cold_s"):
+            found.pop(name, None)
+    return found
+
+
+def _image(contender: Contender, job: Job) -> dict[str, Any]:
+    first = contender.picture()
+    if first is None:
+        return {}
+    found: dict[str, Any] = {"cold_s": time.time() - BEGAN}
+    if job["tiles"] > 1:  # tens of seconds for some: the first answer is the one that counts
+        steps: list[tuple[str, Callable[[], float | None]]] = [("turn_s", contender.turn)]
+        taken: dict[str, list[float]] = {"ttft_s": [first]}
+    else:
+        steps = [("vision_s", contender.vision), ("ttft_s", contender.picture), ("turn_s", contender.turn)]
+        taken = {}
+    for _ in range(job["runs"] if job["tiles"] == 1 else 1):
+        for name, step in steps:
+            value = step()
+            if value is not None:
+                taken.setdefault(name, []).append(value)
+    found.update({name: statistics.median(values) for name, values in taken.items()})
+    if "vision_s" in found:
+        found["vision_ms"] = 1e3 * found.pop("vision_s") / job["tiles"]
+    found["rss_mb"] = peak_rss_mb()
+    return found
+
+
+def _texts(contender: Contender, job: Job) -> dict[str, Any]:
+    """`short` and `long` prompts are answered at some length, of the `longest` only the first token is taken."""
+    found: dict[str, Any] = {}
+    for name, prompts in job["texts"].items():
+        times = [contender.text(prompt, job["new_tokens"] if name != "longest" else 1) for prompt in prompts]
+        length = len(prompts[0]["ids"])
+        found[f"prefill_{name}_tps"] = length / statistics.median(each[0] for each in times)
+        if name != "longest":
+            found[f"decode_{name}_tps"] = statistics.median(rate(each) for each in times)
+    return found
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of packages; one that is missing is left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main(make: Callable[[Job], Contender], prepare: Callable[[Job], None], packages: Sequence[str]) -> None:
+    """The command line of a worker."""
+    what, path = sys.argv[1:]
+    job: Job = json.loads(Path(path).read_text())
+    if what == "prepare":
+        prepare(job)
+        return
+    found = measure(make, job)
+    sys.stdout.write(MARK + json.dumps({**found, "versions": versions(*packages)}) + "\n")
+    sys.stdout.flush()
