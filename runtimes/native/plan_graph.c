@@ -147,23 +147,6 @@ static void matmul_unit(const GraphCall *call, const PlanStep *step, size_t unit
     write_rows(call, step, column, some, first, rows, block, stride);
 }
 
-/* Two gates and what they let through, in turn. */
-static void gated_unit(const GraphCall *call, const PlanStep *step, size_t unit, size_t first, size_t rows, float *block) {
-    const Kernels *kernels = call->plan->kernels;
-    const size_t panels = matrix_of(call, step->weight[0])->width / PANEL;
-    const float *bias = vector(call, step->weight[1]);
-    for (size_t pair = unit * GRAPH_UNIT / 2; pair < (unit + 1) * GRAPH_UNIT / 2 && 2 * pair < panels; pair++) {
-        const size_t rest = step->width - pair * PANEL;
-        panel_products(call, step, 2 * pair, 2, first, rows, block, 2 * PANEL);
-        add_bias(kernels, bias != NULL ? bias + 2 * pair * PANEL : NULL, block, rows, 2 * PANEL, 2 * PANEL);
-        for (size_t row = 0; row < rows; row++) {
-            float *gate = block + row * 2 * PANEL;
-            kernels->gated((Unary)step->arg[0], gate, gate + PANEL, PANEL, gate);
-        }
-        write_rows(call, step, pair * PANEL, rest < PANEL ? rest : PANEL, first, rows, block, 2 * PANEL);
-    }
-}
-
 /* Weights of one scale per output: the kernel does what follows the product too. */
 static void bytes_units(const GraphCall *call, const PlanStep *step, size_t unit, size_t units, size_t first, size_t rows, float *block) {
     const PanelMatrix *m = matrix_of(call, step->weight[0]);
@@ -202,7 +185,7 @@ static void product_work(const GraphCall *call, const PlanStep *step, size_t ite
     for (size_t u = unit; u < last; u++) {
         for (size_t row = block; row < end; row += GRAPH_TILE) {
             const size_t some = end - row < GRAPH_TILE ? end - row : GRAPH_TILE;
-            (step->kind == GRAPH_GATED ? gated_unit : matmul_unit)(call, step, u, row, some, (float *)(void *)scratch);
+            matmul_unit(call, step, u, row, some, (float *)(void *)scratch);
         }
     }
 }
@@ -324,7 +307,7 @@ static size_t step_items(void *context, size_t index, bool *small) {
     const PlanStep *step = &call->plan->steps[index];
     const size_t rows = rows_of(call, step);
     *small = rows * step->width < SMALL_NUMBERS;
-    if (step->kind == GRAPH_MATMUL || step->kind == GRAPH_GATED) {
+    if (step->kind == GRAPH_MATMUL) {
         *small = rows * step->width * matrix_of(call, step->weight[0])->depth < 64 * SMALL_NUMBERS;
         return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * parts_of(call, step);
     }
@@ -339,7 +322,7 @@ static size_t step_items(void *context, size_t index, bool *small) {
 static void do_item(const GraphCall *call, size_t index, size_t item, size_t thread) {
     const PlanStep *step = &call->plan->steps[index];
     uint8_t *scratch = call->plan->scratch + thread * call->plan->thread_bytes;
-    if (step->kind == GRAPH_MATMUL || step->kind == GRAPH_GATED) {
+    if (step->kind == GRAPH_MATMUL) {
         product_work(call, step, item, scratch);
     } else if (step->kind == GRAPH_ATTENTION) {
         attention_item(call, step, item, scratch);

@@ -13,7 +13,6 @@ typedef enum {
     GRAPH_COPY = 1,  /* pairs of weight0 (place in out0, place in in0, or without one in weight1), arg0 numbers each */
     GRAPH_QUANTIZE,  /* in0 → out0 in 8 bits: codes per block (BUFFER_CODES) or per row (BUFFER_BYTES) */
     GRAPH_MATMUL,    /* unary arg0 of in0 · weight0 (+ bias weight1) → out0; arg1: added to what out0 holds, with WEIGHT_BYTES */
-    GRAPH_GATED,     /* in0 · weight0, whose panels alternate between gate and up (bias weight1): unary arg0 of the gate times up → out0 */
     GRAPH_NORM,      /* in0 (+ in1) (+ bias weight2) → out1; its norm, weight0 and bias weight1, → out0, in 8 bits → out2. arg0: 0 RMS, 1 layer; arg1: norms side by side */
     GRAPH_ATTENTION, /* queries in0 over keys in1 and values in2 → out0. arg0 heads, arg1 numbers of a head; real0 scale */
     GRAPH_UNARY,     /* unary arg0 of in0 · real0, times real1 → out0 */

@@ -76,12 +76,8 @@ static bool product_fits(const Plan *p, const PlanStep *s) {
     if (m == NULL || x == NULL || x->rows != rows || s->arg[0] < 0 || s->arg[0] >= UNARY_KINDS || !written_fits(p, s->out[0], rows, s->width)) {
         return false;
     }
-    const bool bytes = (int)m->format == WEIGHT_BYTES, gated = s->kind == GRAPH_GATED;
-    if (!bytes && (int)m->format >= WEIGHT_FORMATS) {
-        return false;
-    }
-    const size_t pairs = m->width / (2 * PANEL);
-    if (gated ? bytes || m->width != pairs * 2 * PANEL || (s->width + PANEL - 1) / PANEL != pairs : s->width != m->width) {
+    const bool bytes = (int)m->format == WEIGHT_BYTES;
+    if ((!bytes && (int)m->format >= WEIGHT_FORMATS) || s->width != m->width) {
         return false;
     }
     if ((s->arg[1] != 0 && !bytes) || (bytes ? s->weight[1] >= 0 : !optional_vector(p, s->weight[1], m->width))) {
@@ -121,7 +117,6 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
     case GRAPH_QUANTIZE:
         return floats_fit(p, s->in[0], rows, width) && codes_fit(p, s->out[0], rows, width);
     case GRAPH_MATMUL:
-    case GRAPH_GATED:
         return product_fits(p, s);
     case GRAPH_NORM:
         return norm_fits(p, s);

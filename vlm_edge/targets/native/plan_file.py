@@ -44,12 +44,11 @@ class GraphKind(IntEnum):
     COPY = 1
     QUANTIZE = 2
     MATMUL = 3
-    GATED = 4
-    NORM = 5
-    ATTENTION = 6
-    UNARY = 7
-    ADD = 8
-    MULTIPLY = 9
+    NORM = 4
+    ATTENTION = 5
+    UNARY = 6
+    ADD = 7
+    MULTIPLY = 8
 
 
 class Unary(IntEnum):

@@ -1,0 +1,476 @@
+"""A lowered graph over images (vision encoder, projector, resampler) → the steps of a plan.
+
+The graph is followed for one image: shapes are then numbers, whatever depends on nothing computed is a constant, and what only moves
+numbers is worked out here. Images must not know of each other; the comparison after a build, with two of them, would show it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from vlm_edge.passes.graph import MICROSOFT, attribute_float, attribute_int, consumers, is_weight, only_consumer
+
+from .encoder_attention import Pending, attention, pending
+from .encoder_products import Linear, activated, alike, linear, stacked
+from .encoder_views import Array, Known, Sources, View, folded, moved
+from .errors import NotExpressible
+from .panels import integers, vector
+from .patterns import activation
+from .plan_file import Buffer, BufferKind, GraphKind, Plan, Ref, Step, Unary, Value, Weight
+
+IMAGES = ("batch", "images", "tiles", "frames", "texts", "rows", "videos", "clips")
+"""What the first dimension of inputs is called where it counts things that know nothing of each other."""
+_NORMS = ("LayerNormalization", "RMSNormalization")
+_SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+_DEEPEST = 1 << 16
+"""Inputs of a product in bytes, whose sums are int32."""
+
+
+class EncoderCompiler:
+    """One graph's translation. `compile` may be called once."""
+
+    def __init__(self, model: ir.Model, *, integer: bool = False, keep_first: int = 0, keep_last: int = 0) -> None:
+        """`integer`: products compute in 8 bits, weights per output and activations per row, except the first and last so many."""
+        self.graph = model.graph
+        self.opsets = dict(model.graph.opset_imports)
+        self.integer = integer
+        self.kept = (keep_first, keep_last)
+        self.sources = Sources()
+        self.known: dict[ir.Value, Known] = {}
+        self.pending: dict[ir.Value, Pending] = {}
+        self.steps: list[Step] = []
+        self.rows: dict[bytes, Ref] = {}
+        self.codes: dict[tuple[Ref, BufferKind], Ref] = {}
+        self.readers: dict[Buffer, list[ir.Value]] = {}
+        self.done: set[ir.Node] = set()
+        self.summed: dict[ir.Node, Ref] = {}
+        self.products: dict[ir.Node, Linear] = {}
+        self.floats: set[ir.Node] = set()
+
+    def compile(self) -> Plan:
+        """Raises NotExpressible with what has no step."""
+        inputs = [self._input(number, value) for number, value in enumerate(self.graph.inputs)]
+        nodes = list(self.graph)
+        for node in nodes:
+            if node not in self.done:
+                self._node(node)
+            self.done.add(node)
+        outputs = [self._output(number, value) for number, value in enumerate(self.graph.outputs)]
+        return Plan(inputs, outputs, 0, 0, 0, self.steps, graph=True)
+
+    # --- signature ---
+
+    def _input(self, number: int, value: ir.Value) -> Value:
+        if value.dtype != ir.DataType.FLOAT:
+            raise NotExpressible(f"an input '{value.name}' of {value.dtype.name if value.dtype else 'no type'}")
+        named = self._shape(value)
+        shape = (1, *(size for size in named[1:] if isinstance(size, int)))
+        if len(shape) != len(named) or len(shape) < 2:
+            raise NotExpressible(f"an input '{value.name}' whose sizes are not fixed")
+        buffer = Buffer(BufferKind.INPUT, shape[-1], number, int(np.prod(shape[:-1])))
+        self.define(value, self.sources.view(buffer, shape))
+        return Value(str(value.name), int(value.dtype), named)
+
+    def _shape(self, value: ir.Value) -> tuple[int | str, ...]:
+        sizes = [] if value.shape is None else [size if isinstance(size, int) else str(size.value) for size in value.shape]
+        if not sizes or sizes[0] not in IMAGES:
+            raise NotExpressible(f"'{value.name}', which is not made of images")
+        return tuple(sizes)
+
+    def _output(self, number: int, value: ir.Value) -> Value:
+        found, named = self.known.get(value), self._shape(value)
+        if found is None or value.dtype != ir.DataType.FLOAT:
+            raise NotExpressible(f"an output '{value.name}' that is not computed in floats")
+        view = self._as_view(found)
+        if tuple(size for size in named[1:] if isinstance(size, int)) != view.shape[1:] or view.shape[0] != 1:
+            raise NotExpressible(f"an output '{value.name}' whose sizes are not fixed")
+        ref = self.rows_of(view)
+        buffer = ref.buffer
+        if buffer.kind != BufferKind.FLOATS or buffer.rows * buffer.width != view.size:
+            buffer = Buffer(BufferKind.FLOATS, view.shape[-1], rows=view.size // view.shape[-1])
+            self._copy(view, buffer)
+        buffer.kind, buffer.offset = BufferKind.OUTPUT, number
+        return Value(str(value.name), int(value.dtype), named)
+
+    # --- values ---
+
+    def constant(self, value: ir.Value | None) -> Array | None:
+        """What a value is where it depends on nothing computed."""
+        if value is None:
+            return None
+        if value not in self.known and value.const_value is not None and not value.is_graph_input():
+            return np.asarray(value.const_value.numpy())
+        found = self.known.get(value)
+        return None if isinstance(found, View) else found
+
+    def view(self, value: ir.Value | None) -> View:
+        """Where a value's numbers lie; constants become a source. Raises NotExpressible for what is not known."""
+        found = self.constant(value)
+        if found is None and value is not None:
+            computed = self.known.get(value)
+            if isinstance(computed, View):
+                return computed
+        if found is None:
+            raise NotExpressible(f"'{value.name if value is not None else ''}', which is neither computed in rows nor constant")
+        return self._as_view(found)
+
+    def _as_view(self, known: Known) -> View:
+        if isinstance(known, View):
+            return known
+        return self.sources.view(np.asarray(known, np.float32), known.shape)
+
+    def define(self, value: ir.Value, known: Known) -> None:
+        self.known[value] = known
+        if isinstance(known, View):
+            for number in known.sources():
+                source = self.sources.found[number]
+                if isinstance(source, Buffer):
+                    self.readers.setdefault(source, []).append(value)
+
+    def rows_of(self, view: View, width: int | None = None) -> Ref:
+        """The view's rows (its last dimension, or `width` numbers) in one buffer; copied there where they lie scattered."""
+        width = width or view.shape[-1]
+        found = self.sources.whole(view, width)
+        if found is not None:
+            return Ref(*found)
+        key = hashlib.blake2b(view.places.tobytes() + str(width).encode()).digest()
+        if key not in self.rows:
+            buffer = Buffer(BufferKind.FLOATS, width, rows=view.size // width)
+            self._copy(view, buffer)
+            self.rows[key] = Ref(buffer)
+        return self.rows[key]
+
+    def _copy(self, view: View, to: Buffer) -> None:
+        for source, length, pairs in self.sources.runs(view):
+            places: list[Weight | None] = [integers(pairs.reshape(-1))]
+            if isinstance(source, Buffer):
+                self.add(GraphKind.COPY, to.width, [Ref(source)], [Ref(to)], places, [length])
+            else:
+                table = vector(np.asarray(source, np.float32).reshape(1, -1))
+                self.add(GraphKind.COPY, to.width, [None], [Ref(to)], [*places, table], [length])
+
+    def result(self, value: ir.Value, ref: Ref, shape: tuple[int, ...]) -> None:
+        """Says that a value of that shape lies in rows from `ref` on."""
+        self.define(value, self.sources.columns(ref.buffer, ref.column, shape))
+
+    def add(
+        self,
+        kind: GraphKind,
+        width: int,
+        inputs: list[Ref | None],
+        outputs: list[Ref | None],
+        weights: list[Weight | None] | None = None,
+        arguments: list[int] | None = None,
+        reals: list[float] | None = None,
+    ) -> None:
+        """Appends a step."""
+        self.steps.append(Step(kind, width, False, inputs, outputs, weights or [], arguments or [], reals or []))
+
+    def fresh(self, rows: int, width: int) -> Ref:
+        """A new buffer of floats."""
+        return Ref(Buffer(BufferKind.FLOATS, width, rows=rows))
+
+    # --- nodes ---
+
+    def _node(self, node: ir.Node) -> None:
+        if node.op_type == "Shape" and isinstance(found := self.known.get(node.inputs[0]), View):  # type: ignore[arg-type]
+            end = node.attributes["end"].as_int() if "end" in node.attributes else None
+            sizes = np.asarray(found.shape[attribute_int(node, "start", 0) : end], np.int64)
+            self.define(node.outputs[0], sizes)
+            return
+        given = [self.constant(value) for value in node.inputs]
+        if all(array is not None for value, array in zip(node.inputs, given, strict=True) if value is not None):
+            for value, array in zip((one for one in node.outputs if one.name), folded(node, given, self.opsets), strict=True):
+                self.define(value, array)
+            return
+        first = self.known.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+        views = moved(node, first, given) if isinstance(first, View) else None
+        if views is not None:
+            for value, view in zip(node.outputs, views, strict=True):
+                self.define(value, view)
+            return
+        handlers: dict[tuple[str, str], Callable[[ir.Node], None]] = {
+            ("", "Concat"): self._concat,
+            ("", "Conv"): self._patches,
+            ("", "MatMul"): self._matmul,
+            (MICROSOFT, "MatMulNBits"): self._matmul,
+            (MICROSOFT, "MultiHeadAttention"): lambda one: attention(self, one),
+            ("", "Softmax"): lambda one: pending(self, one),
+            ("", "LayerNormalization"): self._norm,
+            ("", "RMSNormalization"): self._norm,
+            (MICROSOFT, "SkipLayerNormalization"): self._skip_norm,
+            (MICROSOFT, "SkipSimplifiedLayerNormalization"): self._skip_norm,
+            ("", "Add"): lambda one: self._binary(one, GraphKind.ADD),
+            ("", "Mul"): self._multiply,
+            ("", "Div"): self._divide,
+            ("", "Sigmoid"): lambda one: self._unary(one, Unary.SIGMOID, one.inputs[0]),
+            ("", "Tanh"): lambda one: self._unary(one, Unary.TANH, one.inputs[0]),
+            ("", "Relu"): self._activation,
+            ("", "Gelu"): self._activation,
+            (MICROSOFT, "Gelu"): self._activation,
+            (MICROSOFT, "FastGelu"): self._activation,
+            (MICROSOFT, "QuickGelu"): self._activation,
+        }
+        handler = handlers.get((node.domain, node.op_type))
+        if handler is None:
+            raise NotExpressible(node.op_type)
+        handler(node)
+
+    def _concat(self, node: ir.Node) -> None:
+        views = [self.view(value) for value in node.inputs]
+        self.define(node.outputs[0], View(np.concatenate([one.places for one in views], axis=attribute_int(node, "axis", 0))))
+
+    # --- products ---
+
+    def _linear(self, node: ir.Node) -> Linear | None:
+        if node not in self.products:
+            found = linear(node, self.constant)
+            if found is None:
+                return None
+            self.products[node] = found
+        return self.products[node]
+
+    def form(self, node: ir.Node) -> BufferKind:
+        """In what a product wants its source: floats, or 8 bits per block or row."""
+        one = self._linear(node)
+        if one is None or one.blocks is not None:
+            return BufferKind.CODES if one is not None else BufferKind.FLOATS
+        if not self.integer or one.depth > _DEEPEST or node in self._unquantised():
+            return BufferKind.FLOATS
+        return BufferKind.BYTES
+
+    def _unquantised(self) -> set[ir.Node]:
+        if self.kept != (0, 0) and not self.floats:
+            found = [one for one in self.graph if one.op_type == "MatMul" and not one.domain and is_weight(one.inputs[1])]
+            self.floats = {*found[: self.kept[0]], *found[len(found) - self.kept[1] :]}
+        return self.floats
+
+    def _matmul(self, node: ir.Node) -> None:
+        one = self._linear(node)
+        if one is None:
+            attention(self, node)
+            return
+        beside = self._beside(node, one)
+        if len(beside) > 1:
+            self._emit(node, stacked(beside), beside)
+        else:
+            self._emit(node, one, beside)
+
+    def _beside(self, node: ir.Node, one: Linear) -> list[Linear]:
+        """The products of the same source whose results nothing but attention (or what moves numbers) reads."""
+        found = [one]
+        for user in consumers(one.source):
+            other = self._linear(user) if user is not node and user not in self.done and user.op_type == node.op_type else None
+            if other is not None and other.source is one.source and self.form(user) == self.form(node):
+                found.append(other)
+        plain = all(activated(each.out) is None and only_consumer(each.out) is not None for each in found)
+        return found if plain and len(found) > 1 and alike(found) else [one]
+
+    def _emit(self, node: ir.Node, one: Linear, outs: list[Linear]) -> None:
+        view, form = self.view(one.source), self.form(node)
+        ref = self.rows_of(view, one.depth)
+        x = ref if form == BufferKind.FLOATS else self.quantised(ref, one.depth, form)
+        out, kind = outs[0].out, Unary.IDENTITY
+        self.done.update(one.nodes)
+        found = activated(out) if len(outs) == 1 else None
+        if found is not None:
+            out, kind = found.nodes[0].outputs[0], found.kind
+            self.done.update(found.nodes)
+        rows = view.size // one.depth
+        shape = (*view.shape[:-1], outs[0].width)
+        total = self._total(one, out, rows) if form == BufferKind.BYTES and len(outs) == 1 and found is None else None
+        if total is not None:
+            user, ref, more = total
+            self.add(GraphKind.MATMUL, one.width, [x], [ref], [one.bytes(more)], [int(kind), 1])
+            self.codes = {key: codes for key, codes in self.codes.items() if key[0].buffer is not ref.buffer}
+            self.summed[user] = ref
+            self.result(out, ref, shape)
+            return
+        result = self.fresh(rows, one.width)
+        weights = [one.bytes()] if form == BufferKind.BYTES else one.weights()
+        self.add(GraphKind.MATMUL, one.width, [x], [result], weights, [int(kind)])
+        for number, each in enumerate(outs):
+            value = out if len(outs) == 1 else each.out
+            self.result(value, Ref(result.buffer, number * each.width), shape)
+
+    def _total(self, one: Linear, out: ir.Value, rows: int) -> tuple[ir.Node, Ref, npt.NDArray[np.float32] | None] | None:
+        """(the node that adds the product to what nobody needs afterwards, where that lies, the bias that comes with it)."""
+        user = only_consumer(out)
+        if user is None or (user.domain, user.op_type) not in [("", "Add"), *((MICROSOFT, op) for op in _SKIP_NORMS)]:
+            return None
+        other = next((value for value in user.inputs[:2] if value is not out), None)
+        known = self.known.get(other) if other is not None else None
+        if not isinstance(known, View) or known.size != rows * one.width or known.shape[-1] != one.width:
+            return None
+        found = self.sources.whole(known, one.width)
+        if found is None or found[0].kind != BufferKind.FLOATS or found[0].width != one.width:
+            return None
+        for value in self.readers[found[0]]:
+            if value.is_graph_output() or not all(reader in self.done or reader is user for reader in consumers(value)):
+                return None
+        place = 3 if user.op_type == "SkipSimplifiedLayerNormalization" else 4
+        bias = self.constant(user.inputs[place]) if user.domain and len(user.inputs) > place else None
+        return user, Ref(found[0]), None if bias is None else np.asarray(bias, np.float32).reshape(-1)
+
+    def quantised(self, ref: Ref, width: int, form: BufferKind) -> Ref:
+        """Rows in 8 bits, made once."""
+        key = (ref if ref.buffer.width == width else Ref(ref.buffer, ref.column), form)
+        found = self.codes.get(key)
+        if found is None or found.buffer.width != width:
+            found = Ref(Buffer(form, width, rows=ref.buffer.rows))
+            self.add(GraphKind.QUANTIZE, width, [ref], [found])
+            self.codes[key] = found
+        return found
+
+    def _patches(self, node: ir.Node) -> None:
+        """A convolution whose windows lie side by side: a product of each with the kernels."""
+        x, kernel = self.view(node.inputs[0]), self.constant(node.inputs[1])
+        bias = self.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if kernel is None or kernel.ndim != 4 or x.ndim != 4 or attribute_int(node, "group", 1) != 1:
+            raise NotExpressible("a Conv of other than pictures")
+        count, channels, height, width = kernel.shape
+        plain = {"strides": (height, width), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
+        auto = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
+        for name, wanted in plain.items():
+            default = (1, 1) if name == "strides" else wanted
+            if tuple(node.attributes[name].as_ints() if name in node.attributes else default) != wanted or auto not in ("NOTSET", "VALID"):
+                raise NotExpressible("a Conv whose windows do not lie side by side")
+        down, across = x.shape[2] // height, x.shape[3] // width
+        places = x.places[0, :, : down * height, : across * width].reshape(channels, down, height, across, width)
+        view = View(np.ascontiguousarray(places.transpose(1, 3, 0, 2, 4)).reshape(down * across, channels * height * width))
+        depth = channels * height * width
+        one = Linear(
+            node.inputs[0],  # type: ignore[arg-type]
+            node.outputs[0],
+            depth,
+            count,
+            (lambda: np.ascontiguousarray(kernel.reshape(count, depth).T, np.float32),),
+            (None if bias is None else np.asarray(bias, np.float32),),
+            (node,),
+        )
+        form = BufferKind.BYTES if self.integer and self.kept[0] == 0 else BufferKind.FLOATS
+        ref = self.rows_of(view)
+        given = ref if form == BufferKind.FLOATS else self.quantised(ref, depth, form)
+        out = self.fresh(down * across, count)
+        self.add(GraphKind.MATMUL, count, [given], [out], [one.bytes()] if form == BufferKind.BYTES else one.weights(), [0])
+        rows = self.sources.view(out.buffer, (down, across, count))
+        self.define(node.outputs[0], View(rows.places.transpose(2, 0, 1)[None]))
+
+    # --- norms ---
+
+    def _norm_codes(self, value: ir.Value, rows: int, width: int) -> tuple[Ref | None, bool]:
+        """(where a norm's rows go in 8 bits, whether anything reads them as floats)."""
+        forms = {self.form(user) if user.inputs[0] is value else BufferKind.FLOATS for user in consumers(value)}
+        plain = BufferKind.FLOATS in forms or value.is_graph_output()
+        wanted = forms - {BufferKind.FLOATS}
+        if len(wanted) != 1:
+            return None, True
+        return Ref(Buffer(wanted.pop(), width, rows=rows)), plain
+
+    def _normed(self, node: ir.Node, source: list[Ref | None], total: Ref | None, shape: tuple[int, ...], weights: list[Array | None]) -> None:
+        value, width, size = node.outputs[0], shape[-1], weights[0].size  # type: ignore[union-attr]
+        rows = int(np.prod(shape[:-1]))
+        codes, plain = self._norm_codes(value, rows, width) if size == width else (None, True)
+        out = self.fresh(rows, width)
+        layer = int("Layer" in node.op_type and "Simplified" not in node.op_type)
+        stored: list[Weight | None] = [None if one is None else vector(np.asarray(one, np.float32).reshape(1, -1)) for one in weights]
+        epsilon = attribute_float(node, "epsilon", 1e-12 if node.domain else 1e-5)
+        self.add(GraphKind.NORM, width, source, [out if plain else None, total, codes], stored, [layer, width // size], [epsilon])
+        self.result(value, out, shape)
+        if codes is not None:
+            self.codes[out, codes.buffer.kind] = codes
+
+    def _norm(self, node: ir.Node) -> None:
+        view, weight = self.view(node.inputs[0]), self.constant(node.inputs[1])
+        bias = self.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        axis = attribute_int(node, "axis", -1)
+        if weight is None or weight.ndim != 1 or view.shape[-1] != weight.size or axis not in (-1, view.ndim - 1):
+            raise NotExpressible(f"{node.op_type} over other than the last axis")
+        if any(out.uses() for out in node.outputs[1:]):
+            raise NotExpressible(f"{node.op_type} whose mean is read")
+        self._normed(node, [self.rows_of(view)], None, view.shape, [weight, bias, None])
+
+    def _skip_norm(self, node: ir.Node) -> None:
+        simplified = node.op_type == "SkipSimplifiedLayerNormalization"
+        inputs = [*node.inputs, *[None] * 3]
+        beta, bias = (None, inputs[3]) if simplified else (inputs[3], inputs[4])
+        left, right = (self.view(value) for value in inputs[:2])
+        given = [self.constant(value) for value in (inputs[2], beta)]
+        if given[0] is None or left.shape[-1] != given[0].size or left.size != right.size:
+            raise NotExpressible(f"{node.op_type} of unlike rows")
+        width, total = left.shape[-1], self.summed.get(node)
+        if total is not None:
+            source: list[Ref | None] = [total]
+            out, more = None, None
+        else:
+            source = [self.rows_of(left), self.rows_of(right)]
+            total = out = self.fresh(left.size // width, width)
+            more = self.constant(bias)
+        self._normed(node, source, out, left.shape, [*given, more])
+        if len(node.outputs) > 3 and node.outputs[3].name:
+            self.result(node.outputs[3], total, left.shape)
+
+    # --- elementwise ---
+
+    def _activation(self, node: ir.Node) -> None:
+        found = activation(node.outputs[0])
+        if found is None:
+            raise NotExpressible(f"{node.op_type} of an unknown kind")
+        self._unary(node, found.kind, found.source)
+
+    def _unary(self, node: ir.Node, kind: Unary, source: ir.Value | None, before: float = 1.0, after: float = 1.0) -> None:
+        view = self.view(source)
+        ref = self.rows_of(view)
+        out = self.fresh(ref.buffer.rows, view.shape[-1])
+        self.add(GraphKind.UNARY, view.shape[-1], [ref], [out], [], [int(kind)], [before, after])
+        self.result(node.outputs[0], out, view.shape)
+
+    def _multiply(self, node: ir.Node) -> None:
+        found = activation(node.outputs[0])
+        if found is not None and isinstance(self.known.get(found.source), View):
+            self._unary(node, found.kind, found.source)
+            return
+        for x, given in (node.inputs, node.inputs[::-1]):
+            factor = self.constant(given)
+            if factor is not None and factor.size == 1 and x in self.known:
+                self._unary(node, Unary.IDENTITY, x, float(factor.reshape(-1)[0]))
+                return
+        self._binary(node, GraphKind.MULTIPLY)
+
+    def _divide(self, node: ir.Node) -> None:
+        divisor = self.constant(node.inputs[1])
+        if divisor is None or divisor.size != 1 or not divisor.reshape(-1)[0]:
+            raise NotExpressible("a division by what is not a constant number")
+        self._unary(node, Unary.IDENTITY, node.inputs[0], 1.0 / float(divisor.reshape(-1)[0]))
+
+    def _binary(self, node: ir.Node, kind: GraphKind) -> None:
+        if node in self.summed:
+            ref = self.summed[node]
+            found = next(view for value in node.inputs if isinstance(view := self.known.get(value), View))  # type: ignore[arg-type]
+            self.result(node.outputs[0], ref, found.shape)
+            return
+        constants: list[Any] = [self.constant(value) for value in node.inputs]
+        views = [self.view(value) for value, array in zip(node.inputs, constants, strict=True) if array is None]
+        shape, first = np.broadcast_shapes(*(self._extent(value) for value in node.inputs)), views[0]
+        width = shape[-1]
+        left = self.rows_of(View(np.broadcast_to(first.places, shape)))
+        out = self.fresh(left.buffer.rows, width)
+        if len(views) == 2:
+            right = self.rows_of(View(np.broadcast_to(views[1].places, shape)))
+            self.add(kind, width, [left, right], [out])
+        else:
+            array = next(one for one in constants if one is not None)
+            table = np.broadcast_to(np.asarray(array, np.float32), shape).reshape(-1, width)
+            same = bool((table == table[0]).all())
+            self.add(kind, width, [left], [out], [vector(table[:1] if same else table)])
+        self.result(node.outputs[0], out, shape)
+
+    def _extent(self, value: ir.Value | None) -> tuple[int, ...]:
+        found = self.constant(value)
+        return found.shape if found is not None else self.view(value).shape

@@ -1,0 +1,97 @@
+"""Attention of an encoder: one operator, or two products with a softmax between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from vlm_edge.passes.graph import attribute_float, attribute_int
+
+from .encoder_views import View
+from .errors import NotExpressible
+from .plan_file import GraphKind
+
+if TYPE_CHECKING:
+    from .encoder import EncoderCompiler
+
+_LARGEST_HEAD = 256
+
+
+@dataclass(slots=True, frozen=True)
+class Pending:
+    """Scores of an attention that is written out: queries [heads, rows, size] times keys [heads, size, keys]; then their softmax."""
+
+    queries: View
+    keys: View
+    softmax: bool = False
+
+
+def attention(c: EncoderCompiler, node: ir.Node) -> None:
+    """MultiHeadAttention, or a product of two computed values as one half of an attention. Raises NotExpressible."""
+    if node.op_type == "MatMul":
+        _product(c, node)
+        return
+    inputs = [*node.inputs, *[None] * 8]
+    if any(one is not None for one in inputs[3:]) or attribute_int(node, "unidirectional", 0) or len(node.outputs) > 1:
+        raise NotExpressible("an attention with a mask, a bias or a past")
+    views = [c.view(value) for value in inputs[:3]]
+    if any(one.ndim != 3 for one in views):
+        raise NotExpressible("an attention over other than rows")
+    heads, width = attribute_int(node, "num_heads", 1), views[0].shape[-1]
+    scale = attribute_float(node, "scale", 0.0) or (width // heads) ** -0.5
+    places = _emit(c, views, heads, scale)
+    c.define(node.outputs[0], View(places.places.reshape(views[0].shape)))
+
+
+def _emit(c: EncoderCompiler, views: list[View], heads: int, scale: float) -> View:
+    """Queries, keys and values as rows of all heads' numbers → what comes out, in such rows."""
+    width = views[0].shape[-1]
+    size = width // heads
+    if width % heads or size > _LARGEST_HEAD or any(one.shape[-1] != width for one in views):
+        raise NotExpressible(f"attention heads of {width} / {heads} numbers, or of unlike ones")
+    refs = [c.rows_of(one) for one in views]
+    out = c.fresh(refs[0].buffer.rows, width)
+    c.add(GraphKind.ATTENTION, width, [*refs], [out], [], [heads, size], [scale])
+    return c.sources.view(out.buffer, (out.buffer.rows, width))
+
+
+def _heads(view: View) -> View:
+    """[…, rows, size] with all that stands before as heads."""
+    return View(view.places.reshape(-1, *view.shape[-2:]))
+
+
+def _product(c: EncoderCompiler, node: ir.Node) -> None:
+    weights = c.pending.get(node.inputs[0]) if node.inputs[0] is not None else None
+    right = c.view(node.inputs[1])
+    if weights is None:
+        left = c.view(node.inputs[0])
+        if left.ndim < 3 or left.shape[:-2] != right.shape[:-2]:
+            raise NotExpressible("a product of two computed matrices")
+        c.pending[node.outputs[0]] = Pending(left, right)
+        return
+    if not weights.softmax:
+        raise NotExpressible("a product of two computed matrices")
+    lead = weights.queries.shape[:-2]
+    queries, keys, values = _heads(weights.queries), _heads(weights.keys), _heads(right)
+    heads, rows, size = queries.shape
+    if values.shape != (heads, keys.shape[-1], size):
+        raise NotExpressible("an attention whose values have another size than its keys")
+    flat = [
+        View(np.ascontiguousarray(places).reshape(-1, heads * size))
+        for places in (queries.places.transpose(1, 0, 2), keys.places.transpose(2, 0, 1), values.places.transpose(1, 0, 2))
+    ]
+    out = _emit(c, flat, heads, 1.0)
+    places = out.places.reshape(rows, heads, size).transpose(1, 0, 2)
+    c.define(node.outputs[0], View(np.ascontiguousarray(places).reshape(*lead, rows, size)))
+
+
+def pending(c: EncoderCompiler, node: ir.Node) -> None:
+    """The softmax between the two products of an attention. Raises NotExpressible for any other."""
+    scores = c.pending.get(node.inputs[0]) if node.inputs[0] is not None else None
+    dims = len(node.inputs[0].shape) if node.inputs[0] is not None and node.inputs[0].shape is not None else 0
+    if scores is None or scores.softmax or attribute_int(node, "axis", -1) not in (-1, dims - 1):
+        raise NotExpressible("a Softmax outside of an attention")
+    c.pending[node.outputs[0]] = Pending(scores.queries, scores.keys, softmax=True)
