@@ -1,9 +1,23 @@
 /* `vlm_edge_runtime._native`: what Python sees of this folder. */
+#include "kernels/kernels.h"
 #include "native.h"
 
 PyObject *native_device_error;
 PyObject *native_context_length_error;
 PyObject *native_prompt_error;
+
+static PyObject *native_kernels(PyObject *module, PyObject *args) {
+    static const char *const names[] = {"avx512", "avx2", "neon", "scalar"}; /* the order of kernels_best */
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list != NULL && i < sizeof names / sizeof *names; i++) {
+        PyObject *name = kernels_named(names[i]) != NULL ? PyUnicode_FromString(names[i]) : NULL;
+        if (name != NULL && PyList_Append(list, name) != 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(name);
+    }
+    return list;
+}
 
 static PyMethodDef functions[] = {
     {"load_runtime", native_load_runtime, METH_VARARGS, "Opens ONNX Runtime's shared library; returns its version."},
@@ -15,6 +29,7 @@ static PyMethodDef functions[] = {
      "Pillow's 8-bit resize of an interleaved image; returns bytes."},
     {"merge_features", (PyCFunction)(void (*)(void))native_merge_features, METH_VARARGS | METH_KEYWORDS,
      "Feature rows replace the embeddings of the image tokens, in order; returns how many."},
+    {"kernels", native_kernels, METH_NOARGS, "Names of the native kernels that this CPU runs, fastest first."},
     {"plan_seconds", native_plan_seconds, METH_O, "What each step of a plan took since the last call."},
     {"graph_run", native_graph_run, METH_VARARGS, "Runs a graph's plan: {name: input array}, {name: output array}, which is filled."},
     {"graph_run", native_graph_run, METH_VARARGS, "Runs a graph's plan: {name: input array}, {name: output array}, which is filled."},

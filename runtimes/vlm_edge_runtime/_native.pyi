@@ -124,6 +124,12 @@ def plan_step(session: Session, feeds: Mapping[str, Buffer]) -> dict[str, tuple[
     For checking: the caches are copied. Raises ValueError for arrays that do not fit each other, DeviceError.
     """
 
+def kernels() -> list[str]:
+    """Instruction sets of the native kernels that this CPU runs, the fastest (a plan's default) first: "avx512", "avx2", "neon",
+
+    "scalar".
+    """
+
 def plan_seconds(session: Session) -> list[tuple[str, int, float]]:
     """(kind, width, seconds of all threads together) of each step of a plan since the last call; the first begins to measure."""
 

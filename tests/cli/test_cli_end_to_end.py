@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from vlm_edge_runtime import _native
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -84,6 +86,22 @@ def test_inspect_shows_graphs_memory_and_verdicts(trained_bundle):
     plan = json.loads(vlm_edge("inspect", trained_bundle("tiny-llava"), "--context-length", 256, "--json").stdout)["memory"]
     assert plan["cpu-int4"]["kv_cache"] == 2 * 4 * 2 * 256 * 32 * 2  # both × layers × heads × tokens × width × float16
     assert plan["cpu-int4"]["weights"] < plan["portable"]["weights"] / 2
+
+
+def test_what_runs_each_graph_is_said(trained_bundle, tmp_path):
+    bundle = shutil.copytree(trained_bundle("tiny-llava"), tmp_path / "tiny-llava.vlm")
+    made = vlm_edge("build", bundle, "--target", "cpu-int4", "--precision", "int4", "--block-size", 16, "--name", "fine")
+    assert made.returncode == 0, made.stderr
+    why = "no native kernel for 4-bit weights in blocks of 16"
+    assert f"decoder runs with ONNX Runtime: {why}" in " ".join(made.stdout.split())
+    shown = vlm_edge("inspect", bundle)
+    assert f"decoder runs with ONNX Runtime: {why}" in " ".join(shown.stdout.split())
+    runs = json.loads(vlm_edge("inspect", bundle, "--json").stdout)["runs"]
+    best = _native.kernels()[0]
+    assert runs["cpu-int4"]["decoder"] == {"runtime": "native", "kernels": best, "why": ""}
+    assert f"native ({best})" in shown.stdout
+    assert runs["portable"]["decoder"] == {"runtime": "ONNX Runtime", "kernels": "", "why": ""}
+    assert runs["fine"]["decoder"] == {"runtime": "ONNX Runtime", "kernels": "", "why": why}
 
 
 def test_bench_measures_every_build_in_its_own_process(trained_bundle):

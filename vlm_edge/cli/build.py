@@ -12,6 +12,7 @@ from vlm_edge_runtime.bundle.manifest import Build
 from vlm_edge_runtime.errors import TargetError
 
 from .console import echo_json, need_extra, progress, size, stdout, table
+from .graph_runs import graph_run, reasons
 from .options import compiling_options, lowering_options, numbers
 
 if TYPE_CHECKING:
@@ -79,10 +80,15 @@ def command(
         echo_json(msgspec.to_builtins(builds))
         return
     for made in builds:
-        drawn = table(f"{bundle}  build {made.name}", "graph", "precision", "nodes", "size", right=("nodes", "size"))
+        columns = ("graph", "precision", "runs with", "nodes", "size")
+        drawn = table(f"{bundle}  build {made.name}", *columns, right=columns[3:])
+        runs = {role: graph_run(role, graph, made) for role, graph in made.graphs.items()}
         for role, graph in made.graphs.items():
-            drawn.add_row(role, graph.precision, str(graph.nodes), size(graph.model.bytes + sum(d.bytes for d in graph.data)))
+            taken = graph.model.bytes + sum(ref.bytes for ref in graph.data)
+            drawn.add_row(role, graph.precision, str(runs[role]), str(graph.nodes), size(taken))
         stdout.print(drawn)
+        for line in reasons(runs):
+            stdout.print(line, highlight=False)
         if made.engines:
             drawn = table(f"{bundle}  engines of {made.name}", "engine", "SM", "profiles", "builder", "size", right=("size",))
             for one in made.engines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -14,6 +15,7 @@ from vlm_edge_runtime.bundle.reader import check_files, open_bundle, read_manife
 
 from .console import echo_json, size, stdout, table
 from .contract_rows import contract_rows
+from .graph_runs import graph_run, reasons
 
 _VERDICT = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "red"}
 
@@ -25,7 +27,8 @@ _VERDICT = {"PASS": "green", "AMBIGUOUS": "yellow", "FAIL": "red"}
 @click.option("--verify", is_flag=True, help="Check the hash of every file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document: manifest and memory plan.")
 def command(bundle: Path, context_length: int | None, batch: int, verify: bool, as_json: bool) -> None:
-    """Show BUNDLE: graphs, shapes, precision, sizes, the memory plan for a context length, and the parity verdicts.
+    """Show BUNDLE: graphs, what runs each one on this machine, shapes, precision, sizes, the memory plan for a context length,
+    and the parity verdicts.
 
     \b
     vlm-edge inspect tiny-llava.vlm
@@ -38,16 +41,25 @@ def command(bundle: Path, context_length: int | None, batch: int, verify: bool, 
             open_bundle(bundle, build=name)
     plans = {name: memory_plan(manifest, name, context_length, batch) for name in ("portable", *manifest.builds)}
     if as_json:
-        echo_json({"manifest": msgspec.to_builtins(manifest), "memory": plans, "verified": verify})
+        runs = {
+            name: {role: asdict(graph_run(role, graph, build)) for role, graph in graphs.items()}
+            for name, graphs, build in _every_build(manifest)
+        }
+        echo_json({"manifest": msgspec.to_builtins(manifest), "runs": runs, "memory": plans, "verified": verify})
         return
     _head(bundle, manifest, verify)
-    _graphs("portable", manifest.graphs, None)
-    for build in manifest.builds.values():
-        _graphs(build.name, {**manifest.graphs, **build.graphs}, build)
+    for name, graphs, build in _every_build(manifest):
+        _graphs(name, graphs, build)
     _plans(plans)
     _parity("portable", manifest.parity)
     for build in manifest.builds.values():
         _parity(build.name, build.parity)
+
+
+def _every_build(manifest: Manifest) -> list[tuple[str, dict[str, GraphEntry], Build | None]]:
+    """(name, graphs, build) of the portable graphs and of each build, with the portable graphs that it did not change."""
+    builds = [(one.name, {**manifest.graphs, **one.graphs}, one) for one in manifest.builds.values()]
+    return [("portable", manifest.graphs, None), *builds]
 
 
 def memory_plan(manifest: Manifest, build: str, context_length: int | None, batch: int) -> dict[str, int]:
@@ -84,18 +96,20 @@ def _head(path: Path, manifest: Manifest, verified: bool) -> None:
 
 def _graphs(name: str, graphs: dict[str, GraphEntry], build: Build | None) -> None:
     about = f" for {build.target} ({build.backend})" if build else ""
-    drawn = table(f"\n{name}{about}", "graph", "precision", "nodes", "parameters", "size", right=("nodes", "parameters", "size"))
+    columns = ("graph", "precision", "runs with", "nodes", "parameters", "size")
+    drawn = table(f"\n{name}{about}", *columns, right=columns[3:])
+    runs = {role: graph_run(role, graph, build) for role, graph in graphs.items()}
     readers = Counter(ref.file for graph in graphs.values() for ref in graph.data)
     shared: dict[str, int] = {}
     for role, graph in graphs.items():
         own = graph.model.bytes + sum(ref.bytes for ref in graph.data if readers[ref.file] == 1)
         shared.update({ref.file: ref.bytes for ref in graph.data if readers[ref.file] > 1})
-        drawn.add_row(role, graph.precision, str(graph.nodes), f"{graph.parameters:,}", size(own))
+        drawn.add_row(role, graph.precision, str(runs[role]), str(graph.nodes), f"{graph.parameters:,}", size(own))
     if shared:
-        drawn.add_row("[dim]weights, shared by the graphs[/]", "", "", "", size(sum(shared.values())))
+        drawn.add_row("[dim]weights, shared by the graphs[/]", "", "", "", "", size(sum(shared.values())))
     stdout.print(drawn)
-    if build is not None and (runs := build.options.get("decoder.kernels")):
-        stdout.print(Padding(f"the decoder runs with: {runs}", (0, 0, 0, 2)), highlight=False)
+    for line in reasons(runs):
+        stdout.print(Padding(line, (0, 0, 0, 2)), highlight=False)
     for role, graph in graphs.items():
         stdout.print(Padding(f"[dim]{role}:[/] {_signature(graph)}", (0, 0, 0, 2)), highlight=False)
 
