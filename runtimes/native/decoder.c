@@ -10,29 +10,7 @@ static DecoderStatus bind_span(Decoder *d, size_t first, size_t count, char mess
         return DECODER_OK;
     }
     decoder_unbind(d);
-    const int64_t ids_shape[] = {(int64_t)count, 1}, embeds_shape[] = {(int64_t)count, 1, (int64_t)d->hidden};
-    OrtValue *ids = NULL, *embeds = NULL;
-    OrtStatus *status = ort.CreateIoBinding(d->embed->session, &d->span_embed);
-    if (status == NULL) {
-        status = ort_wrap(d->tokens, count * sizeof *d->tokens, ids_shape, 2, ELEMENT_INT64, &ids);
-    }
-    if (status == NULL) {
-        status = ort.BindInput(d->span_embed, d->embed->input_names[0], ids);
-    }
-    if (status == NULL) {
-        status = ort_wrap(d->embeds, count * d->hidden * sizeof *d->embeds, embeds_shape, 3, ELEMENT_FLOAT32, &embeds);
-    }
-    if (status == NULL) {
-        status = ort.BindOutput(d->span_embed, d->embed->output_names[0], embeds);
-    }
-    if (ids != NULL) {
-        ort.ReleaseValue(ids);
-    }
-    if (embeds != NULL) {
-        ort.ReleaseValue(embeds);
-    }
-    if (ort_check(status, message) != 0) {
-        decoder_unbind(d);
+    if (decoder_bind_embed(d, d->tokens, d->embeds, count, 1, &d->span_embed, message) != 0) {
         return decoder_run_failed(d->embed, message);
     }
     const DecoderRun run = {.first = first, .count = count, .tokens = 1, .embeds = d->embeds, .positions = d->positions,
@@ -169,12 +147,11 @@ DecoderStatus decoder_logits(Decoder *d, size_t row, const float **logits, char 
 
 static bool is_active(const DecoderRow *row) { return row->armed && !row->finished; }
 
-/* Samples the next token of an active row from its logits. */
-static DecoderStatus emit(Decoder *d, size_t index, RowOutput *out, char message[ORT_MESSAGE_SIZE]) {
+DecoderStatus decoder_emit(Decoder *d, size_t index, const float *logits, RowOutput *out, char message[ORT_MESSAGE_SIZE]) {
     DecoderRow *row = &d->rows[index];
     TokenLogprob chosen;
     TokenLogprob *top = out->top != NULL ? out->top + out->count * out->top_count : NULL;
-    const SampleStatus sampled = sampler_choose(&row->sampler, d->logits + index * d->vocab, &chosen, top);
+    const SampleStatus sampled = sampler_choose(&row->sampler, logits, &chosen, top);
     if (sampled != SAMPLE_OK) {
         return decoder_fail(DECODER_DEVICE, message, "graph '%s' computed logits that contain %s (row %zu, entry %zu): there is no next token",
                     d->decoder->name, sample_status_text(sampled), index, row->length);
@@ -192,8 +169,7 @@ static DecoderStatus emit(Decoder *d, size_t index, RowOutput *out, char message
     return DECODER_OK;
 }
 
-/* How many steps fit every active row from here on: a row's first token may need no entry, each further one takes one. */
-static int allocate_outputs(const Decoder *d, size_t steps, RowOutput *outputs) {
+int decoder_allocate_outputs(const Decoder *d, size_t steps, RowOutput *outputs) {
     for (size_t i = 0; i < d->batch; i++) {
         const DecoderRow *row = &d->rows[i];
         RowOutput *out = &outputs[i];
@@ -201,6 +177,7 @@ static int allocate_outputs(const Decoder *d, size_t steps, RowOutput *outputs) 
         if (!is_active(row)) {
             continue;
         }
+        /* A row's first token may need no entry, each further one takes one. */
         const size_t room = d->capacity - row->length + 1, most = steps < room ? steps : room;
         const int64_t logprobs = row->sampler.params.logprobs;
         out->tokens = malloc(most * sizeof *out->tokens);
@@ -248,7 +225,7 @@ static size_t mark_pending(Decoder *d, size_t *active, size_t *full) {
 
 DecoderStatus decoder_decode(Decoder *d, size_t steps, const atomic_bool *cancelled, RowOutput *outputs, char message[ORT_MESSAGE_SIZE]) {
     DecoderStatus status = DECODER_OK;
-    if (allocate_outputs(d, steps, outputs) != 0) {
+    if (decoder_allocate_outputs(d, steps, outputs) != 0) {
         return decoder_fail(DECODER_DEVICE, message, "out of memory");
     }
     for (size_t step = 0; step < steps && !atomic_load(cancelled); step++) {
@@ -267,7 +244,7 @@ DecoderStatus decoder_decode(Decoder *d, size_t steps, const atomic_bool *cancel
         }
         for (size_t i = 0; status == DECODER_OK && i < d->batch; i++) {
             if (is_active(&d->rows[i])) {
-                status = emit(d, i, &outputs[i], message);
+                status = decoder_emit(d, i, d->logits + i * d->vocab, &outputs[i], message);
             }
         }
         if (status != DECODER_OK) {

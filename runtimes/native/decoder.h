@@ -134,6 +134,8 @@ typedef struct {
     uint8_t *saved; /* what a step would overwrite in rows that sit it out */
     size_t saved_row_bytes;
     RunTimes embed_times, decoder_times;
+    uint8_t *draft; /* what a run of drafts needs */
+    size_t draft_bytes;
 } Decoder;
 
 /* What one row produced in one decode call. `top` has `top_count` entries for every token. */
@@ -175,6 +177,19 @@ DecoderStatus decoder_decode(Decoder *decoder, size_t steps, const atomic_bool *
                              char message[ORT_MESSAGE_SIZE]);
 void row_outputs_free(RowOutput *outputs, size_t batch);
 
+/* Whether `decoder_verify` can be had: the decoder is a plan, which gives logits of several tokens, and has no recurrent state. */
+bool decoder_verifies(const Decoder *decoder);
+
+/* Tokens that may follow a row's newest one. */
+typedef struct {
+    int64_t *tokens;
+    size_t count;
+} Draft;
+
+/* One step of every active row in which its newest token and the drafts [batch] after it run together. Each row's tokens are those that
+ * as many steps of `decoder_decode` would give: one, and one more for every draft that is what the row chooses there itself. */
+DecoderStatus decoder_verify(Decoder *decoder, const Draft *drafts, const atomic_bool *cancelled, RowOutput *outputs, char message[ORT_MESSAGE_SIZE]);
+
 DecoderStatus decoder_push(Decoder *decoder, size_t row, int64_t token, char message[ORT_MESSAGE_SIZE]);
 DecoderStatus decoder_truncate(Decoder *decoder, size_t row, size_t length, char message[ORT_MESSAGE_SIZE]);
 
@@ -201,6 +216,11 @@ DecoderStatus decoder_read_signature(Decoder *decoder, char message[ORT_MESSAGE_
 
 /* Runs the pending tokens of the rows marked in `running`, all of which have room. */
 DecoderStatus decoder_run_marked(Decoder *decoder, char message[ORT_MESSAGE_SIZE]);
+
+/* Samples the next token of an active row from `logits` [vocab]. */
+DecoderStatus decoder_emit(Decoder *decoder, size_t row, const float *logits, RowOutput *out, char message[ORT_MESSAGE_SIZE]);
+/* Memory for up to `steps` tokens of every active row. −1: there is none. */
+int decoder_allocate_outputs(const Decoder *decoder, size_t steps, RowOutput *outputs);
 
 /* Forgets a row's pending token, logits and values of tokens to come, and takes it out of decode. */
 void decoder_forget(Decoder *decoder, size_t row);
@@ -241,7 +261,12 @@ typedef struct DecoderRun {
     const size_t *sizes; /* of the further inputs' and outputs' dynamic dimensions */
     uint8_t *const *inputs;
     uint8_t *const *outputs;
+    float *each; /* NULL, or (of a plan) where logits of every token go, [rows · tokens][vocab], with rows as if run token by token */
 } DecoderRun;
+
+/* Binds embed_tokens for `each` tokens of `rows` rows. */
+int decoder_bind_embed(Decoder *decoder, const int64_t *tokens, float *embeds, size_t rows, size_t each, OrtIoBinding **out,
+                       char message[ORT_MESSAGE_SIZE]);
 
 /* A plan is not bound to anything: *out is NULL. */
 int decoder_bind(Decoder *decoder, const DecoderRun *run, OrtIoBinding **out, char message[ORT_MESSAGE_SIZE]);

@@ -77,6 +77,23 @@ static void bind_further(Binder *b, const Decoder *d, const DecoderRun *run) {
     }
 }
 
+int decoder_bind_embed(Decoder *d, const int64_t *tokens, float *embeds, size_t rows, size_t each, OrtIoBinding **out, char message[ORT_MESSAGE_SIZE]) {
+    Binder b = {NULL, NULL};
+    const int64_t shape[] = {(int64_t)rows, (int64_t)each, (int64_t)d->hidden};
+    b.status = ort.CreateIoBinding(d->embed->session, &b.binding);
+    bind_memory(&b, d->embed->input_names[0], NULL, tokens, sizeof *tokens, shape, 2, ELEMENT_INT64);
+    bind_memory(&b, NULL, d->embed->output_names[0], embeds, sizeof *embeds, shape, 3, ELEMENT_FLOAT32);
+    *out = b.binding;
+    if (ort_check(b.status, message) != 0) {
+        if (b.binding != NULL) {
+            ort.ReleaseIoBinding(b.binding);
+        }
+        *out = NULL;
+        return -1;
+    }
+    return 0;
+}
+
 double decoder_execute(Decoder *d, const DecoderRun *run, const OrtIoBinding *binding, char message[ORT_MESSAGE_SIZE]) {
     SessionCore *core = d->decoder;
     if (core->plan == NULL) {
@@ -97,7 +114,8 @@ double decoder_execute(Decoder *d, const DecoderRun *run, const OrtIoBinding *bi
                           .embeds = run->embeds,
                           .positions = run->positions,
                           .seqlens = run->seqlens,
-                          .logits = d->logits + run->first * d->vocab,
+                          .logits = run->each != NULL ? run->each : d->logits + run->first * d->vocab,
+                          .each = run->each != NULL,
                           .caches = d->plan_caches,
                           .cache_row_bytes = d->plan_cache_bytes,
                           .inputs = (const uint8_t *const *)run->inputs,

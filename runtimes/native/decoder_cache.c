@@ -159,6 +159,7 @@ void decoder_free(Decoder *d) {
     free(d->plan_cache_bytes);
     free(d->plan_entries);
     free(d->saved);
+    free(d->draft);
     free(d->embed_times.seconds);
     free(d->decoder_times.seconds);
     session_core_release(d->decoder);

@@ -225,6 +225,20 @@ static PyObject *row_tuple(const RowOutput *out) {
     return result;
 }
 
+PyObject *state_rows_list(DecoderStatus status, const char *message, RowOutput *outputs, size_t batch) {
+    PyObject *result = status == DECODER_OK ? PyList_New((Py_ssize_t)batch) : state_raise(status, message);
+    for (size_t i = 0; result != NULL && i < batch; i++) {
+        PyObject *row = row_tuple(&outputs[i]);
+        if (row == NULL) {
+            Py_CLEAR(result);
+        } else {
+            PyList_SetItem(result, (Py_ssize_t)i, row);
+        }
+    }
+    row_outputs_free(outputs, batch);
+    return result;
+}
+
 PyObject *state_decode(PyObject *self, PyObject *argument) {
     StateObject *state = (StateObject *)self;
     const Py_ssize_t steps = PyLong_AsSsize_t(argument);
@@ -250,20 +264,7 @@ PyObject *state_decode(PyObject *self, PyObject *argument) {
         Py_BEGIN_ALLOW_THREADS;
         status = decoder_decode(decoder, (size_t)steps, &state->cancelled, outputs, message);
         Py_END_ALLOW_THREADS;
-        if (status != DECODER_OK) {
-            state_raise(status, message);
-        } else {
-            result = PyList_New((Py_ssize_t)batch);
-        }
-        for (size_t i = 0; result != NULL && i < batch; i++) {
-            PyObject *row = row_tuple(&outputs[i]);
-            if (row == NULL) {
-                Py_CLEAR(result);
-            } else {
-                PyList_SetItem(result, (Py_ssize_t)i, row);
-            }
-        }
-        row_outputs_free(outputs, batch);
+        result = state_rows_list(status, message, outputs, batch);
         free(outputs);
     }
     state_leave(state);

@@ -146,6 +146,16 @@ static PyObject *state_get_kv_bytes(PyObject *self, void *closure) {
     return bytes;
 }
 
+static PyObject *state_get_verifies(PyObject *self, void *closure) {
+    Decoder *decoder = state_enter((StateObject *)self);
+    if (decoder == NULL) {
+        return NULL;
+    }
+    const bool verifies = decoder_verifies(decoder);
+    state_leave((StateObject *)self);
+    return PyBool_FromLong(verifies);
+}
+
 #define KEYWORDS(function) (PyCFunction)(void (*)(void))function, METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef state_methods[] = {
@@ -154,6 +164,7 @@ static PyMethodDef state_methods[] = {
     {"logits", state_logits, METH_O, "float32 [vocab] as bytes: what follows the row's last token."},
     {"start", KEYWORDS(state_start), "Arms a row for decode."},
     {"decode", state_decode, METH_O, "Up to so many tokens for each armed row."},
+    {"verify", state_verify, METH_O, "One step of each armed row with a draft of what follows it: as many tokens as decode would give."},
     {"push", KEYWORDS(state_push), "Replaces the row's newest token."},
     {"truncate", KEYWORDS(state_truncate), "Forgets a row's entries from a length on."},
     {"copy_prefix", KEYWORDS(state_copy_prefix), "Copies the first entries of another row."},
@@ -171,6 +182,7 @@ static PyGetSetDef state_getset[] = {
     {"capacity", state_get_capacity, NULL, "entries per row", NULL},
     {"lengths", state_get_lengths, NULL, "valid entries per row", NULL},
     {"kv_bytes", state_get_kv_bytes, NULL, "bytes of the cache", NULL},
+    {"verifies", state_get_verifies, NULL, "whether verify can be had", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

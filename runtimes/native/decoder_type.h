@@ -40,11 +40,15 @@ typedef struct {
 int given_acquire(const Decoder *decoder, size_t row, PyObject *mapping, GivenUse use, Py_ssize_t tokens, Given *given);
 void given_release(const Decoder *decoder, Given *given);
 
+/* (tokens, logprobs, top_logprobs, finished) of each row, or the error of a status; frees the rows. */
+PyObject *state_rows_list(DecoderStatus status, const char *message, RowOutput *outputs, size_t batch);
+
 /* Methods: (self, args, kwargs) or (self, argument). */
 PyObject *state_prefill(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *state_logits(PyObject *self, PyObject *argument);
 PyObject *state_start(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *state_decode(PyObject *self, PyObject *argument);
+PyObject *state_verify(PyObject *self, PyObject *argument);
 PyObject *state_push(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *state_truncate(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *state_copy_prefix(PyObject *self, PyObject *args, PyObject *kwargs);

@@ -177,6 +177,20 @@ class DecoderState(Protocol):
         """Frees the cache (after the running call, if there is one); further calls raise DeviceError."""
 
 
+class VerifyingState(DecoderState, Protocol):
+    """A state whose decoder gives the logits of several tokens of a row at once: that of a build with native kernels."""
+
+    def verify(self, drafts: Sequence[Sequence[int]]) -> list[RowTokens]:
+        """One step for every unfinished row, as `decode(1)`, in which tokens that may follow run together with the newest one.
+
+        `drafts`: for each row, token ids; none for rows without a newest token. A row gives the token that `decode` would give,
+        and, for as long as that is what its draft says too, those of further steps: from 1 to len(draft) + 1 tokens, bit for bit
+        what single steps give (log probabilities included), fewer where an end-of-sequence token is among them. Only entries of
+        tokens that were produced count as held. Raises ValueError for tokens outside the vocabulary and for decoders that cannot,
+        ContextLengthError when a draft does not fit the cache, before anything runs.
+        """
+
+
 class Decoder(Protocol):
     """A loaded decoder: `embed_tokens` and `decoder` graphs with a token loop around them."""
 

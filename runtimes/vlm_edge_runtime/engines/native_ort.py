@@ -97,6 +97,12 @@ class NativeDecoderState:
         self._record(self._native)
         return rows
 
+    def verify(self, drafts: Sequence[Sequence[int]]) -> list[RowTokens]:
+        """One step for every unfinished row, with tokens that may follow its newest one run together with it."""
+        rows = [RowTokens(*row) for row in self._native.verify(drafts)]
+        self._record(self._native)
+        return rows
+
     def push(self, row: int, token: int) -> None:
         """Replaces the row's pending token."""
         self._native.push(row, token)
