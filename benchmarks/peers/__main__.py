@@ -62,9 +62,14 @@ def prepare(
     own = {**derived, "checkpoint": str(model.checkpoint), "bundle": str(bundle), "python": sys.executable}
     failed: dict[str, str] = {}
     for one in mine:
-        _prepare(
-            one, scenario.write_job({**own, "tiles": tiles, "rebuild": rebuild}, "ours", one.variant, model), sys.executable, logs
-        )
+        path = scenario.write_job({**own, "tiles": tiles, "rebuild": rebuild}, "ours", one.variant, model)
+        try:
+            _prepare(one, path, sys.executable, logs)
+        except environments.PeerError as error:
+            failed[one.key] = str(error)
+            console.print(f"[yellow]{one.label}[/]: {error}")
+    if first.key in failed:
+        raise click.ClickException(f"{failed[first.key]} (its tokenizer and image rules make the prompts of all).")
     with console.status("prompts"):
         job = scenario.make_job(model, bundle, first.variant, tiles, runs, threads, short, derived)
     pythons: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from .contenders import OWN_ENVIRONMENT
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / "out" / "peers"
 REQUIREMENTS = Path(__file__).parent / "requirements"
+UNWANTED = {"openvino_genai": ("torchvision",)}
+"""What pip brings along and must go: PyPI's torchvision does not load beside PyTorch's CPU build, and importing it fails."""
 _MESSAGE = re.compile(r"^(ERROR: |error: |[\w.]+(Error|Exception|Exit|Interrupt)\b)")
 
 
@@ -44,7 +47,8 @@ def install(peer: str, requirements: Path, folder: Path, log: Path) -> str:
     stamp.unlink(missing_ok=True)
     make = [sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)]
     fill = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile", "-r", str(requirements)]
-    for command in (make, fill):
+    drop = [sys.executable, "-m", "pip", "--python", str(python), "uninstall", "--quiet", "--yes", *UNWANTED.get(peer, ())]
+    for command in (make, fill, drop) if peer in UNWANTED else (make, fill):
         run(command, log, f"{peer} cannot be installed")
     stamp.write_text(wanted)
     return str(python)
@@ -52,8 +56,6 @@ def install(peer: str, requirements: Path, folder: Path, log: Path) -> str:
 
 def run(command: list[str], log: Path, what: str, timeout: float | None = None, **environment: str) -> str:
     """Runs a command in the project's root; its output goes to `log` too and comes back. Raises PeerError with one line."""
-    import os
-
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = subprocess.run(

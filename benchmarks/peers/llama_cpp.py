@@ -114,7 +114,7 @@ class LlamaCpp:
             raise SystemExit("mtmd_encode_chunk failed")
         past = ctypes.c_int32(self.past)
         embedded = self.m.mtmd_get_output_embd(self.mtmd)
-        none = ctypes.cast(None, self.m.mtmd_helper_post_decode_callback)
+        none = self.m.mtmd_helper_post_decode_callback(0)  # a null function pointer
         failed = self.m.mtmd_helper_decode_image_chunk(
             self.mtmd, self.context, chunk, embedded, self.past, 0, CONTEXT, ctypes.byref(past), none, None
         )

@@ -94,7 +94,7 @@ def _make_qwen2_vl(folder: Path, layers: int = 28, depth: int = 32) -> None:
     tokenizer.add_tokens(marks, special_tokens=True)
     ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in marks}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": layers}
+    text: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": layers}
     text |= {"num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}, **special}
     text |= {"tie_word_embeddings": True, "hidden_act": "silu"}

@@ -1,7 +1,8 @@
 """OpenVINO, int4 or int8 weights (worker: worker.py). Variants: `vlm-…` the whole model, `llm-…` its decoder alone.
 
 OpenVINO GenAI's pipeline refuses SmolVLM ("Unsupported 'idefics3' VLM model type"), so the whole model goes through
-optimum-intel's class, and the decoder alone through GenAI's LLMPipeline, which decodes faster. Qwen2-VL goes through GenAI's VLMPipeline.
+optimum-intel's class, and the decoder alone through GenAI's LLMPipeline, which decodes faster. Qwen2-VL goes through GenAI's
+VLMPipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GROUPS = {"int4": ("--sym", "--group-size", "64", "--ratio", "1.0")}
 
 def folder_of(job: Job) -> Path:
     """Where the exported model lies."""
-    return Path(job["folder"]) / "openvino_genai" / job["variant"]
+    return Path(job["folder"], "openvino_genai", job["variant"])
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -44,7 +45,9 @@ class Pipeline:
         self.pipeline = make(str(self.folder), "CPU", **settings(job))
         genai = self.genai
 
-        class Clock(genai.StreamerBase):  # type: ignore[misc]
+        base: Any = genai.StreamerBase
+
+        class Clock(base):  # type: ignore[misc]
             def __init__(self) -> None:
                 super().__init__()
                 self.began = time.perf_counter()
@@ -120,9 +123,9 @@ class Optimum:
         self.model = kind.from_pretrained(str(self.folder), ov_config=settings(job))
         self.model.generation_config.eos_token_id = None
         self.arrays = {name: torch.from_numpy(value) for name, value in np.load(job["image"]["arrays"]).items()}
-        base = importlib.import_module("transformers.generation.streamers").BaseStreamer
+        base: Any = importlib.import_module("transformers.generation.streamers").BaseStreamer
 
-        class Clock(base):  # type: ignore[misc, valid-type]
+        class Clock(base):  # type: ignore[misc]
             def __init__(self) -> None:
                 self.began = time.perf_counter()
                 self.calls: list[float] = []

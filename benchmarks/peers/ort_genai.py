@@ -137,7 +137,7 @@ def _vision(job: Job, encoder: Path) -> None:
             return self.connector(self.vision.post_layernorm(hidden))
 
     exact = encoder.with_name("vision-fp32.onnx")
-    names = {"input_names": ["pixel_values"], "output_names": ["image_features"]}
+    names: dict[str, Any] = {"input_names": ["pixel_values"], "output_names": ["image_features"]}
     axes = {"pixel_values": {0: "tiles"}, "image_features": {0: "tiles"}}
     sample = torch.randn(1, *job["tile_shape"])
     with torch.no_grad():

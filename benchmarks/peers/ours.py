@@ -23,8 +23,7 @@ class Ours:
         from vlm_edge_runtime import load
 
         self.job = job
-        options = {"image_options": job["image_options"]} if job["image_options"] else {}
-        self.vlm: Any = load(job["bundle"], build=job["variant"], threads=job["threads"], **options)
+        self.vlm: Any = load(job["bundle"], build=job["variant"], threads=job["threads"], image_options=job["image_options"])
         with Image.open(job["image"]["picture"]) as opened:
             self.image = opened.convert("RGB")
 

@@ -40,7 +40,7 @@ def share_of(metric: Metric, value: float, row: Row, contender: Contender, shape
     if metric.share == "decode":
         context = job["lengths"]["short" if "short" in metric.key else "long"] + job["new_tokens"] / 2
         read = row["token_bytes"] + shape.cache_bytes(context, row["kv_bytes"])
-        return value * read / limit.read
+        return float(value * read / limit.read)
     arithmetic = contender.vision if metric.share == "vision" else contender.products
     if metric.share is None or arithmetic is None:
         return None
@@ -49,7 +49,7 @@ def share_of(metric: Metric, value: float, row: Row, contender: Contender, shape
         return (shape.vision_products / peak + shape.vision_attention / limit.fp32) / (value / 1e3)
     tokens = job["lengths"]["short" if "short" in metric.key else "longest"]
     least = shape.prompt_products(tokens) / peak + shape.prompt_attention(tokens) / limit.fp32
-    return least * value / tokens
+    return float(least * value / tokens)
 
 
 def document(

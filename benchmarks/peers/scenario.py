@@ -84,7 +84,7 @@ def make_job(model: Model, bundle: Path, build: str, tiles: int, runs: int, thre
     image.save(folder / "picture.png")
     (folder / "picture.rgb").write_bytes(image.tobytes())
     kind = model.model_type
-    with load(bundle, build=build, threads=threads, **({"image_options": options} if options else {})) as opened:
+    with load(bundle, build=build, threads=threads, image_options=options) as opened:
         session: Any = opened
         prompts = Prompts(session, Tokenizer.from_file(str(bundle / "tokenizer.json")))
         shown = prompts.image(model.placeholder, image, model.other_tokens)

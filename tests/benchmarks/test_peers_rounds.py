@@ -1,0 +1,166 @@
+"""The bench of peers, around the measuring: turns, the journal, quietness, environments, shapes, and small real runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click.testing
+import pytest
+from safetensors import safe_open
+
+from benchmarks.peers import __main__ as command
+from benchmarks.peers import environments, models, rounds, scenario, shape, worker
+from benchmarks.peers.contenders import CONTENDERS, Contender
+
+TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny-smolvlm"
+
+
+def test_contenders_take_turns_and_each_round_begins_with_another():
+    turns = list(rounds.in_turn(CONTENDERS[:3], 3))
+    assert [number for number, _ in turns] == [0] * 3 + [1] * 3 + [2] * 3
+    first = [next(one.key for number, one in turns if number == each) for each in range(3)]
+    assert len(set(first)) == 3
+    assert all(len({one.key for number, one in turns if number == each}) == 3 for each in range(3))
+
+
+def test_a_journal_goes_on_only_with_the_same_settings(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = rounds.Journal(path, {"runs": 2}, resume=False)
+    journal.add(0, "limits", {"read": 1.0, "int8": 2.0, "fp32": 3.0})
+    journal.add(0, "ours-int4", {"ttft_s": 1.0})
+    again = rounds.Journal(path, {"runs": 2}, resume=True)
+    assert again.has(0, "ours-int4") and not again.has(1, "ours-int4")
+    assert again.limits()[0].int8 == 2.0
+    assert not rounds.Journal(path, {"runs": 3}, resume=True).rows
+    assert not path.read_text()
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    monkeypatch.setattr(rounds, "load_average", lambda: 3.0)
+    assert "load average is 3.00 on 2 cores" in str(rounds.busy(2))
+    done = click.testing.CliRunner().invoke(command.main, ["--model", str(TINY), "--only", "ours-int4"])
+    assert done.exit_code == 1 and "--busy" in done.output and "load average" in done.output
+    monkeypatch.setattr(rounds, "load_average", lambda: 0.1)
+    assert rounds.busy(2) is None
+
+
+def test_an_uninstallable_peer_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    wanted = tmp_path / "peer.txt"
+    wanted.write_text("nobody-has-ever-written-this==1.0\n")
+    with pytest.raises(environments.PeerError, match=r"peer cannot be installed: ERROR: .*nobody-has-ever-written-this"):
+        environments.install("peer", wanted, tmp_path / "env", tmp_path / "log.txt")
+    assert not (tmp_path / "env" / "installed.txt").exists()
+
+
+def test_a_peer_that_breaks_does_not_stop_the_others(tmp_path):
+    those = [Contender("a", "A", "nobody", "x", None, None), Contender("b", "B", "nobody_else", "x", None, None)]
+    jobs = {}
+    for one in those:
+        jobs[one.key] = tmp_path / f"{one.key}.json"
+        jobs[one.key].write_text(json.dumps({"threads": 1}))
+    journal = rounds.Journal(tmp_path / "journal.jsonl", {}, resume=False)
+    for number in range(2):
+        journal.add(number, "limits", {"read": 1.0, "int8": 1.0, "fp32": 1.0})
+    told: list[str] = []
+    pythons = {one.peer: sys.executable for one in those}
+    failed = rounds.run_rounds(those, 2, 1, pythons, jobs, tmp_path, journal, told.append)
+    assert failed.keys() == {"a", "b"} and "No module named" in failed["a"]
+    assert len([line for line in told if line.startswith("round")]) == 2  # each is tried once
+
+
+def test_options_that_cannot_be_are_refused():
+    run = click.testing.CliRunner().invoke
+    assert "no contender begins with" in run(command.main, ["--only", "vllm"]).output
+    assert "neither 256m nor 2b" in run(command.main, ["--model", "/nowhere"]).output
+    assert "does not split pictures" in run(command.main, ["--model", "2b", "--tiles", "17"]).output
+
+
+def test_a_shape_counts_the_matrices_of_a_checkpoint():
+    found = shape.read(TINY, (64, 64))
+    sizes = {}
+    with safe_open(TINY / "model.safetensors", "np") as opened:
+        for name in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            sizes[name] = opened.get_slice(name).get_shape()
+    matrices = [a * b for name, (a, *rest) in sizes.items() if "text_model.layers" in name for b in rest]
+    assert found.layer_weights == sum(matrices)
+    assert found.head_weights == sizes["lm_head.weight"][0] * sizes["lm_head.weight"][1]
+    tokens = (64 // 16) ** 2
+    encoder = sum(a * b for name, (a, *rest) in sizes.items() if "vision_model.encoder" in name for b in rest)
+    connector = [a * b for name, (a, *rest) in sizes.items() if "connector" in name for b in rest]
+    patches = 2 * tokens * 128 * 3 * 16**2
+    assert found.vision_products == 2 * tokens * encoder + 2 * (tokens // 4) * sum(connector) + patches
+    assert found.vision_attention == 3 * 4 * tokens**2 * 128
+
+
+def test_smolvlm_256m_costs_what_the_first_measurement_counted(tmp_path):
+    text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    text |= {"num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49280}
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 512, "patch_size": 16}
+    config = {"model_type": "smolvlm", "scale_factor": 4, "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = shape.read(tmp_path, (512, 512))
+    assert (found.vision_products + found.vision_attention) / 1e9 == pytest.approx(214.7, abs=0.2)
+    assert found.prompt_products(96) / 1e9 == pytest.approx(20.4, abs=0.1)
+
+
+def test_the_same_steps_are_taken_of_every_contender(monkeypatch):
+    calls = []
+
+    class Counted:
+        def picture(self):
+            calls.append("picture")
+            return 0.5
+
+        def turn(self):
+            calls.append("turn")
+
+        def vision(self):
+            calls.append("vision")
+            return 0.25
+
+        def text(self, prompt, new_tokens):
+            calls.append(f"text {len(prompt['ids'])} {new_tokens}")
+            return [0.1 * (index + 1) for index in range(new_tokens)]
+
+        def facts(self):
+            return {"files": [TINY / "config.json"], "token_bytes": 1, "kv_bytes": 2, "whole": True, "note": ""}
+
+    texts = {name: [{"ids": [1] * count}] for name, count in (("short", 20), ("long", 40), ("longest", 60))}
+    job = {"tiles": 1, "runs": 2, "new_tokens": 4, "texts": texts}
+    found = worker.measure(lambda job: Counted(), job)
+    assert calls == ["picture"] + ["vision", "picture", "turn"] * 2 + ["text 20 4", "text 40 4", "text 60 1"]
+    assert found["prefill_short_tps"] == pytest.approx(200) and found["decode_short_tps"] == pytest.approx(10)
+    assert found["vision_ms"] == 250 and "turn_s" not in found and found["cold_s"] > 0
+    calls.clear()
+    split = worker.measure(lambda job: Counted(), {**job, "tiles": 17})
+    assert calls == ["picture", "turn"] and split["ttft_s"] == 0.5
+
+
+@pytest.mark.slow
+def test_ours_and_transformers_take_turns_on_a_trained_model(tmp_path, monkeypatch):
+    """The whole command with a small model: real processes, real figures, one contender that cannot be installed."""
+    for module in (models, scenario, environments):
+        monkeypatch.setattr(module, "PEERS", tmp_path / "peers")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    out = tmp_path / "found"
+    only = "ours-int4,transformers-fp32,openvino-int4"
+    arguments = ["--model", str(TINY), "--only", only, "--quick", "--busy", "--threads", "2", "--out", str(out), "--no-save"]
+    done = click.testing.CliRunner().invoke(command.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.with_suffix(".json").read_text())
+    ours, eager, missing = (found["contenders"][key] for key in ("ours-int4", "transformers-fp32", "openvino-int4"))
+    names = {"vision_ms", "prefill_short_tps", "prefill_longest_tps", "ttft_s", "decode_short_tps", "decode_long_tps", "turn_s"}
+    names |= {"rss_mb", "rss_long_mb", "size_mb", "cold_s"}
+    assert names <= ours.keys() and names <= eager.keys()
+    assert "cannot be installed" in missing["failed"]
+    assert ours["token_bytes"] < eager["token_bytes"] / 4  # 4-bit layers beside float32
+    assert ours["rss_mb"]["median"] < eager["rss_mb"]["median"]  # no PyTorch in the process
+    assert "onnxruntime" in ours["versions"] and "torch" not in ours["versions"]
+    page = out.with_suffix(".md").read_text()
+    assert "None are set for this model" in page and "cannot be installed" in page
+    assert out.with_suffix(".png").is_file()
