@@ -1,253 +1,189 @@
+/* The two passes of a resize, shared out to threads: blocks of lines along rows, lines of the result along columns. */
 #include "image.h"
 
-#include <math.h>
-#include <stdbool.h>
+#include "image_threads.h"
+#include "image_weights.h"
+
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF /* a fused multiply-add would round differently from numpy and Pillow */
-#endif
+#define COLUMN_LINES 8          /* lines of the result that a thread makes at a time */
+#define ITEMS_MOST 4096         /* of a pass; those of a larger one are several blocks */
+#define SHARED_FROM (1u << 21)  /* products: fewer take less than it costs to wake threads up */
 
-#define PRECISION_BITS (32 - 8 - 2) /* 8 bits of value, 2 of head room for weights that overshoot 1 */
-#define PI 3.14159265358979323846
-
-typedef double (*FilterFunction)(double x);
-
-static double box_filter(double x) { return x > -0.5 && x <= 0.5 ? 1.0 : 0.0; }
-
-static double bilinear_filter(double x) {
-    x = x < 0.0 ? -x : x;
-    return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-static double hamming_filter(double x) {
-    x = x < 0.0 ? -x : x;
-    if (x == 0.0) {
-        return 1.0;
-    }
-    if (x >= 1.0) {
-        return 0.0;
-    }
-    x = x * PI;
-    return sin(x) / x * (0.54f + 0.46f * cos(x)); /* Pillow writes these two as floats */
-}
-
-/* Keys' cubic convolution kernel with a = −0.5 (IEEE ASSP 29(6), 1981). */
-static double bicubic_filter(double x) {
-    const double a = -0.5;
-    x = x < 0.0 ? -x : x;
-    if (x < 1.0) {
-        return ((a + 2.0) * x - (a + 3.0)) * x * x + 1;
-    }
-    if (x < 2.0) {
-        return (((x - 5) * x + 8) * x - 4) * a;
-    }
-    return 0.0;
-}
-
-static double sinc(double x) {
-    if (x == 0.0) {
-        return 1.0;
-    }
-    x = x * PI;
-    return sin(x) / x;
-}
-
-static double lanczos_filter(double x) { return -3.0 <= x && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
-
-static const struct {
-    FilterFunction weight;
-    double support;
-} FILTERS[] = {
-    [RESAMPLE_BOX] = {box_filter, 0.5},         [RESAMPLE_BILINEAR] = {bilinear_filter, 1.0}, [RESAMPLE_HAMMING] = {hamming_filter, 1.0},
-    [RESAMPLE_BICUBIC] = {bicubic_filter, 2.0}, [RESAMPLE_LANCZOS] = {lanczos_filter, 3.0},
-};
-
-/* For each output position: which inputs count (first, count) and their fixed-point weights (row of `taps` integers). */
 typedef struct {
-    size_t taps;
-    size_t *first;
-    size_t *count;
-    int32_t *weights;
-} Coefficients;
+    Image source;
+    uint8_t *target;
+    size_t target_stride;
+    bool vertical;
+    KeptWeights *kept;
+    const uint8_t *end; /* of what may be read of the source */
+    uint8_t *scratch;   /* of each thread: IMAGE_LINES lines */
+    size_t scratch_line;
+} Pass;
 
-static void coefficients_free(Coefficients *c) {
-    free(c->first);
-    free(c->count);
-    free(c->weights);
-}
+typedef struct {
+    Pass passes[2];
+    size_t steps;
+} Resize;
 
-static int coefficients_init(Coefficients *c, size_t in_size, size_t out_size, ResampleFilter filter) {
-    const FilterFunction weight = FILTERS[filter].weight;
-    const double scale = (double)in_size / (double)out_size;
-    const double filter_scale = scale < 1.0 ? 1.0 : scale; /* antialiasing only when shrinking */
-    const double support = FILTERS[filter].support * filter_scale;
-    c->taps = (size_t)ceil(support) * 2 + 1;
-    c->first = malloc(out_size * sizeof *c->first);
-    c->count = malloc(out_size * sizeof *c->count);
-    c->weights = calloc(out_size * c->taps, sizeof *c->weights);
-    double *exact = malloc(c->taps * sizeof *exact);
-    if (c->first == NULL || c->count == NULL || c->weights == NULL || exact == NULL) {
-        coefficients_free(c);
-        free(exact);
-        return -1;
+static int pass_init(Pass *pass, const Image *source, uint8_t *target, size_t size, bool vertical, ResampleFilter filter, size_t threads,
+                     const ImageKernels *kernels) {
+    const size_t line = source->width * source->channels;
+    *pass = (Pass){.source = *source, .target = target, .vertical = vertical, .end = source->data + (source->height - 1) * source->stride + line};
+    pass->target_stride = vertical ? line : size * source->channels;
+    /* Only pixels of 3 bytes have kernels along rows. */
+    kernels = vertical || source->channels == 3 ? kernels : &image_kernels_scalar;
+    pass->kept = weights_take(vertical ? source->height : source->width, size, filter, kernels);
+    if (pass->kept != NULL && !vertical && source->channels == 3) {
+        pass->scratch_line = weights_of(pass->kept)->reach * 3 + PIXEL_READ;
+        pass->scratch = malloc(threads * IMAGE_LINES * pass->scratch_line);
     }
-    const double inverse = 1.0 / filter_scale;
-    for (size_t out = 0; out < out_size; out++) {
-        const double center = ((double)out + 0.5) * scale;
-        double low = center - support + 0.5, high = center + support + 0.5;
-        size_t first = low > 0.0 ? (size_t)low : 0;
-        size_t end = (size_t)high;
-        end = end < in_size ? end : in_size;
-        const size_t count = end - first;
-        double total = 0.0;
-        for (size_t i = 0; i < count; i++) {
-            exact[i] = weight(((double)i + (double)first - center + 0.5) * inverse);
-            total += exact[i];
-        }
-        int32_t *row = c->weights + out * c->taps;
-        for (size_t i = 0; i < count; i++) {
-            const double share = total != 0.0 ? exact[i] / total : exact[i];
-            row[i] = (int32_t)((share < 0 ? -0.5 : 0.5) + share * (1 << PRECISION_BITS));
-        }
-        c->first[out] = first;
-        c->count[out] = count;
+    return pass->kept != NULL && (pass->scratch != NULL || pass->scratch_line == 0) ? 0 : -1;
+}
+
+static void pass_free(Pass *pass) {
+    if (pass->kept != NULL) {
+        weights_give(pass->kept);
     }
-    free(exact);
-    return 0;
+    free(pass->scratch);
 }
 
-static inline uint8_t clip_u8(int32_t sum) {
-    const int32_t value = sum >> PRECISION_BITS; /* arithmetic shift: rounds towards −∞, as Pillow's table look-up does */
-    return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
+/* How many products a pass takes, about. */
+static size_t pass_work(const Pass *pass) {
+    const ResampleWeights *w = weights_of(pass->kept);
+    return w->size * w->stride * (pass->vertical ? pass->source.width : pass->source.height) * pass->source.channels;
 }
 
-#define ROUNDING (1 << (PRECISION_BITS - 1))
+static void columns(const Pass *pass, size_t block) {
+    const ResampleWeights *w = weights_of(pass->kept);
+    const ImageKernels *kernels = weights_kernels(pass->kept);
+    const Image *source = &pass->source;
+    const size_t first = block * COLUMN_LINES, end = first + COLUMN_LINES < w->size ? first + COLUMN_LINES : w->size;
+    for (size_t y = first; y < end; y++) {
+        kernels->column(source->data + w->first[y] * source->stride, source->stride, w->count[y], w->words + y * w->stride, w->starts[y],
+                        pass->target + y * pass->target_stride, source->width * source->channels);
+    }
+}
 
-static void resize_rows(const uint8_t *source, size_t height, size_t width, size_t channels, uint8_t *target, size_t out_width,
-                        const Coefficients *c) {
-    for (size_t y = 0; y < height; y++) {
-        const uint8_t *line = source + y * width * channels;
-        uint8_t *out = target + y * out_width * channels;
-        for (size_t x = 0; x < out_width; x++, out += channels) {
-            const int32_t *weights = c->weights + x * c->taps;
-            const uint8_t *pixel = line + c->first[x] * channels;
-            const size_t count = c->count[x];
-            if (channels == 3) {
-                int32_t red = ROUNDING, green = ROUNDING, blue = ROUNDING;
-                for (size_t i = 0; i < count; i++, pixel += 3) {
-                    red += pixel[0] * weights[i];
-                    green += pixel[1] * weights[i];
-                    blue += pixel[2] * weights[i];
-                }
-                out[0] = clip_u8(red);
-                out[1] = clip_u8(green);
-                out[2] = clip_u8(blue);
-                continue;
+/* Any number of channels, one line. */
+static void row(const uint8_t *line, uint8_t *out, size_t channels, const ResampleWeights *w) {
+    for (size_t x = 0; x < w->size; x++) {
+        const int32_t *weights = w->words + x * w->stride;
+        for (size_t channel = 0; channel < channels; channel++) {
+            const uint8_t *value = line + w->first[x] * channels + channel;
+            int32_t sum = w->starts[x];
+            for (size_t i = 0; i < w->count[x]; i++, value += channels) {
+                sum += *value * weights[i];
             }
-            for (size_t channel = 0; channel < channels; channel++) {
-                int32_t sum = ROUNDING;
-                for (size_t i = 0; i < count; i++) {
-                    sum += pixel[i * channels + channel] * weights[i];
-                }
-                out[channel] = clip_u8(sum);
-            }
+            *out++ = clip_u8(sum);
         }
     }
 }
 
-/* Along columns, a line at a time: the inner loop runs over neighbouring bytes, which the compiler vectorises. */
-static void resize_columns(const uint8_t *source, size_t line, uint8_t *target, size_t out_height, int32_t *sums, const Coefficients *c) {
-    for (size_t y = 0; y < out_height; y++) {
-        const int32_t *weights = c->weights + y * c->taps;
-        for (size_t x = 0; x < line; x++) {
-            sums[x] = ROUNDING;
+static void rows(const Pass *pass, size_t block, size_t thread) {
+    const ResampleWeights *w = weights_of(pass->kept);
+    const Image *source = &pass->source;
+    const size_t first = block * IMAGE_LINES;
+    if (source->channels != 3) {
+        for (size_t y = first; y < first + IMAGE_LINES && y < source->height; y++) {
+            row(source->data + y * source->stride, pass->target + y * pass->target_stride, source->channels, w);
         }
-        for (size_t i = 0; i < c->count[y]; i++) {
-            const uint8_t *row = source + (c->first[y] + i) * line;
-            const int32_t weight = weights[i];
-            for (size_t x = 0; x < line; x++) {
-                sums[x] += row[x] * weight;
-            }
+        return;
+    }
+    const uint8_t *lines[IMAGE_LINES];
+    uint8_t *out[IMAGE_LINES];
+    uint8_t *scratch = pass->scratch + thread * IMAGE_LINES * pass->scratch_line;
+    for (size_t i = 0; i < IMAGE_LINES; i++) {
+        /* Where there are fewer, the last one takes the others' places: the same is written several times. */
+        const size_t y = first + i < source->height ? first + i : source->height - 1;
+        lines[i] = source->data + y * source->stride;
+        out[i] = pass->target + y * pass->target_stride;
+        if ((size_t)(pass->end - lines[i]) < pass->scratch_line) {
+            uint8_t *copy = scratch + i * pass->scratch_line;
+            const size_t line = source->width * 3 < pass->scratch_line ? source->width * 3 : pass->scratch_line;
+            memcpy(copy, lines[i], line);
+            memset(copy + line, 0, pass->scratch_line - line);
+            lines[i] = copy;
         }
-        uint8_t *out = target + y * line;
-        for (size_t x = 0; x < line; x++) {
-            out[x] = clip_u8(sums[x]);
+    }
+    weights_kernels(pass->kept)->rows(lines, out, w);
+}
+
+static size_t pass_blocks(const Pass *pass) {
+    const size_t lines = pass->vertical ? weights_of(pass->kept)->size : pass->source.height;
+    const size_t each = pass->vertical ? COLUMN_LINES : IMAGE_LINES;
+    return (lines + each - 1) / each;
+}
+
+static size_t items_of(size_t blocks) { return blocks < ITEMS_MOST ? blocks : ITEMS_MOST; }
+
+static size_t items(void *context, size_t step, bool *small) {
+    const Pass *pass = &((Resize *)context)->passes[step];
+    *small = pass_work(pass) < SHARED_FROM;
+    return items_of(pass_blocks(pass));
+}
+
+static void work(void *context, size_t step, size_t item, size_t thread) {
+    const Pass *pass = &((Resize *)context)->passes[step];
+    const size_t blocks = pass_blocks(pass), count = items_of(blocks);
+    for (size_t block = item * blocks / count; block < (item + 1) * blocks / count; block++) {
+        if (pass->vertical) {
+            columns(pass, block);
+        } else {
+            rows(pass, block, thread);
         }
     }
 }
 
-static int horizontal_pass(const uint8_t *source, size_t height, size_t width, size_t channels, uint8_t *target, size_t out_width,
-                           ResampleFilter filter) {
-    Coefficients c = {0};
-    if (coefficients_init(&c, width, out_width, filter) != 0) {
-        return -1;
+static void copy(const Image *source, uint8_t *target) {
+    const size_t line = source->width * source->channels;
+    for (size_t y = 0; y < source->height; y++) {
+        memcpy(target + y * line, source->data + y * source->stride, line);
     }
-    resize_rows(source, height, width, channels, target, out_width, &c);
-    coefficients_free(&c);
-    return 0;
 }
 
-static int vertical_pass(const uint8_t *source, size_t height, size_t line, uint8_t *target, size_t out_height, ResampleFilter filter) {
-    Coefficients c = {0};
-    int32_t *sums = malloc(line * sizeof *sums);
-    if (sums == NULL || coefficients_init(&c, height, out_height, filter) != 0) {
-        free(sums);
-        return -1;
-    }
-    resize_columns(source, line, target, out_height, sums, &c);
-    coefficients_free(&c);
-    free(sums);
-    return 0;
-}
-
-int resize_u8(const uint8_t *source, size_t height, size_t width, size_t channels, uint8_t *target, size_t out_height, size_t out_width,
-              ResampleFilter filter, PassOrder order) {
-    const bool horizontal = out_width != width, vertical = out_height != height;
+int resize_u8(const Image *source, uint8_t *target, size_t out_height, size_t out_width, ResampleFilter filter, PassOrder order, size_t threads,
+              const ImageKernels *kernels) {
+    const bool horizontal = out_width != source->width, vertical = out_height != source->height;
+    const size_t channels = source->channels;
     if (!horizontal && !vertical) {
-        memcpy(target, source, height * width * channels);
+        copy(source, target);
         return 0;
     }
-    if (!vertical) {
-        return horizontal_pass(source, height, width, channels, target, out_width, filter);
+    Resize resize = {.steps = horizontal && vertical ? 2 : 1};
+    Pass *passes = resize.passes;
+    uint8_t *between = NULL;
+    int result = 0;
+    threads = threads < 1 ? 1 : threads > POOL_MAX_THREADS ? POOL_MAX_THREADS : threads;
+    if (resize.steps == 1) {
+        result = pass_init(&passes[0], source, target, vertical ? out_height : out_width, vertical, filter, threads, kernels);
+    } else {
+        if (order == PASSES_AUTO) {
+            const ptrdiff_t shorter = (ptrdiff_t)source->height - (ptrdiff_t)out_height;
+            const ptrdiff_t narrower = (ptrdiff_t)source->width - (ptrdiff_t)out_width;
+            order = shorter > 0 && shorter > 2 * narrower ? PASSES_VERTICAL_FIRST : PASSES_HORIZONTAL_FIRST;
+        }
+        const bool columns_first = order == PASSES_VERTICAL_FIRST;
+        const size_t height = columns_first ? out_height : source->height, width = columns_first ? source->width : out_width;
+        between = malloc(height * width * channels);
+        const Image half = {.data = between, .stride = width * channels, .height = height, .width = width, .channels = channels};
+        if (between == NULL ||
+            pass_init(&passes[0], source, between, columns_first ? out_height : out_width, columns_first, filter, threads, kernels) != 0 ||
+            pass_init(&passes[1], &half, target, columns_first ? out_width : out_height, !columns_first, filter, threads, kernels) != 0) {
+            result = -1;
+        }
     }
-    if (!horizontal) {
-        return vertical_pass(source, height, width * channels, target, out_height, filter);
+    if (result == 0) {
+        size_t products = 0;
+        for (size_t step = 0; step < resize.steps; step++) {
+            products += pass_work(&passes[step]);
+        }
+        const PoolJob job = {.steps = resize.steps, .items = items, .work = work, .context = &resize};
+        image_run(&job, products < SHARED_FROM ? 1 : threads);
     }
-    if (order == PASSES_AUTO) {
-        const ptrdiff_t shorter = (ptrdiff_t)height - (ptrdiff_t)out_height, narrower = (ptrdiff_t)width - (ptrdiff_t)out_width;
-        order = shorter > 0 && shorter > 2 * narrower ? PASSES_VERTICAL_FIRST : PASSES_HORIZONTAL_FIRST;
-    }
-    const bool columns_first = order == PASSES_VERTICAL_FIRST;
-    uint8_t *between = malloc(columns_first ? out_height * width * channels : height * out_width * channels);
-    int result = -1;
-    if (between != NULL && columns_first) {
-        result = vertical_pass(source, height, width * channels, between, out_height, filter);
-        result = result == 0 ? horizontal_pass(between, out_height, width, channels, target, out_width, filter) : result;
-    } else if (between != NULL) {
-        result = horizontal_pass(source, height, width, channels, between, out_width, filter);
-        result = result == 0 ? vertical_pass(between, height, out_width * channels, target, out_height, filter) : result;
-    }
+    pass_free(&passes[0]);
+    pass_free(&passes[1]);
     free(between);
     return result;
-}
-
-void normalize_hwc_u8(const uint8_t *source, size_t height, size_t width, size_t channels, double scale, const float *mean,
-                      const float *std, float *target) {
-    const size_t pixels = height * width;
-    for (size_t channel = 0; channel < channels; channel++) {
-        /* A byte has 256 values: each is computed once, in exactly numpy's order of operations. */
-        float table[256];
-        for (int value = 0; value < 256; value++) {
-            const float rescaled = (float)((double)value * scale);
-            const float centred = rescaled - mean[channel];
-            table[value] = centred / std[channel];
-        }
-        const uint8_t *pixel = source + channel;
-        float *plane = target + channel * pixels;
-        for (size_t i = 0; i < pixels; i++) {
-            plane[i] = table[pixel[i * channels]];
-        }
-    }
 }

@@ -42,29 +42,40 @@ class _SamplingParams(Protocol):
 
 # --- images and prompts ---
 
-def normalize_hwc_u8(
-    source: Buffer, height: int, width: int, channels: int, scale: float, mean: Sequence[float], std: Sequence[float], out: Buffer
+def normalize_u8(
+    frames: Sequence[Buffer],
+    scale: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    out: Buffer,
+    patch: int = 0,
+    merge: int = 1,
+    depth: int = 1,
+    threads: int = 1,
 ) -> None:
-    """uint8 [height, width, channels] → `out` float32 [channels, height, width] = (float32(value · scale) − mean) / std.
+    """uint8 frames [height, width, channels] of one size → `out` float32 = (float32(value · scale) − mean) / std.
 
     The product is taken in float64 and rounded once, the rest is float32: bit for bit what transformers' numpy image
-    processors compute. 1 to 4 channels. Raises ValueError or TypeError for buffers that do not fit.
+    processors compute. 1 to 4 channels. Lines may lie apart (a part of a larger image), pixels may not.
+
+    `out` is [frames, channels, height, width]; with `patch`, [⌈frames / depth⌉ · rows · columns, channels · depth · patch²]: the
+    patches of one merge × merge block next to each other, blocks in reading order, the last frame filling up the last step.
+    Raises ValueError or TypeError for buffers that do not fit.
     """
 
 def resize_u8(
     source: Buffer,
-    height: int,
-    width: int,
-    channels: int,
-    out_height: int,
-    out_width: int,
+    out: Buffer,
     filter: Literal["box", "bilinear", "hamming", "bicubic", "lanczos"],
     order: Literal["auto", "horizontal", "vertical"] = "auto",
-) -> bytes:
-    """An interleaved uint8 image resized with Pillow's 8-bit arithmetic, integer for integer (`Image.resize` of L and RGB).
+    threads: int = 1,
+    kernels: Literal["scalar", "avx2", "avx512", "neon"] | None = None,
+) -> None:
+    """`source` uint8 [height, width, channels] → `out`, of another size: Pillow's 8-bit arithmetic, integer for integer.
 
-    `order`: which pass is first (its result is rounded); "auto" is Pillow 13's choice, older ones always start "horizontal".
-    Channels are independent: unlike Pillow with RGBA, alpha is not multiplied in first.
+    `Image.resize` of modes L and RGB. `order`: which pass is first (its result is rounded); "auto" is Pillow 13's choice, older
+    ones always start "horizontal". Channels are independent: unlike Pillow with RGBA, alpha is not multiplied in first.
+    The source's lines may lie apart. `kernels`: the best of the CPU; the result is the same with any.
     """
 
 def merge_features(embeddings: Buffer, input_ids: Buffer, image_token_id: int, features: Buffer) -> int:

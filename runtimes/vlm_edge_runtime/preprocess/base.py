@@ -17,7 +17,7 @@ from vlm_edge_runtime.errors import ImageError, UnsupportedModelError
 
 from .geometry import bounded_edges_size, fit_inside_size, shortest_edge_size
 from .image import ImageLike, load_image, to_channels, to_rgb
-from .ops import Floats, Pixels, center_crop, normalize, pad_bottom_right, resize
+from .ops import Floats, Patches, Pixels, center_crop, normalize, pad_bottom_right, resize
 from .options import Config, Options, Size, read_options
 
 # Part of every fingerprint: raise it when the same options come to give other pixels.
@@ -85,19 +85,16 @@ class ImageProcessor(ABC):
         pixels = to_rgb(loaded) if self.options.do_convert_rgb else to_channels(loaded)
         return self.encode(pixels, (loaded.height, loaded.width))
 
-    def normalize(self, *frames: Pixels) -> Floats:
+    def normalize(self, *frames: Pixels, patches: Patches | None = None, out: Floats | None = None) -> Floats:
         """`do_rescale` and `do_normalize`: frames uint8 `[height, width, channels]`, all of one size, → float32
 
-        `[frames, channels, height, width]`.
+        `[frames, channels, height, width]`, or cut into `patches`; in `out`, where that is given.
         """
         options = self.options
-        height, width, channels = frames[0].shape
+        channels = frames[0].shape[2]
         mean, std = (options.image_mean, options.image_std) if options.do_normalize else (0.0, 1.0)
         means, deviations = self.per_channel(mean, channels), self.per_channel(std, channels)
-        values = np.empty((len(frames), channels, height, width), np.float32)
-        for frame, out in zip(frames, values, strict=True):
-            normalize(frame, options.rescale_factor, means, deviations, out)
-        return values
+        return normalize(frames, options.rescale_factor, means, deviations, patches, out)
 
     def per_channel(self, values: tuple[float, ...] | float | None, channels: int) -> tuple[float, ...]:
         """One value for each channel. Raises ImageError where the image has another number of channels than the options."""

@@ -57,10 +57,13 @@ class MllamaImageProcessor(ImageProcessor):
         fitted = resize(pixels, self._fit(height, width, rows * side, columns * side), self.options.resample)
         canvas = np.zeros((rows * side, columns * side, channels), np.uint8)
         canvas[: fitted.shape[0], : fitted.shape[1]] = fitted
-        (planes,) = self.normalize(canvas)
-        tiles = planes.reshape(channels, rows, side, columns, side).transpose(1, 3, 0, 2, 4)
+        tiles = [
+            canvas[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            for row in range(rows)
+            for column in range(columns)
+        ]
         values = np.zeros((1, self._tiles, channels, side, side), np.float32)
-        values[0, : rows * columns] = tiles.reshape(rows * columns, channels, side, side)
+        self.normalize(*tiles, out=values[0, : len(tiles)])
         arrays: dict[str, npt.NDArray[np.generic]] = {
             "pixel_values": values,
             "aspect_ratio_ids": np.array([self.arrangements.index((rows, columns)) + 1], np.int64),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -39,6 +41,23 @@ def _import_native() -> ModuleType | None:
 native: ModuleType | None = _import_native()
 
 
+@cache
+def _threads() -> int:
+    """Threads that native code shares an image's lines out to."""
+    from vlm_edge_runtime.engines.threads import default_threads
+
+    return default_threads()
+
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """How frames are cut up: squares of `size` pixels, `depth` frames deep, those of a merge × merge block next to each other."""
+
+    size: int
+    merge: int = 1
+    depth: int = 1
+
+
 def resize(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
     """Resized to `size` = (height, width) with Pillow's antialiasing filter number `resample` (see RESAMPLE_NAMES)."""
     height, width, channels = pixels.shape
@@ -60,12 +79,19 @@ def _resample(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
         return pixels
     # Nearest is another algorithm, and Pillow multiplies alpha in first: both stay with Pillow.
     if native is not None and resample != 0 and channels in (1, 3):
-        source = np.ascontiguousarray(pixels)
-        content = native.resize_u8(source, height, width, channels, *size, RESAMPLE_NAMES[resample])
-        return np.frombuffer(content, np.uint8).reshape(*size, channels)
+        resized = np.empty((*size, channels), np.uint8)
+        native.resize_u8(_whole_pixels(pixels), resized, RESAMPLE_NAMES[resample], threads=_threads())
+        return resized
     squeezed = np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels)
-    resized = Image.fromarray(squeezed).resize((size[1], size[0]), Image.Resampling(resample))
-    return np.asarray(resized).reshape(*size, channels)
+    return np.asarray(Image.fromarray(squeezed).resize((size[1], size[0]), Image.Resampling(resample))).reshape(*size, channels)
+
+
+def _whole_pixels(pixels: Pixels) -> Pixels:
+    """As native code takes an image: its lines may lie apart, as those of a tile do, but not its pixels; else a copy."""
+    _, width, channels = pixels.shape
+    if pixels.strides[1:] == (channels, 1) and pixels.strides[0] >= width * channels:
+        return pixels
+    return np.ascontiguousarray(pixels)
 
 
 def center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -104,18 +130,52 @@ def pad_bottom_right(planes: Floats, size: tuple[int, int]) -> Floats:
     return np.pad(planes, ((0, 0), (0, size[0] - height), (0, size[1] - width)))
 
 
-def normalize(pixels: Pixels, scale: float, mean: Sequence[float], std: Sequence[float], out: Floats) -> None:
-    """Writes float32 `[channels, height, width]` = (float32(pixel · scale) − mean) / std into `out`, which must be contiguous.
+def normalize(
+    frames: Sequence[Pixels],
+    scale: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    patches: Patches | None = None,
+    out: Floats | None = None,
+) -> Floats:
+    """Frames of one size → float32 (float32(pixel · scale) − mean) / std, one mean and std for each channel.
 
     The product is taken in float64 and rounded once, difference and quotient in float32, as transformers' `rescale` and
-    `normalize` do one after the other.
+    `normalize` do one after the other. Returns `[frames, channels, height, width]`, or what `cut` makes of it; in `out`, where
+    that is given (contiguous, of that shape).
     """
-    height, width, channels = pixels.shape
+    height, width, channels = frames[0].shape
+    shape = (len(frames), channels, height, width) if patches is None else _cut_shape(frames, patches)
+    if out is None:
+        out = np.empty(shape, np.float32)
     if native is not None and channels <= 4:
-        native.normalize_hwc_u8(np.ascontiguousarray(pixels), height, width, channels, scale, mean, std, out)
-        return
+        cut_up = (0, 1, 1) if patches is None else (patches.size, patches.merge, patches.depth)
+        native.normalize_u8([_whole_pixels(frame) for frame in frames], scale, mean, std, out, *cut_up, threads=_threads())
+        return out
     scaled = (np.arange(256, dtype=np.float64) * scale).astype(np.float32)
     # There are only 256 inputs per channel: compute each once, with the same arithmetic.
     tables = (scaled[None, :] - np.asarray(mean, np.float32)[:, None]) / np.asarray(std, np.float32)[:, None]
-    for channel in range(channels):
-        np.take(tables[channel], pixels[..., channel], out=out[channel])
+    planes = np.stack([[table[frame[..., channel]] for channel, table in enumerate(tables)] for frame in frames])
+    out[:] = planes if patches is None else cut(planes, patches)
+    return out
+
+
+def cut(frames: Floats, patches: Patches) -> Floats:
+    """`[frames, C, H, W]` → `[steps · rows · columns, C · depth · size²]`; the last frame fills up the last time step.
+
+    The patches of a block stand next to each other, blocks in reading order. Both sides must be multiples of a block's.
+    """
+    size, merge, depth = patches.size, patches.merge, patches.depth
+    frames = np.concatenate([frames, *[frames[-1:]] * (-len(frames) % depth)])
+    count, channels, height, width = frames.shape
+    rows, columns = height // size, width // size
+    blocks = frames.reshape(count // depth, depth, channels, rows // merge, merge, size, columns // merge, merge, size)
+    # → step, block row, block column, row in block, column in block, channel, frame, patch row, patch column
+    blocks = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return blocks.reshape(count // depth * rows * columns, channels * depth * size * size)
+
+
+def _cut_shape(frames: Sequence[Pixels], patches: Patches) -> tuple[int, int]:
+    height, width, channels = frames[0].shape
+    squares = (height // patches.size) * (width // patches.size)
+    return -(-len(frames) // patches.depth) * squares, channels * patches.depth * patches.size**2

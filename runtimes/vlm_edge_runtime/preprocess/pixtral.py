@@ -9,7 +9,7 @@ from vlm_edge_runtime.errors import ImageError, UnsupportedModelError
 
 from .base import EncodedImage, ImageProcessor
 from .geometry import whole_patches_size
-from .ops import Floats, Pixels, center_crop, resize
+from .ops import Patches, Pixels, center_crop, resize
 from .options import CLIP_MEAN, CLIP_STD
 from .qwen2_vl import vision_position_ids
 
@@ -71,17 +71,13 @@ class PixtralImageProcessor(ImageProcessor):
         rows, columns = height // self.patch, width // self.patch
         return EncodedImage(
             {
-                "pixel_values": self._patches(self.normalize(pixels)[0], rows, columns),
+                "pixel_values": self.normalize(pixels, patches=Patches(self.patch)),
                 "position_ids": vision_position_ids(rows, columns, 1),
             },
             size,
             grid=(1, rows, columns),
             tokens=rows * columns // self.merge**2,
         )
-
-    def _patches(self, planes: Floats, rows: int, columns: int) -> Floats:
-        squares = planes.reshape(-1, rows, self.patch, columns, self.patch).transpose(1, 3, 0, 2, 4)
-        return squares.reshape(rows * columns, -1)
 
 
 def _side(value: object) -> int:

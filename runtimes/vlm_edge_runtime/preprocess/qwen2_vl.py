@@ -12,7 +12,7 @@ from vlm_edge_runtime.errors import ImageError, UnsupportedModelError
 
 from .base import EncodedImage, ImageProcessor
 from .geometry import smart_resize
-from .ops import Floats, Pixels, resize
+from .ops import Patches, Pixels, resize
 from .options import CLIP_MEAN, CLIP_STD, positive
 
 _OWN = ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size")
@@ -63,6 +63,7 @@ class Qwen2VLImageProcessor(ImageProcessor):
         self.patch = positive(self.options, "patch_size")
         self.temporal_patch = positive(self.options, "temporal_patch_size")
         self.merge = positive(self.options, "merge_size")
+        self.patches = Patches(self.patch, self.merge, self.temporal_patch)
 
     def encode(self, pixels: Pixels, size: tuple[int, int]) -> EncodedImage:
         factor = self.patch * self.merge
@@ -78,24 +79,13 @@ class Qwen2VLImageProcessor(ImageProcessor):
         rows, columns = height // self.patch, width // self.patch
         return EncodedImage(
             {
-                "pixel_values": self.patchify(self.normalize(pixels)),
+                "pixel_values": self.normalize(pixels, patches=self.patches),
                 "position_ids": vision_position_ids(rows, columns, self.merge),
             },
             size,
             grid=(1, rows, columns),
             tokens=rows * columns // self.merge**2,
         )
-
-    def patchify(self, frames: Floats) -> Floats:
-        """`[frames, C, H, W]` → `[steps · patches, C · t · p · p]`; the last frame fills up the last time step."""
-        patch, merge, depth = self.patch, self.merge, self.temporal_patch
-        frames = np.concatenate([frames, *[frames[-1:]] * (-len(frames) % depth)])
-        count, channels, height, width = frames.shape
-        rows, columns = height // patch, width // patch
-        blocks = frames.reshape(count // depth, depth, channels, rows // merge, merge, patch, columns // merge, merge, patch)
-        # → step, block row, block column, row in block, column in block, channel, frame, patch row, patch column
-        blocks = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-        return blocks.reshape(count // depth * rows * columns, channels * depth * patch * patch)
 
 
 def vision_position_ids(rows: int, columns: int, merge: int) -> npt.NDArray[np.int64]:

@@ -172,7 +172,7 @@ class Qwen2VLVideoProcessor:
         times = tuple((padded[i] / rate + padded[i + depth - 1] / rate) / 2 for i in range(0, len(padded), depth))
         sampled = len(indices) / len(frames) * fps if fps else _DEFAULT_FPS
         return EncodedImage(
-            {"pixel_values": images.patchify(images.normalize(*pixels)), "position_ids": places},
+            {"pixel_values": images.normalize(*pixels, patches=images.patches), "position_ids": places},
             size,
             grid=(steps, rows, columns),
             tokens=steps * rows * columns // images.merge**2,
