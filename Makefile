@@ -53,8 +53,8 @@ coverage: $(ENV)  ## verify every system and write the coverage table (families/
 asan: $(ENV)  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python -m benchmarks.asan
 
-bench: $(ENV)  ## a SmolVLM-256M-shaped model, ours beside transformers eager, interleaved
-	$(BIN)/python -m benchmarks.smolvlm_256m
+bench: $(ENV)  ## ours beside transformers, OpenVINO, llama.cpp and onnxruntime-genai, interleaved (BENCH="--tiles 17", "--help" …)
+	$(BIN)/python -m benchmarks.peers $(BENCH)
 
 clean:  ## remove what was built here
 	rm -rf $(VENV) build dist .cache *.egg-info runtimes/vlm_edge_runtime/*.so
