@@ -39,6 +39,13 @@ from .console import echo_json, size, stderr, stdout, table
 @click.option("--length-penalty", type=float, help="Beams: above 0 favours long answers, below 0 short ones.")
 @click.option("--no-repeat-ngram-size", type=click.IntRange(0), help="No sequence of so many tokens twice (0: off).")
 @click.option("--min-new-tokens", type=click.IntRange(0), help="Shortest answer.")
+@click.option(
+    "--prompt-lookup",
+    "prompt_lookup_num_tokens",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Draft up to N tokens a step from what the prompt or the answer repeats: the same greedy answer, sooner (0: off).",
+)
 @click.option("--seed", type=int, help="Same seed, same answer.")
 @click.option("--stop", multiple=True, help="End the answer before this text (repeatable).")
 @click.option("--raw", is_flag=True, help="Use the prompt as it is, without the chat template.")

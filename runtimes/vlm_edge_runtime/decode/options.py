@@ -14,6 +14,7 @@ from . import controls
 from .beam import BeamOptions, EarlyStopping
 from .controls import Controls, Encode, read_controls
 from .option_values import MAX_SEED, integer, number, seeds, stops
+from .prompt_lookup import NGRAM_SIZE, NUM_TOKENS, PromptLookup, read_lookup
 
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "MAX_SEED", "GenerationDefaults", "GenerationOptions", "SamplingKeywords"]
 
@@ -27,6 +28,7 @@ _TRANSFORMERS_TOP_K = 50
 _READ = controls.KEYS | {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "max_length",
     "eos_token_id", "stop_strings", "num_beams", "length_penalty", "early_stopping", "num_return_sequences",
+    NUM_TOKENS, NGRAM_SIZE,
 }  # fmt: skip
 # Keys that change nothing about which tokens come out: bookkeeping, caches, outputs, and assistant details (which matter only
 # where an assistant is switched on, and then only for speed).
@@ -36,8 +38,7 @@ _HARMLESS = frozenset({
     "continuous_batching_config", "prefill_chunk_size", "return_legacy_cache", "return_dict_in_generate",
     "output_attentions", "output_hidden_states", "output_scores", "output_logits", "is_assistant", "num_assistant_tokens",
     "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind",
-    "target_lookbehind", "assistant_ensemble_weight", "prompt_lookup_num_tokens", "max_matching_ngram_size",
-    "speculation_type", "use_mtp",
+    "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "use_mtp",
 })  # fmt: skip
 # Keys that ask for what we do not do, with the values at which they do not.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -67,6 +68,11 @@ class SamplingKeywords(TypedDict, total=False):
     `forced_eos_token_id`, `sequence_bias`, `exponential_decay_length_penalty`, `encoder_repetition_penalty`,
     `encoder_no_repeat_ngram_size`: as in transformers. `guidance_scale`: 1 is off; above it the answer is led away from what
     the model would say without the prompt (classifier-free guidance).
+
+    `prompt_lookup_num_tokens`: speculation without a second model: up to so many tokens are drafted from what followed the last
+    `max_matching_ngram_size` tokens (2; else fewer) earlier in the prompt or the answer, and checked in one pass. Off by default
+    and for 0; for greedy answers of builds with native kernels. The tokens, and their log probabilities bit for bit, are those of
+    an answer without it; answers that repeat the prompt or themselves come faster, others at most a little slower.
     """
 
     max_new_tokens: int | None
@@ -100,13 +106,16 @@ class SamplingKeywords(TypedDict, total=False):
     sequence_bias: Mapping[tuple[int, ...], float] | None
     exponential_decay_length_penalty: tuple[int, float] | None
     guidance_scale: float | None
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int | None
 
 
 @dataclass(slots=True, frozen=True)
 class GenerationOptions:
     """Resolved options of one call. `max_new_tokens` None: up to DEFAULT_MAX_NEW_TOKENS, or the end of the context.
 
-    `beams`: None without a search. `max_length` counts the prompt (of an encoder-decoder: what the decoder begins with).
+    `beams`: None without a search, `lookup` without speculation. `max_length` counts the prompt (of an encoder-decoder: what the
+    decoder begins with).
     """
 
     max_new_tokens: int | None
@@ -116,6 +125,7 @@ class GenerationOptions:
     stop: tuple[str, ...]
     controls: Controls = field(default_factory=Controls)
     beams: BeamOptions | None = None
+    lookup: PromptLookup | None = None
 
     @property
     def in_python(self) -> bool:
@@ -199,7 +209,7 @@ class GenerationDefaults:
                 f"logprobs={sampling.logprobs} is not available in a beam search, whose answers have a score: leave it out, or "
                 "pass num_beams=1."
             )
-        return options
+        return replace(options, lookup=read_lookup(config, given, _without_lookup(options)))
 
     def _sampling(self, config: Mapping[str, Any], given: Mapping[str, Any], merged: Mapping[str, Any]) -> SamplingParams:
         sampled = bool(config.get("do_sample", False))
@@ -244,6 +254,19 @@ class GenerationDefaults:
             num_return_sequences=integer("num_return_sequences", merged.get("num_return_sequences", 1), 1, count),
             sampled=sampled,
         )
+
+
+def _without_lookup(options: GenerationOptions) -> str | None:
+    """What is asked for besides that drafts cannot be checked with."""
+    if options.sampling.temperature > 0:
+        return f"sampling (temperature={options.sampling.temperature:g})"
+    if options.beams is not None:
+        return f"a beam search (num_beams={options.beams.num_beams})"
+    if options.controls.guided:
+        return f"guidance (guidance_scale={options.controls.guidance_scale:g})"
+    if options.in_python:
+        return "filters, encoder_… controls or exponential_decay_length_penalty, which single steps are needed for"
+    return None
 
 
 def _ignorable(key: str, value: Any) -> bool:

@@ -12,7 +12,8 @@ class Stats:
     `ttft_s`: from the call to the first token, image preprocessing and encoding included. `tpot_s`: mean time of a decode
     step after the first token. `prefill_tps` counts only tokens that were really computed (`prefill_tokens`), not the
     `reused_tokens` that a kept KV cache already held. An image that did not have to be encoded is a hit, whether its features
-    were cached or its tokens lay in a reused prefix. `prefix_cache_hits` counts rows that reused a prefix.
+    were cached or its tokens lay in a reused prefix. `prefix_cache_hits` counts rows that reused a prefix. Of prompt-lookup
+    speculation: `drafted_tokens` were run as drafts, `accepted_tokens` of them are in an answer, and each of those saved a step.
     """
 
     rows: int = 0
@@ -30,6 +31,8 @@ class Stats:
     image_cache_hits: int = 0
     image_cache_misses: int = 0
     prefix_cache_hits: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def tpot_s(self) -> float:
@@ -67,6 +70,8 @@ class Counters:
     image_cache_hits: int = 0
     image_cache_misses: int = 0
     prefix_cache_hits: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def add(self, stats: Stats) -> None:
         """Adds one finished call."""

@@ -28,7 +28,10 @@ IMAGE_OPTIONS = ("guidance_scale", "generation_kwargs")
 
 @dataclass(slots=True, frozen=True)
 class Parts:
-    """The session's parts. `path` is the bundle's; `gives_attention`: whether the decoder has an output `attention`."""
+    """The session's parts. `path` is the bundle's; `gives_attention`: whether the decoder has an output `attention`;
+
+    `verifies`: whether it gives the logits of several tokens at once.
+    """
 
     path: Path
     contract: GenerativeContract
@@ -41,6 +44,7 @@ class Parts:
     plan: KVPlan
     defaults: GenerationDefaults
     gives_attention: bool
+    verifies: bool
 
     @property
     def decoder(self) -> Decoder:
@@ -92,4 +96,6 @@ def assemble(
         gives_attention=any(
             spec.name == ATTENTION for entry in bundle.graphs.values() if entry.role == "decoder" for spec in entry.outputs
         ),
+        # A plan; recurrent state would have to be taken back with a refused draft.
+        verifies=bundle.graphs["decoder"].format == "plan" and not memory.recurrent,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vlm_edge_runtime.decode.cancel import CancelLike
@@ -31,6 +32,7 @@ def open_run(
     resolved = parts.defaults.resolve(len(rows), options)
     if return_attention and (resolved.beams is not None or resolved.in_python):
         raise OptionError("return_attention does not go with beams, guidance or the rarer filters: leave one of them out.")
+    resolved = _with_lookup(parts, resolved, return_attention)
     if resolved.controls.guided and parts.contract.memory is not None:
         raise OptionError(
             f"guidance_scale={resolved.controls.guidance_scale:g}: {parts.path} reads images by cross-attention, for which "
@@ -41,6 +43,22 @@ def open_run(
     for number, prompt in enumerate(prompts):
         _check_length(parts, prompt, resolved, f"prompt {number + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt")
     return Run(parts, prompts, resolved, began=began, cancel=cancel, return_attention=return_attention)
+
+
+def _with_lookup(parts: Parts, options: GenerationOptions, return_attention: bool) -> GenerationOptions:
+    """Speculation where it can be had; refused otherwise when the caller asks for it."""
+    if options.lookup is None or (parts.verifies and not return_attention):
+        return options
+    if not options.lookup.asked:
+        return replace(options, lookup=None)
+    asked = f"prompt_lookup_num_tokens={options.lookup.num_tokens}"
+    if return_attention:
+        raise OptionError(f"{asked} does not go with return_attention: leave one of them out.")
+    raise CapabilityError(
+        f"{asked}: the decoder loaded from {parts.path} gives the logits of the last token only, with which drafts cannot be "
+        f"checked; make a build whose decoder runs on native kernels (`vlm-edge build {parts.path} --target cpu-int4`) and load "
+        "that, or leave it out."
+    )
 
 
 def _check_memories(parts: Parts, prompts: Sequence[PromptRow]) -> None:

@@ -12,6 +12,7 @@ from vlm_edge_runtime.decode.beam import BeamLoop, Hypothesis
 from vlm_edge_runtime.decode.cancel import CancelLike, CancelToken
 from vlm_edge_runtime.decode.options import GenerationOptions
 from vlm_edge_runtime.decode.processors import Ids
+from vlm_edge_runtime.decode.prompt_lookup import PromptLookupLoop
 from vlm_edge_runtime.decode.result import FinishReason, Generation
 from vlm_edge_runtime.decode.row_text import RowText
 from vlm_edge_runtime.decode.stats import Stats
@@ -147,6 +148,8 @@ class Run:
             produced = self._loop.decode(steps)
             now = time.perf_counter()
             self._clock(started, now, self._loop.steps - before)
+            if isinstance(self._loop, PromptLookupLoop):
+                self.stats.drafted_tokens, self.stats.accepted_tokens = self._loop.drafted, self._loop.accepted
             if not self._is_cancelled():
                 check_progress(self._loop.steps - before)
             for number, (row, new) in enumerate(zip(self._rows, produced, strict=True)):
@@ -231,7 +234,10 @@ class Run:
 
     def _wanted(self, row: _Row) -> Wanted:
         source = row.prompt.source.ids if row.prompt.source is not None else row.prompt.history
-        return Wanted(row.params, row.limit, row.prompt.history, source)
+        history = row.prompt.history
+        pictures = [modality.token_id for modality in self._parts.contract.modalities if modality.token_id is not None]
+        barred = np.isin(history, pictures) | (history >= self._parts.decoder.vocab_size)
+        return Wanted(row.params, row.limit, history, source, np.where(barred, -1, history))
 
     def _stops(self, tokens: Ids) -> bool:
         """Whether a stop string is completed by new tokens."""

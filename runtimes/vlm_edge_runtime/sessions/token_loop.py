@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from vlm_edge_runtime.decode.beam import BeamLoop, BeamSearch
 from vlm_edge_runtime.decode.options import GenerationOptions
 from vlm_edge_runtime.decode.processors import Ids
+from vlm_edge_runtime.decode.prompt_lookup import LookupRow, PromptLookupLoop
 from vlm_edge_runtime.decode.stepwise import StepRow, StepwiseLoop
-from vlm_edge_runtime.engines.base import DecoderState, RowTokens, SamplingParams
+from vlm_edge_runtime.engines.base import DecoderState, RowTokens, SamplingParams, VerifyingState
 from vlm_edge_runtime.errors import DeviceError
 
 
@@ -46,12 +47,16 @@ class EngineLoop:
 
 @dataclass(slots=True, frozen=True)
 class Wanted:
-    """One answer that a loop is asked for. `history`: the tokens before it; `source`: those that encoder controls look at."""
+    """One answer that a loop is asked for. `history`: the tokens before it; `source`: those that encoder controls look at;
+
+    `copied`: the history as drafts are copied from it, negative where it must not be.
+    """
 
     params: SamplingParams
     limit: int
     history: Ids
     source: Ids
+    copied: Ids
 
 
 def token_loop(
@@ -62,6 +67,9 @@ def token_loop(
     stops: Callable[[Ids], bool],
 ) -> TokenLoop:
     """The loop that a call's options need. `stops`: whether new tokens end the text (for beams)."""
+    if options.lookup is not None:
+        rows_ = [LookupRow(one.copied, one.limit, options.lookup) for one in wanted]
+        return PromptLookupLoop(cast(VerifyingState, state), rows_, cancelled)
     if not options.beams and not options.in_python:
         return EngineLoop(state)
     beams = options.beams is not None
