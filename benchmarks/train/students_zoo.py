@@ -270,6 +270,7 @@ STUDENTS: dict[str, Student] = {
         _pictures,
         eyes="encoder.vit",
         seen="encoder.caption_pooler",
+        relations=True,
         processor=SideBySide.from_pretrained,
         objective=_contrastive_captioner,
         further=_retrieval,

@@ -2,7 +2,8 @@
 
 Next-token loss on the answer, and, where the eyes have something to learn, a loss that is dropped afterwards: linear probes on
 the tokens that show the image must name each cell's shape, colour and digit, without which they learn an order of magnitude
-more slowly. Float32 throughout.
+more slowly. Resamplers and poolers must also tell, from the mean of their tokens, which way two things lie: one word of a
+caption teaches that too seldom. Float32 throughout.
 
     python -m benchmarks.train.teach paligemma
     python -m benchmarks.train.teach idefics --minutes 5 --out /tmp/idefics
@@ -37,6 +38,8 @@ from benchmarks.train.models import WIDTH, Parts
 from benchmarks.train.student import CELLS, Student, answers, examples, half
 from benchmarks.train.students import STUDENTS
 from benchmarks.train_tiny import _save, _versions
+
+RELATIONS = ("", "left of", "above")
 
 
 class Lessons:
@@ -82,7 +85,7 @@ class Lessons:
             told = [(self.rng.choice(scenes.DESCRIBE), scene.caption), *asked]
             told = [told[i % len(told)] for i in range(self.student.talks)]
             image = self.pixels(scene.render())
-            targets.append(cell_targets(scene, list(range(16))))
+            targets.append(cell_targets(scene, list(range(16))) | {"relation": [RELATIONS.index(scene.relation)]})
             for question, answer in told:
                 before = self.student.before(self.ids, self.words, question)
                 rows.append((before, [*self.ids(f" {answer}"), self.words.eos_token_id]))
@@ -120,12 +123,14 @@ def train(
         parts.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # tied weights are there once
     model: Any = parts.model.train()
     probes, lessons = Probes(WIDTH), Lessons(student, parts, seed)
+    relations = nn.Linear(WIDTH, len(RELATIONS)) if student.relations else None
     lessons.check(parts.processor)
     kept: list[Tensor] = []
     if student.seen is not None and start is None:  # fresh probes would unsettle eyes that see
         model.get_submodule(student.seen).register_forward_hook(lambda module, given, result: kept.append(_first(result)))
     hooks = _look_once(model.get_submodule(student.eyes), student.talks)
-    weights = [weight for weight in (*model.parameters(), *probes.parameters()) if weight.requires_grad]
+    judges = nn.ModuleList([probes] if relations is None else [probes, relations])
+    weights = [weight for weight in (*model.parameters(), *judges.parameters()) if weight.requires_grad]
     groups = [
         {"params": [w for w in weights if w.ndim >= 2], "weight_decay": 0.01},
         {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
@@ -150,7 +155,10 @@ def train(
         }
         if kept:
             shown = kept[0][:, -CELLS:]
-            losses["cells"] = probes(shown if len(shown) == student.batch else shown[:: student.talks], targets)
+            shown = shown if len(shown) == student.batch else shown[:: student.talks]
+            losses["cells"] = probes(shown, targets)
+            if relations is not None:
+                losses["relation"] = F.cross_entropy(relations(shown.mean(1)), targets["relation"][:, 0])
         optimiser.zero_grad()
         sum(losses.values()).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(weights, 1.0)
