@@ -16,6 +16,8 @@ typedef enum {
     GRAPH_NORM,      /* in0 (+ in1) (+ bias weight2) → out1; its norm, weight0 and bias weight1, → out0, in 8 bits → out2. arg0: 0 RMS, 1 layer; arg1: norms side by side */
     GRAPH_ATTENTION, /* queries in0 over keys in1 and values in2 → out0. arg0 heads, arg1 numbers of a head; real0 scale */
     GRAPH_UNARY,     /* unary arg0 of in0 · real0, times real1 → out0 */
+    GRAPH_PACK,      /* keys in0 and values in1, arg0 heads of arg1 numbers, → out0, one row an image, for GRAPH_BYTE_ATTENTION */
+    GRAPH_BYTE_ATTENTION, /* queries in0 over arg2 packed keys and values in1 → out0, in 8 bits; arg0, arg1, real0 as before */
     GRAPH_ADD,       /* in0 + in1, or + weight0, of one row or of all rows of an image → out0 */
     GRAPH_MULTIPLY,
     GRAPH_KINDS
@@ -43,6 +45,6 @@ ByteMatrix graph_byte_matrix(const PanelMatrix *matrix);
 #define GRAPH_QUERIES 96   /* of an item of attention */
 
 /* Bytes of a thread's memory that a step needs. */
-size_t graph_scratch(const Plan *plan, const PlanStep *step);
+size_t graph_scratch(const PlanStep *step);
 
 #endif

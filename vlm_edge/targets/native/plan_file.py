@@ -47,8 +47,10 @@ class GraphKind(IntEnum):
     NORM = 4
     ATTENTION = 5
     UNARY = 6
-    ADD = 7
-    MULTIPLY = 8
+    PACK = 7
+    BYTE_ATTENTION = 8
+    ADD = 9
+    MULTIPLY = 10
 
 
 class Unary(IntEnum):
