@@ -111,7 +111,9 @@ def save(found: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 @click.command(context_settings={"max_content_width": 110})
-@click.option("--model", "name", default="256m", show_default=True, help="256m, 2b, or a folder with a SmolVLM checkpoint.")
+@click.option(
+    "--model", "name", default="256m", show_default=True, help="256m, 2b, or a folder with a SmolVLM or Qwen2-VL checkpoint."
+)
 @click.option(
     "--tiles", type=click.Choice(["1", "17"]), default="1", show_default=True, help="17: the picture split, as by default."
 )

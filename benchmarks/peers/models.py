@@ -16,6 +16,7 @@ from typing import Any
 
 from .environments import PEERS
 
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SHARD = 1 << 30
 """Bytes of weights that are drawn, held and written at once."""
 
@@ -46,26 +47,28 @@ class Model:
 
 
 def model_named(name: str) -> Model:
-    """`256m`, `2b`, or a folder with a SmolVLM checkpoint of one's own. Raises ValueError."""
+    """`256m`, `2b`, or a folder with a SmolVLM or Qwen2-VL checkpoint of one's own. Raises ValueError."""
     if name == "256m":
         folder = PEERS / "256m"
         tile = {"do_image_splitting": False}
         return Model(name, "SmolVLM-256M-Instruct's shape", folder, folder / "checkpoint", "<image>", 512, tile)
     if name == "2b":
         folder = PEERS / "2b"
-        image = "<|vision_start|><|image_pad|><|vision_end|>"
-        return Model(name, "Qwen2-VL-2B-Instruct's shape", folder, folder / "checkpoint", image, 448)
+        return Model(name, "Qwen2-VL-2B-Instruct's shape", folder, folder / "checkpoint", QWEN_IMAGE, 448)
     given = Path(name).resolve()
     if not (given / "config.json").is_file():
         raise ValueError(f"'{name}' is neither 256m nor 2b nor a folder with a config.json")
     config = json.loads((given / "config.json").read_text())
-    if config["model_type"] != "smolvlm":
-        raise ValueError(f"{name} is a checkpoint of '{config['model_type']}'; of one's own, smolvlm can be compared")
-    side, most = config["vision_config"]["image_size"], config["text_config"]["max_position_embeddings"]
+    kind, most = config["model_type"], config["text_config"]["max_position_embeddings"]
     lengths = (96, 968, 1100) if most >= 1200 else (most // 8, most // 4, most // 2)
+    rest: dict[str, Any] = {"lengths": lengths, "new_tokens": min(64, most // 8)}
     folder = PEERS / given.name
-    tile = {"do_image_splitting": False}
-    return Model(given.name, given.name, folder, given, "<image>", side, tile, lengths, new_tokens=min(64, most // 8))
+    if kind == "smolvlm":
+        tile = {"do_image_splitting": False}
+        return Model(given.name, given.name, folder, given, "<image>", config["vision_config"]["image_size"], tile, **rest)
+    if kind == "qwen2_vl":
+        return Model(given.name, given.name, folder, given, QWEN_IMAGE, 448, **rest)
+    raise ValueError(f"{name} is a checkpoint of '{kind}'; of one's own, smolvlm and qwen2_vl can be compared")
 
 
 def make(model: Model) -> None:
@@ -75,34 +78,55 @@ def make(model: Model) -> None:
 
         make_smolvlm(model.checkpoint)
     elif model.name == "2b":
-        _make_qwen2_vl(model.checkpoint)
+        from benchmarks.smolvlm_256m.model import _tokenizer
+
+        if not (model.checkpoint / "made.json").is_file():
+            make_qwen2_vl(model.checkpoint, _tokenizer())
 
 
-def _make_qwen2_vl(folder: Path, layers: int = 28, depth: int = 32) -> None:
-    """Qwen2-VL-2B-Instruct's config.json, weights in bfloat16 under the names of the published checkpoint."""
-    if (folder / "made.json").is_file():
-        return
+QWEN_TEXT: Mapping[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+QWEN_VISION: Mapping[str, Any] = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "hidden_size": 1536,
+    "num_heads": 16,
+    "mlp_ratio": 4,
+    "patch_size": 14,
+    "in_channels": 3,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+"""Qwen2-VL-2B-Instruct's config.json."""
+
+
+def make_qwen2_vl(
+    folder: Path, tokenizer: Any, text: Mapping[str, Any] = QWEN_TEXT, vision: Mapping[str, Any] = QWEN_VISION
+) -> None:
+    """Writes a Qwen2-VL checkpoint: weights in bfloat16, drawn shard by shard, under the names of the published ones."""
     import torch
     from safetensors.torch import save_file
     from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-    from benchmarks.smolvlm_256m.model import _tokenizer
-
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
     marks = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer.add_tokens(marks, special_tokens=True)
     ids = {mark.strip("<|>"): tokenizer.convert_tokens_to_ids(mark) for mark in marks}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": layers}
-    text |= {"num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}, **special}
-    text |= {"tie_word_embeddings": True, "hidden_act": "silu"}
-    vision = {"depth": depth, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
-    vision |= {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2}
     config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
+        text_config={**text, **special},
+        vision_config=dict(vision),
         tie_word_embeddings=True,
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],
@@ -114,41 +138,33 @@ def _make_qwen2_vl(folder: Path, layers: int = 28, depth: int = 32) -> None:
     config.architectures = ["Qwen2VLForConditionalGeneration"]
     with torch.device("meta"):
         empty = Qwen2VLForConditionalGeneration(config)
-    names = {_published(name): value.shape for name, value in empty.state_dict().items() if name != "lm_head.weight"}
+    shapes = {_published(name): value.shape for name, value in empty.state_dict().items() if name != "lm_head.weight"}
     generator = torch.Generator().manual_seed(0)
-    shards: list[dict[str, Any]] = [{}]
     where: dict[str, str] = {}
-
-    def write() -> None:
-        name = f"model-{len(where_of) + 1:05d}.safetensors"
-        save_file(shards.pop(), folder / name, metadata={"format": "pt"})
-        where_of.append(name)
-        shards.append({})
-
-    where_of: list[str] = []
-    held = 0
-    for name, shape in names.items():
-        if name.endswith("norm.weight") or ("norm" in name and name.endswith(".weight")) or "ln_q.weight" in name:
-            value = torch.ones(shape, dtype=torch.bfloat16)
-        elif name.endswith(".bias"):
-            value = torch.zeros(shape, dtype=torch.bfloat16)
+    shard: dict[str, Any] = {}
+    held = number = 0
+    for index, (name, shape) in enumerate(shapes.items()):
+        if name.endswith(".bias"):
+            shard[name] = torch.zeros(shape, dtype=torch.bfloat16)
+        elif len(shape) == 1:  # normalisations
+            shard[name] = torch.ones(shape, dtype=torch.bfloat16)
         else:
-            value = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        shards[-1][name] = value
-        where[name] = f"model-{len(where_of) + 1:05d}.safetensors"
-        held += value.nbytes
-        if held > SHARD:
-            write()
-            held = 0
-    write()
-    total = sum(2 * shape.numel() for shape in names.values())
+            shard[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        held += shard[name].nbytes
+        if held > SHARD or index == len(shapes) - 1:
+            number += 1
+            file = f"model-{number:05d}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(shard, file)
+            shard, held = {}, 0
+    total = sum(2 * shape.numel() for shape in shapes.values())
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))
     config.save_pretrained(folder)
     GenerationConfig(**special).save_pretrained(folder)
     tokenizer.chat_template = QWEN_TEMPLATE
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
-    (folder / "made.json").write_text(json.dumps({"parameters": total // 2, "layers": layers}))
+    (folder / "made.json").write_text(json.dumps({"parameters": total // 2}))
 
 
 QWEN_TEMPLATE = (

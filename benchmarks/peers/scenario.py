@@ -84,6 +84,8 @@ def make_job(model: Model, bundle: Path, build: str, tiles: int, runs: int, thre
     image.save(folder / "picture.png")
     (folder / "picture.rgb").write_bytes(image.tobytes())
     kind = model.model_type
+    counts = dict(zip(("short", "long", "longest"), model.lengths, strict=True))
+    repeats = {"short": runs, "long": 1, "longest": 1 if short else min(runs, 2)}
     with load(bundle, build=build, threads=threads, image_options=options) as opened:
         session: Any = opened
         prompts = Prompts(session, Tokenizer.from_file(str(bundle / "tokenizer.json")))
@@ -91,11 +93,11 @@ def make_job(model: Model, bundle: Path, build: str, tiles: int, runs: int, thre
         arrays = {
             name: np.asarray(value) for name, value in session.prepare(shown["text"], [image], raw=True).inputs[0].arrays.items()
         }
+        turn = prompts.turn(model.other_tokens)
+        texts = {name: [prompts.text(count) for _ in range(repeats[name])] for name, count in counts.items()}
     if kind == "smolvlm":
         arrays = as_batch(arrays)
     np.savez(folder / f"arrays-{tiles}.npz", **arrays)  # type: ignore[arg-type]
-    counts = dict(zip(("short", "long", "longest"), model.lengths, strict=True))
-    repeats = {"short": runs, "long": 1, "longest": 1 if short else min(runs, 2)}
     return {
         **derived,
         "model_type": kind,
@@ -117,8 +119,8 @@ def make_job(model: Model, bundle: Path, build: str, tiles: int, runs: int, thre
         "image": shown
         | {"picture": str(folder / "picture.png"), "raw": str(folder / "picture.rgb"), "size": list(image.size)}
         | {"arrays": str(folder / f"arrays-{tiles}.npz")},
-        "turn": prompts.turn(model.other_tokens),
-        "texts": {name: [prompts.text(count) for _ in range(repeats[name])] for name, count in counts.items()},
+        "turn": turn,
+        "texts": texts,
     }
 
 
