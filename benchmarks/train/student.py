@@ -58,7 +58,7 @@ class Student:
 
     `eyes` names the part of the model that reads the pixels: it is run once for all rows about one picture. `seen` names the
     part whose output ends with the image's cells in order, one token for each; a linear probe on it helps the eyes along (None:
-    they need no help); `relations`: the mean of those tokens must also tell how two things lie. `objective(model, batch,
+    they need no help); `sides`: those of two things must also tell how these lie. `objective(model, batch,
     arguments, parts)` is the loss where it is not that of the next token alone.
     `captions`: it only describes. `donor`: what it has from whom, in words.
     """
@@ -75,7 +75,7 @@ class Student:
     objective: Callable[[Any, dict[str, Tensor], dict[str, Any], Parts], Tensor] | None = None
     further: Callable[[Any, Any], dict[str, float]] | None = None
     """Further accuracies of a saved model with its processor."""
-    relations: bool = False
+    sides: bool = False
     captions: bool = False
     donor: str = ""
     steps: int = 3000

@@ -105,12 +105,12 @@ def visual_gpt(seed: int) -> Parts:
 
 
 def coca(seed: int) -> Parts:
-    """CoCa (arXiv 2205.01917): a ViT, 16 caption queries, two unimodal and four multimodal layers."""
+    """CoCa (arXiv 2205.01917): a ViT, 16 caption queries, two unimodal and three multimodal layers."""
     words = donors.words(["[CLS]"])
     vision = CoCaVisionConfig(**VISION, layer_norm_eps=1e-5, caption_queries=CELLS)
     text = CoCaTextConfig(
         **{**_GPT2, "vocab_size": tokenizers.VOCABULARY + 32},
-        n_layer=6,
+        n_layer=5,
         unimodal_layers=2,
         cls_token_id=words.convert_tokens_to_ids("[CLS]"),
     )
@@ -177,7 +177,7 @@ def _doubly_stochastic(model: Any, batch: dict[str, Tensor], arguments: dict[str
 
 
 def _contrastive_captioner(model: Any, batch: dict[str, Tensor], arguments: dict[str, Any], parts: Parts) -> Tensor:
-    """CoCa's equation 4 with λ_Con = λ_Cap = 1; equal captions count as each other's, as in the CLIP of these scenes."""
+    """CoCa's equation 4 with the paper's λ_Con = 1 and λ_Cap = 2; equal captions count as each other's, as in these scenes' CLIP."""
     seen = model.encoder(arguments["pixel_values"])
     made = model(
         encoder_outputs=seen, **{name: value for name, value in arguments.items() if name != "pixel_values"}, use_cache=False
@@ -191,7 +191,7 @@ def _contrastive_captioner(model: Any, batch: dict[str, Tensor], arguments: dict
     wanted = (numbers[:, None] == numbers[None]).float()
     wanted = wanted / wanted.sum(1, keepdim=True)
     contrast = (F.cross_entropy(similarity, wanted) + F.cross_entropy(similarity.T, wanted)) / 2
-    return _told(batch, made.logits) + contrast
+    return 2.0 * _told(batch, made.logits) + contrast
 
 
 def _texts(model: Any, words: Any, texts: list[str]) -> dict[str, Tensor]:
@@ -270,7 +270,7 @@ STUDENTS: dict[str, Student] = {
         _pictures,
         eyes="encoder.vit",
         seen="encoder.caption_pooler",
-        relations=True,
+        sides=True,
         processor=SideBySide.from_pretrained,
         objective=_contrastive_captioner,
         further=_retrieval,

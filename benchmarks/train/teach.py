@@ -2,8 +2,8 @@
 
 Next-token loss on the answer, and, where the eyes have something to learn, a loss that is dropped afterwards: linear probes on
 the tokens that show the image must name each cell's shape, colour and digit, without which they learn an order of magnitude
-more slowly. Resamplers and poolers must also tell, from the mean of their tokens, which way two things lie: one word of a
-caption teaches that too seldom. Float32 throughout.
+more slowly. Where resamplers and poolers stand between eyes and words, each thing's token must also tell on which side of the
+other thing it lies: one word of a caption teaches that too seldom. Float32 throughout.
 
     python -m benchmarks.train.teach paligemma
     python -m benchmarks.train.teach idefics --minutes 5 --out /tmp/idefics
@@ -39,7 +39,8 @@ from benchmarks.train.student import CELLS, Student, answers, examples, half
 from benchmarks.train.students import STUDENTS
 from benchmarks.train_tiny import _save, _versions
 
-RELATIONS = ("", "left of", "above")
+SIDES = ("", "left of", "right of", "above", "below")
+"""Of the other thing, where a scene has two."""
 
 
 class Lessons:
@@ -85,7 +86,7 @@ class Lessons:
             told = [(self.rng.choice(scenes.DESCRIBE), scene.caption), *asked]
             told = [told[i % len(told)] for i in range(self.student.talks)]
             image = self.pixels(scene.render())
-            targets.append(cell_targets(scene, list(range(16))) | {"relation": [RELATIONS.index(scene.relation)]})
+            targets.append(cell_targets(scene, list(range(16))) | {"side": _sides(scene)})
             for question, answer in told:
                 before = self.student.before(self.ids, self.words, question)
                 rows.append((before, [*self.ids(f" {answer}"), self.words.eos_token_id]))
@@ -123,13 +124,13 @@ def train(
         parts.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # tied weights are there once
     model: Any = parts.model.train()
     probes, lessons = Probes(WIDTH), Lessons(student, parts, seed)
-    relations = nn.Linear(WIDTH, len(RELATIONS)) if student.relations else None
+    sides = nn.Linear(WIDTH, len(SIDES)) if student.sides else None
     lessons.check(parts.processor)
     kept: list[Tensor] = []
     if student.seen is not None and start is None:  # fresh probes would unsettle eyes that see
         model.get_submodule(student.seen).register_forward_hook(lambda module, given, result: kept.append(_first(result)))
     hooks = _look_once(model.get_submodule(student.eyes), student.talks)
-    judges = nn.ModuleList([probes] if relations is None else [probes, relations])
+    judges = nn.ModuleList([probes] if sides is None else [probes, sides])
     weights = [weight for weight in (*model.parameters(), *judges.parameters()) if weight.requires_grad]
     groups = [
         {"params": [w for w in weights if w.ndim >= 2], "weight_decay": 0.01},
@@ -157,8 +158,9 @@ def train(
             shown = kept[0][:, -CELLS:]
             shown = shown if len(shown) == student.batch else shown[:: student.talks]
             losses["cells"] = probes(shown, targets)
-            if relations is not None:
-                losses["relation"] = F.cross_entropy(relations(shown.mean(1)), targets["relation"][:, 0])
+            if sides is not None:
+                weight = torch.tensor([0.1, 1.0, 1.0, 1.0, 1.0])
+                losses["sides"] = F.cross_entropy(sides(shown).flatten(0, 1), targets["side"].flatten(), weight)
         optimiser.zero_grad()
         sum(losses.values()).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -171,6 +173,15 @@ def train(
         hook.remove()
     model.eval()
     return parts, step
+
+
+def _sides(scene: scenes.Scene) -> list[int]:
+    """For each cell the number of the side of the other thing on which the cell's thing lies."""
+    found = [0] * CELLS
+    if scene.relation:
+        for thing, side in zip(scene.things, (scene.relation, scenes.OPPOSITE[scene.relation]), strict=True):
+            found[thing.row * scene.columns + thing.column] = SIDES.index(side)
+    return found
 
 
 def _next_token(model: Any, batch: dict[str, Tensor], arguments: dict[str, Any]) -> Tensor:
