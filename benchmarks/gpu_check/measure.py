@@ -14,8 +14,9 @@ from PIL import Image
 from vlm_edge_runtime import DualEncoder, VisionLanguageModel, load
 from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.engines.ort_cuda import OrtCudaEngine
-from vlm_edge_runtime.engines.ort_cuda_place import host_place
 from vlm_edge_runtime.sessions.registry import SESSIONS, session_kind
+
+from .stand_in import stand_in_place
 
 
 def opened(bundle: Path, build: str, place: str, **options: Any) -> VisionLanguageModel | DualEncoder:
@@ -25,7 +26,7 @@ def opened(bundle: Path, build: str, place: str, **options: Any) -> VisionLangua
     found = open_bundle(bundle, build=build, verify=False)
     module, name = SESSIONS[session_kind(found.manifest)]
     session: VisionLanguageModel | DualEncoder = getattr(importlib.import_module(module), name)(
-        found, OrtCudaEngine(found, _place=host_place()), **options
+        found, OrtCudaEngine(found, _place=stand_in_place()), **options
     )
     return session
 

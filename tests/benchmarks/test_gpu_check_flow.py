@@ -21,9 +21,9 @@ from benchmarks.gpu_check.models import (
     unfilled,
     write_examples,
 )
+from benchmarks.gpu_check.stand_in import stand_in_place
 from vlm_edge_runtime.bundle.reader import open_bundle, read_manifest
 from vlm_edge_runtime.engines.ort_cuda import OrtCudaEngine
-from vlm_edge_runtime.engines.ort_cuda_place import host_place
 from vlm_edge_runtime.sessions.vision_language_model import VisionLanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_hollow_bundles_are_deep_and_run_when_they_are_filled(hollow, portable_b
         found = open_bundle(bundle, build=build, verify=False)
         names = [spec.name for spec in found.graphs["decoder"].inputs if spec.name.startswith("past_key_values.")]
         assert len(names) == 2 * layers == 2 * found.kv.layers
-        with VisionLanguageModel(found, OrtCudaEngine(found, _place=host_place())) as vlm:
+        with VisionLanguageModel(found, OrtCudaEngine(found, _place=stand_in_place())) as vlm:
             answer = vlm.generate("describe", images=[scene[0]], max_new_tokens=5, temperature=0.0, ignore_eos=True)
             assert len(answer.tokens) == 5
     assert 0 < decoder_bytes(bundle, "cuda-int4") < decoder_bytes(bundle, "cuda-fp16")

@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import re
 import sys
 import threading
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+from vlm_edge_runtime import _native
 from vlm_edge_runtime.errors import DeviceError
 
+from .cuda_device import CudaDevice, Device
 from .cuda_driver import open_driver
-from .ort_cuda_memory import CudaMemory, HostMemory, Memory
-from .ort_library import check_version
+from .ort_cuda_models import cast
+from .ort_library import check_version, ensure_runtime, find_library, version_tuple
 
 WHEEL = "onnxruntime-gpu"
+MOST_CAPTURES = 64
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_PROVIDER_LIBRARY = "libonnxruntime_providers_cuda.so"
 _SWAP = f"pip uninstall onnxruntime {WHEEL}, then pip install {WHEEL}"
 _CUDA_LIBRARIES = ("cudart", "nvJitLink", "nvrtc", "cublasLt", "cublas", "curand", "cufft")
 """What the provider and cuDNN are linked with."""
@@ -68,19 +73,39 @@ _SHAPE_ARITHMETIC = frozenset(
 
 @dataclass(slots=True)
 class Place:
-    """A provider of ONNX Runtime with its memory. `lock`: one piece of work at a time, since nothing else may use the GPU
+    """A provider of ONNX Runtime with the device that its memory is of. `lock`: one piece of work at a time, since nothing else
 
-    while a CUDA graph is captured (cudaStreamCaptureModeGlobal). `cuda_graphs`: whether steps of fixed shape may be captured.
+    may use the GPU while a CUDA graph is captured (cudaStreamCaptureModeGlobal). `cuda`: options of the CUDA provider, None for
+    the CPU's. `cuda_graphs`: whether steps of fixed shape may be captured.
     """
 
-    provider: str
-    memory: Memory
-    options: dict[str, str] = field(default_factory=dict)
+    device: Device
+    cuda: dict[str, str] | None = None
     cuda_graphs: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
+    spent: str = ""
+    """Why no more CUDA graphs are made; empty as long as they are."""
+    captures: int = 0
 
-    def session(self, model: str | bytes, role: str, *, captured: bool = False) -> tuple[Any, str | None]:
-        """(`onnxruntime.InferenceSession`, why its runs cannot be captured or None). All of it runs on the provider.
+    def graph_id(self) -> int:
+        """A number for another CUDA graph of ONNX Runtime's, or −1: no graph.
+
+        They live as long as the session (its CUDA provider frees none), so there is a last one.
+        """
+        if not self.cuda_graphs or self.captures >= MOST_CAPTURES:
+            if self.cuda_graphs:
+                self.spent = f"{MOST_CAPTURES} CUDA graphs were captured for decoder states, and ONNX Runtime frees none of them"
+            return -1
+        self.captures += 1
+        return self.captures
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name of it."""
+        return _CPU if self.cuda is None else _CUDA
+
+    def session(self, model: str | bytes, role: str, *, captured: bool = False) -> tuple[_native.Session, str | None]:
+        """(a session, why its runs cannot be captured or None). All of it runs on the provider.
 
         `captured`: its runs of fixed shape are to be CUDA graphs; other runs have to say `gpu_graph_id` −1. A graph that does
         not qualify is loaded without. Raises DeviceError, naming the graph, when it cannot run here as a whole.
@@ -94,81 +119,77 @@ class Place:
                 raise
             return self._open(model, role, {}), str(error)
 
-    def _open(self, model: str | bytes, role: str, extra: dict[str, str]) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1  # what stays on the CPU beside a GPU is arithmetic on shapes
-        recorded = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
-        if recorded:
-            options.add_session_config_entry(_RECORD, "1")
-        elif self.provider != "CPUExecutionProvider":  # older than 1.24: all or nothing, shape arithmetic too
-            options.add_session_config_entry(_NO_FALLBACK, "1")
-        try:
-            with self.lock:
-                providers = [(self.provider, self.options | extra)]
-                session = onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
-        except Exception as error:  # onnxruntime raises bare Exceptions of its own
-            raise DeviceError(f"graph '{role}' cannot be loaded by {self.provider}: {_one_line(error)}") from error
-        if self.provider not in session.get_providers():
-            raise DeviceError(
-                f"graph '{role}': ONNX Runtime left out {self.provider}: {provider_load_error() or 'it gives no reason'}"
-            )
-        if recorded:
-            subgraphs = session.get_provider_graph_assignment_info()
-            placed = [(one.ep_name, node.op_type, node.name) for one in subgraphs for node in one.get_nodes()]
+    def _open(self, model: str | bytes, role: str, extra: dict[str, str]) -> _native.Session:
+        config = {_RECORD: "1"}
+        if self.cuda is not None and version_tuple(ensure_runtime()) < (1, 24):  # all or nothing, shape arithmetic too
+            config = {_NO_FALLBACK: "1"}
+        options = None if self.cuda is None else {**self.cuda, **extra}
+        with self.lock:
+            self.device.use()
+            try:  # one thread: what stays on the CPU beside a GPU is arithmetic on shapes
+                session = _native.Session(model, role, config, threads=1, spin=False, cuda=options)
+            except DeviceError as error:
+                text = _one_line(error).removeprefix(f"graph '{role}': ")
+                raise DeviceError(f"graph '{role}' cannot be loaded by {self.provider}: {text}") from None
+        placed = _native.session_placement(session)
+        if placed is not None:
             check_placement(role, self.provider, placed)
         return session
 
 
-def host_place() -> Place:
-    """The CPU provider behind the same loop, for its tests: a machine without a GPU runs everything but the device itself."""
-    return Place("CPUExecutionProvider", HostMemory())
+def host_place(device: Device, *, cuda_graphs: bool = False) -> Place:
+    """The CPU provider behind the same loop, over a stand-in for the device: a machine without a GPU runs the rest for real."""
+    ensure_runtime()
+    return Place(device, cuda_graphs=cuda_graphs)
 
 
-_cuda: Place | None = None
-_cuda_lock = threading.Lock()
+_gpu_lock = threading.RLock()
+"""Of all engines in the process: a capture of one forbids what another would do."""
 
 
-def cuda_place(cuda_graphs: bool = True) -> Place:
+def cuda_place(cuda_graphs: bool = True, *, spin: bool = True) -> Place:
     """The CUDA provider on GPU 0 of this process, checked from the wheel to the device. Raises DeviceError with the first
 
     thing that is missing. fp32 products are computed in fp32, not TF32: a build says what precision it has.
     """
-    global _cuda
-    with _cuda_lock:
-        if _cuda is None:
-            check_wheel()
-            check_device()
-            memory = CudaMemory()
-            options = {
-                "device_id": "0",
-                "user_compute_stream": str(memory.stream),
-                "arena_extend_strategy": "kSameAsRequested",
-                "cudnn_conv_algo_search": "HEURISTIC",
-                "use_tf32": "0",
-            }
-            _cuda = Place("CUDAExecutionProvider", memory, options)
-        return Place(_cuda.provider, _cuda.memory, _cuda.options, cuda_graphs, _cuda.lock)
+    check_wheel()
+    check_device()
+    device = CudaDevice(spin=spin)
+    try:
+        options = {
+            "device_id": "0",
+            "user_compute_stream": str(device.stream),
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "use_tf32": "0",
+        }
+        place = Place(device, options, cuda_graphs, _gpu_lock)
+        check_provider(place)
+        return place
+    except BaseException:
+        device.close()
+        raise
 
 
 def check_wheel() -> None:
-    """Raises DeviceError unless the `onnxruntime` that Python finds is one with the CUDA provider, and new enough."""
+    """Raises DeviceError unless the ONNX Runtime that Python finds is one with the CUDA provider, and new enough.
+
+    Nothing of it is imported: the C API's library is used, and two copies of ONNX Runtime with one CUDA provider would clash.
+    """
     try:
-        import onnxruntime
-    except ImportError as error:
+        library = find_library()
+    except DeviceError as error:
         raise DeviceError(
-            f'device="cuda" needs ONNX Runtime with CUDA, which cannot be imported ({error}): pip install {WHEEL}'
+            f'device="cuda" needs ONNX Runtime with CUDA, which is not here ({_one_line(error)}): pip install {WHEEL}'
         ) from None
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        check_version(onnxruntime.__version__)
+    if (library.parent / _PROVIDER_LIBRARY).is_file() or list(library.parent.glob("*providers_cuda*")):
+        check_version(ensure_runtime())
         return
     both = all(_installed(name) for name in ("onnxruntime", WHEEL))
     what = (
         f"onnxruntime and {WHEEL} are both installed and overwrite each other's files"
         if both
-        else f"the installed onnxruntime {onnxruntime.__version__} is the CPU wheel"
+        else f"the installed onnxruntime {ensure_runtime()} is the CPU wheel"
     )
     raise DeviceError(
         f'device="cuda" needs ONNX Runtime\'s CUDA provider, but {what} (the two wheels share one module name and cannot stand '
@@ -185,39 +206,30 @@ def check_device() -> None:
             f"CUDA {needed[0]}.{needed[1]}: update the driver, or install one that is built for CUDA {found // 1000}."
         )
     _preload()
-    if reason := provider_load_error():
+
+
+def check_provider(place: Place) -> None:
+    """Opens a graph of one node with the provider. Raises DeviceError with what ONNX Runtime says, and how to mend it.
+
+    The provider's library is left to ONNX Runtime: it reaches back into whoever loads it, and ends a process that loads it alone.
+    """
+    try:
+        place.session(cast(1, "float32", "float16"), "first_graph")[0].close()
+    except DeviceError as error:
+        text = _one_line(error)
+        if "Failed to load library" not in text:
+            raise
         raise DeviceError(
-            f"the CUDA provider of {WHEEL} cannot be loaded: {reason}. Install CUDA's libraries beside it: "
-            f"pip install '{WHEEL}[cuda,cudnn]'."
-        )
+            f"the CUDA provider of {WHEEL} cannot be loaded: {text.rpartition('with error: ')[2]}. Install CUDA's libraries "
+            f"beside it: pip install '{WHEEL}[cuda,cudnn]'."
+        ) from None
 
 
 def wheel_cuda_version() -> tuple[int, int] | None:
     """(major, minor) of the CUDA that the installed wheel was built with; None where it does not say."""
-    try:
-        from onnxruntime.capi import build_and_package_info
-    except ImportError:
-        return None
-    parts = str(getattr(build_and_package_info, "cuda_version", "")).split(".")
-    if not parts[0].isdigit():
-        return None
-    return int(parts[0]), int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
-
-
-def provider_load_error() -> str | None:
-    """What the dynamic loader says of the CUDA provider's library (which library is missing), or None when it loads."""
-    import onnxruntime
-
-    folder = Path(onnxruntime.__file__).parent / "capi"
-    library = folder / "libonnxruntime_providers_cuda.so"
-    if not library.is_file():
-        return f"{library} is missing" if not list(folder.glob("*providers_cuda*")) else None  # elsewhere the names differ
-    try:
-        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        return _one_line(error)
-    return None
+    found = find_library().parent / "build_and_package_info.py"
+    match = re.search(r"^cuda_version\s*=\s*['\"](\d+)(?:\.(\d+))?", found.read_text(), re.MULTILINE) if found.is_file() else None
+    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def check_placement(role: str, provider: str, placed: list[tuple[str, str, str]]) -> None:

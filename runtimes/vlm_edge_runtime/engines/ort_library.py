@@ -56,9 +56,13 @@ def ensure_runtime() -> str:
 
 def check_version(version: str) -> None:
     """Raises DeviceError when the library is older than MINIMUM."""
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if found < MINIMUM:
+    if version_tuple(version) < MINIMUM:
         raise DeviceError(f"ONNX Runtime {version} is too old, needed is {'.'.join(map(str, MINIMUM))} or newer. {_INSTALL}")
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """(major, minor) of "1.31.1"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _self_test(version: str) -> None:

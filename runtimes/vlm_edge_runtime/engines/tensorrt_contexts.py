@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vlm_edge_runtime.errors import DeviceError
 
@@ -12,6 +13,9 @@ from .cuda_device import Device
 from .tensorrt_graph import fitting_profile
 from .tensorrt_program import Context, Program, Shape
 from .tensorrt_signature import Signature
+
+if TYPE_CHECKING:
+    from .tensorrt_step import DecoderSteps
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -34,6 +38,9 @@ class DecoderPrograms:
                 f"graph 'embed_tokens' gives {self.embeds.dtype}, graph 'decoder' takes {signature.types['inputs_embeds']}: "
                 "build both for one target."
             )
+        self.idle: list[DecoderSteps] = []
+        """Steps whose state was closed, the newest first; `keeps_idle` of them serve the next states of their size."""
+        self.keeps_idle = 0
         self._rows: dict[int, Context] = {}
         self._fixed: weakref.WeakValueDictionary[object, BoundContext] = weakref.WeakValueDictionary()
 
@@ -54,6 +61,13 @@ class DecoderPrograms:
             for name, shape in shapes.items():
                 found.context.set_shape(name, shape)
         return found
+
+    def close(self) -> None:
+        """Frees the decoder and what no state uses."""
+        while self.idle:
+            self.idle.pop().close()
+        self.keeps_idle = 0
+        self.decoder.close()
 
     @property
     def largest_batch(self) -> int | None:

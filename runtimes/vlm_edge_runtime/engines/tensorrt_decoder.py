@@ -31,6 +31,8 @@ class TensorRTDecoder:
     that no state uses are given up.
     """
 
+    state_type = TensorRTDecoderState
+
     def __init__(
         self,
         load: Callable[[int | None], tuple[Program, Sequence[TensorSpec]]],
@@ -60,6 +62,11 @@ class TensorRTDecoder:
         """Of the smallest bucket; the others differ from it in the capacity alone."""
         return self._bucket(self.capacities[0]).signature
 
+    @property
+    def embedding(self) -> TensorRTGraph:
+        """The graph `embed_tokens`."""
+        return self._embed
+
     def embed(self, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Token embeddings: int64 [S] → float32 [S, hidden]."""
         if input_ids.ndim != 1:
@@ -75,13 +82,10 @@ class TensorRTDecoder:
         """
         if not 1 <= batch <= MAX_BATCH or capacity < 1:
             raise ValueError(f"batch {batch}, capacity {capacity}: expected 1 to {MAX_BATCH}, 1 or more")
-        bucket = next((size for size in self.capacities if size is None or size >= capacity), 0)
-        if bucket == 0:
-            raise DeviceError(
-                f"a cache of {capacity} entries was asked for, the largest one that this build has an engine for is "
-                f"{self.capacities[-1]}: load with context_length={self.capacities[-1]} or less, or build with a larger context."
-            )
         with self._lock:
+            if self._closed:
+                raise DeviceError("the decoder is closed")
+            bucket = self._bucket_for(capacity)
             self._device.use()
             try:
                 state = self._state(bucket, batch, capacity)
@@ -92,6 +96,16 @@ class TensorRTDecoder:
             self._states.add(state)
             return state
 
+    def _bucket_for(self, capacity: int) -> int | None:
+        """The smallest bucket that holds so many entries; None for a decoder without a cache."""
+        for size in self.capacities:
+            if size is None or size >= capacity:
+                return size
+        raise DeviceError(
+            f"a cache of {capacity} entries was asked for, the largest one that this build has an engine for is "
+            f"{self.capacities[-1]}: load with context_length={self.capacities[-1]} or less, or build with a larger context."
+        )
+
     def _state(self, bucket: int | None, batch: int, capacity: int) -> TensorRTDecoderState:
         programs = self._bucket(bucket)
         most = programs.largest_batch
@@ -100,7 +114,7 @@ class TensorRTDecoder:
                 f"{batch} rows were asked for (prompts × beams), the decoder's engine was built for {most} at once: send fewer, "
                 "or build the target with a larger max_batch."
             )
-        return TensorRTDecoderState(
+        return self.state_type(
             programs,
             batch,
             capacity,
@@ -115,7 +129,7 @@ class TensorRTDecoder:
         used = [state.programs for state in self._states if not state.closed]
         idle = [size for size, programs in self._programs.items() if size != wanted and programs not in used]
         for size in idle:
-            self._programs.pop(size).decoder.close()
+            self._programs.pop(size).close()
         return bool(idle)
 
     def _bucket(self, capacity: int | None) -> DecoderPrograms:
@@ -145,6 +159,6 @@ class TensorRTDecoder:
             for state in list(self._states):
                 state.close()
             for programs in self._programs.values():
-                programs.decoder.close()
+                programs.close()
             self._programs.clear()
             self._embed.close()

@@ -1,10 +1,15 @@
-"""What the TensorRT engine asks of a compiled graph. `tensorrt_seam` has it over TensorRT and TensorRT-RTX."""
+"""What the GPU engines ask of a compiled graph: `tensorrt_seam` has it over TensorRT and TensorRT-RTX, `ort_cuda_program` over
+
+ONNX Runtime's CUDA provider.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from vlm_edge_runtime import _native
 
 Shape = tuple[int, ...]
 
@@ -44,6 +49,9 @@ class Context(Protocol):
         """Raises DeviceError for a shape outside the profile."""
 
     def set_address(self, name: str, address: int) -> None: ...
+    def set_total(self, entries: int) -> None:
+        """How many cache entries are valid after the run, for graphs that are told in host memory."""
+
     def output_shape(self, name: str) -> Shape:
         """An output's shape, once all inputs have theirs. Raises DeviceError where the graph decides it while it runs."""
 
@@ -51,7 +59,10 @@ class Context(Protocol):
         """Queues a run. Raises DeviceError when TensorRT refuses."""
 
     def capturable(self, stream: int) -> bool:
-        """Whether `enqueue` may be captured into a CUDA graph."""
+        """Whether steps may be launched by the C loop: `enqueue` captured into a CUDA graph, or `frozen` runs."""
+
+    def frozen(self) -> list[_native.BoundRun]:
+        """Runs over the present addresses for the C loop to launch; none where `enqueue` is captured with the step's rest."""
 
     def close(self) -> None: ...
 

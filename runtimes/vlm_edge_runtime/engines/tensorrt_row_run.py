@@ -58,6 +58,7 @@ class RowRuns:
         }
         for name, array in outputs.items():
             context.set_address(name, self.buffers.reserve(name, array.nbytes))
+        context.set_total(first + tokens)
         begin = time.perf_counter()
         context.enqueue(device.stream)
         for name, following in self._steps.signature.states.items():
@@ -70,6 +71,10 @@ class RowRuns:
         self._steps.last_seconds = time.perf_counter() - begin
         self._steps.counts.rows += 1
         return outputs
+
+    def forget(self) -> None:
+        """What was sent for a row is another state's."""
+        self._static_key = None
 
     def _bind_row_cache(self, context: Context, row: int) -> bool:
         """A row is a window of the cache; where TensorRT could not take its address, a copy. Whether it is one."""

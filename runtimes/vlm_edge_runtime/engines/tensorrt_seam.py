@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from vlm_edge_runtime import _native
 from vlm_edge_runtime.errors import DeviceError
 
 from .cuda_device import Device, Memory
@@ -174,6 +175,9 @@ class TensorRTContext:
         if not self._context.set_tensor_address(name, address):
             raise self._runtime.refused(f"{self._path} does not take an address for '{name}'")
 
+    def set_total(self, entries: int) -> None:
+        """TensorRT's decoders read the rows' lengths on the device."""
+
     def output_shape(self, name: str) -> Shape:
         """An output's shape under the inputs' shapes."""
         shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
@@ -192,6 +196,10 @@ class TensorRTContext:
         """TensorRT's contexts with fixed shapes are; TensorRT-RTX says."""
         asked = getattr(self._context, "is_stream_capturable", None)
         return bool(asked(stream)) if asked is not None else True
+
+    def frozen(self) -> list[_native.BoundRun]:
+        """None: its work is captured."""
+        return []
 
     def close(self) -> None:
         """Frees the context."""

@@ -51,6 +51,8 @@ class Signature:
     specs: Mapping[str, TensorSpec]
     types: Mapping[str, str]
     """The engine's type of each tensor."""
+    counts_last: bool = False
+    """`past_lengths` is the index of the newest entry instead of the number of entries before the run (alike for one token)."""
 
 
 def read_signature(program: Program, specs: Sequence[TensorSpec], portable: Sequence[TensorSpec]) -> Signature:
@@ -115,6 +117,7 @@ def read_signature(program: Program, specs: Sequence[TensorSpec], portable: Sequ
         further=tuple(named[name] for name in outputs if name not in following),
         specs=named,
         types=types,
+        counts_last=bool(getattr(program, "counts_last", False)),
     )
 
 

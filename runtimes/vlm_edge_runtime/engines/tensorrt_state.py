@@ -98,7 +98,8 @@ class TensorRTDecoderState(DeviceRows):
         feeds: Named = {"inputs_embeds": np.asarray(embeds)[None]}
         if self._programs.signature.axes:
             feeds["position_ids"] = positions[..., None, :]
-        feeds[PAST_LENGTHS] = np.array([self._length(row)], np.int32)
+        before = self._length(row) + (len(embeds) - 1 if self._programs.signature.counts_last else 0)
+        feeds[PAST_LENGTHS] = np.array([before], np.int32)
         feeds |= {name: inputs.stack(name, [array], state.sizes, front=1) for name, array in values.items()}
         statics = {name: inputs.stack(name, [(state.bound or {})[name]], state.sizes) for name in inputs.static}
         given = self._steps.rows.run(row, feeds, statics, self._row_keys[row])

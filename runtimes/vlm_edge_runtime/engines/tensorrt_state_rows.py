@@ -36,7 +36,7 @@ class DeviceRows:
         self._programs = programs
         self._inputs = programs.signature.inputs
         self._record = record
-        self._steps = DecoderSteps(programs, batch, capacity, counts)
+        self._steps = _lent(programs, batch, capacity, counts)
         self._table = self._steps.table
         limits = [limit for limit in (prefill_chunk, programs.longest_row) if limit]
         self._longest = min(limits) if limits else None
@@ -96,7 +96,10 @@ class DeviceRows:
         with self._lock:
             self._programs.device.use()
             self._programs.device.synchronize()
-            self._steps.close()
+            if any(row.tainted for row in self._rows):  # no later state shall read NaN
+                self._steps.close()
+            else:
+                _given_back(self._programs, self._steps)
             for row in self._rows:
                 row.device_sampler.close()
 
@@ -199,6 +202,21 @@ class DeviceRows:
                 self._fetch_outputs(index)
         self._steps.set_inputs(stacked_inputs(self._inputs, self._rows))
         self._sent_version = self._inputs_version
+
+
+def _lent(programs: DecoderPrograms, batch: int, capacity: int, counts: StepCounts) -> DecoderSteps:
+    """Steps of a closed state of the same size, with what was captured for them, or new ones."""
+    for at, steps in enumerate(programs.idle):
+        if (steps.batch, steps.capacity) == (batch, capacity):
+            steps.renew(counts)
+            return programs.idle.pop(at)
+    return DecoderSteps(programs, batch, capacity, counts)
+
+
+def _given_back(programs: DecoderPrograms, steps: DecoderSteps) -> None:
+    programs.idle.insert(0, steps)
+    while len(programs.idle) > programs.keeps_idle:
+        programs.idle.pop().close()
 
 
 def named_error(error: BaseException) -> BaseException:

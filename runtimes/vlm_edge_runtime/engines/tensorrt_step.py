@@ -1,14 +1,15 @@
 """The device side of one decoder state: a row by itself (prefill), and steps of all rows, queued one by one or captured.
 
 A step is: token ids and positions from the rows' state → embed_tokens → decoder → the rows' state → the next tokens. Nothing
-in it needs the host, so that it can be captured as a CUDA graph; one graph for each side of a cache that is not updated in place.
+in it needs the host, so that the C loop can launch it (see tensorrt_capture): one CUDA graph for each side of a cache that is not
+updated in place.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ from .base import Array
 from .cuda_layout import CONTROL, GUARDED, KEPT, MAX_THREADS, RECORD, ROW, STEP
 from .cuda_memory import Buffers
 from .tensorrt_cache import DeviceCache
-from .tensorrt_contexts import BoundContext, DecoderPrograms
+from .tensorrt_capture import Decode, Pieces, captured, free_pieces
+from .tensorrt_contexts import DecoderPrograms
 from .tensorrt_graph import buffer_size
 from .tensorrt_program import Shape
 from .tensorrt_row_run import RowRuns
@@ -45,18 +47,6 @@ class StepCounts:
     not_captured_because: str = ""
 
 
-@dataclass(slots=True)
-class _Decode:
-    """The contexts of the present shapes, and what was captured with them."""
-
-    embed: BoundContext
-    decoder: BoundContext
-    generation: int
-    outputs: dict[str, Shape]
-    warm: set[int] = field(default_factory=set)
-    graphs: dict[int, int] = field(default_factory=dict)
-
-
 class DecoderSteps:
     """Device memory of `batch` rows, and what runs on it. Not for two threads at once."""
 
@@ -69,7 +59,7 @@ class DecoderSteps:
         self.stride = -(-signature.vocab // 64) * 64  # rows of logits are aligned
         self._blocks = -(-signature.vocab // _PER_BLOCK)
         self._buffers = Buffers(device)
-        self._decode: _Decode | None = None
+        self._decode: Decode | None = None
         self.rows = RowRuns(self)
         self._token = object()
         self.last_seconds = 0.0
@@ -184,14 +174,14 @@ class DecoderSteps:
             return
         self._forget_graphs()
         outputs = {spec.name: decoder.context.output_shape(spec.name) for spec in self.signature.further}
-        self._decode = _Decode(embed, decoder, 0, outputs)
+        self._decode = Decode(embed, decoder, 0, outputs)
         self._lay_out(self._decode)
         self._decode.generation = self._buffers.generation
 
-    def _output_bytes(self, decode: _Decode) -> dict[str, int]:
+    def _output_bytes(self, decode: Decode) -> dict[str, int]:
         return {name: buffer_size(self.programs.decoder, name, shape) for name, shape in decode.outputs.items()}
 
-    def _lay_out(self, decode: _Decode) -> None:
+    def _lay_out(self, decode: Decode) -> None:
         """The tables that the kernels read: what rows keep of a step, the guarded entries, and a Step for each side."""
         batch, vocab, put = self.batch, self.signature.vocab, self._buffers.reserve
         outputs = self._output_bytes(decode)
@@ -305,32 +295,25 @@ class DecoderSteps:
         return found
 
     @property
-    def _now(self) -> _Decode:
+    def _now(self) -> Decode:
         assert self._decode is not None, "set_inputs comes first"
         return self._decode
 
-    def _graphs(self) -> tuple[int, int]:
+    def _graphs(self) -> tuple[Pieces, Pieces]:
         decode = self._now
         for side in range(self.cache.sides):
             if side not in decode.graphs:
                 decode.graphs[side] = self._capture(side)
         return decode.graphs[0], decode.graphs[self.cache.sides - 1]
 
-    def _capture(self, side: int) -> int:
+    def _capture(self, side: int) -> Pieces:
+        """What the C loop launches for a step: one graph, or graphs around the runs that cannot be captured from outside."""
         self._bind(side)
-        self.device.begin_capture()
-        try:
-            self._enqueue_step(side, sample=True)
-        except BaseException:
-            self._abandon_capture()
-            raise
-        return self.device.end_capture()
-
-    def _abandon_capture(self) -> None:
-        try:
-            self.device.free_graph(self.device.end_capture())
-        except DeviceError:
-            return  # what made the capture fail is told by the caller's exception
+        runs = [run for bound in (self._now.embed, self._now.decoder) for run in bound.context.frozen()]
+        if not runs:
+            return (captured(self.device, lambda: self._enqueue_step(side, sample=True)),)
+        before = captured(self.device, lambda: self._enqueue_before(side))
+        return before, *runs, captured(self.device, lambda: self._enqueue_after(side, sample=True))
 
     def _bind(self, side: int) -> None:
         """Sets the contexts' addresses, unless they are this state's and this side's already."""
@@ -354,20 +337,29 @@ class DecoderSteps:
         decode.decoder.owner = (*owner, side)
 
     def _enqueue_step(self, side: int, *, sample: bool) -> None:
-        decode, guarded = self._now, self.capacity >= self.cache.bucket and bool(self.cache.specs)
-        guards = (len(self.cache.specs), self.batch)
+        decode = self._now
         self._bind(side)
-        self._launch("vlm_begin", side, (1, 1), 32)
-        if guarded:
-            self._launch("vlm_save_last", side, guards, 64)
+        self._enqueue_before(side)
         decode.embed.context.enqueue(self.device.stream)
         decode.decoder.context.enqueue(self.device.stream)
-        if guarded:
-            self._launch("vlm_restore_last", side, guards, 64)
+        self._enqueue_after(side, sample=sample)
+
+    def _enqueue_before(self, side: int) -> None:
+        self._launch("vlm_begin", side, (1, 1), 32)
+        if self._guarded:
+            self._launch("vlm_save_last", side, (len(self.cache.specs), self.batch), 64)
+
+    def _enqueue_after(self, side: int, *, sample: bool) -> None:
+        if self._guarded:
+            self._launch("vlm_restore_last", side, (len(self.cache.specs), self.batch), 64)
         self._launch("vlm_keep", side, (_KEEP_BLOCKS, self.batch), 256)
         self._launch("vlm_finish", side, (1, 1), 32)
         if sample:
             self._enqueue_sampling(side)
+
+    @property
+    def _guarded(self) -> bool:
+        return self.capacity >= self.cache.bucket and bool(self.cache.specs)
 
     def _enqueue_sampling(self, side: int) -> None:
         self._launch("vlm_controls", side, (1, self.batch), MAX_THREADS)
@@ -386,9 +378,16 @@ class DecoderSteps:
 
     def _forget_graphs(self) -> None:
         if self._decode is not None:
-            for graph in self._decode.graphs.values():
-                self.device.free_graph(graph)
+            for pieces in self._decode.graphs.values():
+                free_pieces(self.device, pieces)
             self._decode.graphs.clear()
+
+    def renew(self, counts: StepCounts) -> None:
+        """As new, for another state: rows empty, what was captured kept."""
+        self.counts = counts
+        self.table[...] = np.zeros(self.batch, ROW)
+        self.table["pending"] = -1
+        self.rows.forget()
 
     def close(self) -> None:
         """Frees all memory. Nothing may be under way."""

@@ -1,6 +1,7 @@
 """Run by test_cuda_stand_in_driver.py in a process of its own, where libcuda.so.1 is the stand-in.
 
-The real `CudaDevice`, through the real cuda-bindings, decodes a toy whose "engines" are ONNX Runtime sessions.
+The real `CudaDevice`, through the real cuda-bindings, decodes a toy whose "engines" are ONNX Runtime sessions: in TensorRT's
+place, and as the CUDA engine has them, but for the CPU provider.
 """
 
 import ctypes
@@ -13,11 +14,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "nat
 
 from host_engine import toy_bench, toy_engine  # noqa: E402
 from toy_bench import PROMPTS  # noqa: E402
+from toy_bundle import toy_bundle  # noqa: E402
 from toy_decoder import Toy  # noqa: E402
 
 from vlm_edge_runtime import _native  # noqa: E402
 from vlm_edge_runtime.engines import SamplingParams  # noqa: E402
 from vlm_edge_runtime.engines.cuda_device import CudaDevice  # noqa: E402
+from vlm_edge_runtime.engines.ort_cuda import OrtCudaEngine  # noqa: E402
+from vlm_edge_runtime.engines.ort_cuda_place import host_place  # noqa: E402
 from vlm_edge_runtime.errors import DeviceError  # noqa: E402
 
 _HostFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -82,6 +86,20 @@ def main(folder: Path) -> None:
         except DeviceError as error:
             assert "is closed" in str(error)
         assert free > 0
+    toy = Toy(recurrent=True, feature=True, shared=True, cross=True)
+    engine = OrtCudaEngine(toy_bundle(folder, toy, "lowered"), _place=host_place(CudaDevice()))
+    bench = toy_bench(engine, toy)
+    state = bench.filled(40)
+    tokens = [[], [], []]
+    for steps in (1, 2, 5):
+        for row, produced in enumerate(state.decode(steps)):
+            tokens[row] += produced.tokens
+    assert tokens == [bench.expected(row, 8) for row in range(3)], tokens
+    assert engine.step_counts.captured == 6 and engine.step_counts.host_sampled == 0, engine.step_counts
+    state.truncate(2, 0)
+    bench.fill(state, 2, PROMPTS[2], bench.source(2), sampled)
+    assert len(state.decode(4)[2].tokens) == 4
+    engine.close()
     print("decoded")
 
 

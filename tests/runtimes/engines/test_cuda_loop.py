@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from host_device import StandInLibcuda
 from host_kernels import compile_shared
+from onnx import TensorProto, helper
 
 from vlm_edge_runtime import _native
 from vlm_edge_runtime.engines.cuda_layout import EMITTED, FINISHED, HALTED, RECORD
+from vlm_edge_runtime.engines.ort_library import ensure_runtime
 from vlm_edge_runtime.errors import DeviceError
 
 SLOTS, BATCH = 4, 2
@@ -137,6 +139,48 @@ def test_a_drivers_error_is_told_with_its_name(tmp_path, table, call) -> None:
     getattr(device.libcuda, table).clear()
     with pytest.raises(DeviceError, match=rf"{call} failed in a decode step: CUDA_ERROR_LAUNCH_FAILED \(719\)"):
         device.run(3)
+
+
+def _adder(bad: bool = False) -> tuple[_native.BoundRun, np.ndarray]:
+    """A run of ONNX Runtime that adds 1 to what it finds; `bad`: one that fails (an index outside its table)."""
+    ensure_runtime()
+    element, kind = (TensorProto.INT64, "Gather") if bad else (TensorProto.FLOAT, "Add")
+    info = [helper.make_tensor_value_info(name, element, [1]) for name in ("x", "y")]
+    stored = helper.make_tensor("w", element, [1], [1])
+    nodes = [helper.make_node(kind, ["w", "x"], ["y"])]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], [stored])
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+    run, memory = _native.BoundRun(_native.Session(model, "adder")), np.array([7], np.int64 if bad else np.float32)
+    run.bind_input("x", memory.ctypes.data, [1])
+    run.bind_output("y", memory.ctypes.data, [1])
+    return run, memory
+
+
+def test_runs_of_onnxruntime_go_between_graphs(tmp_path) -> None:
+    device = Scripted(tmp_path, _going(9))
+    run, memory = _adder()
+    seen = []
+    device.libcuda.launches[13] = lambda: seen.append(float(memory[0]))
+    step = (GRAPHS[0], run, run, 13)
+    data, launched = device.loop.run(7, EVENTS, (step, step), 0, device.ring.ctypes.data, SLOTS, BATCH, 0, 4)
+    assert launched == 4 and len(np.frombuffer(data, RECORD)) == 4 * BATCH
+    assert seen == [9, 11, 13, 15] and run.runs == 8 and memory[0] == 15
+    assert device.log.count("launch 11") == 4
+
+
+def test_a_run_that_fails_ends_the_call_with_onnxruntimes_words(tmp_path) -> None:
+    device = Scripted(tmp_path, _going(9))
+    run, _ = _adder(bad=True)
+    step = [GRAPHS[0], run]
+    with pytest.raises(DeviceError, match="indices element out of data bounds"):
+        device.loop.run(7, EVENTS, (step, step), 0, device.ring.ctypes.data, SLOTS, BATCH, 0, 4)
+
+
+@pytest.mark.parametrize("step", [(), ("a",), None, 1.5, (11, (12,)), (0,), (11,) * 9])
+def test_what_is_no_step_is_refused(tmp_path, step) -> None:
+    device = Scripted(tmp_path, [])
+    with pytest.raises((TypeError, ValueError)):
+        device.loop.run(7, EVENTS, (step, step), 0, device.ring.ctypes.data, SLOTS, BATCH, 0, 4)
 
 
 def test_libraries_that_are_no_driver_are_refused(tmp_path) -> None:
