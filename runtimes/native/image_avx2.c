@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#define TARGET_ISA "avx2,fma,f16c"
+#define TARGET_ISA "avx2"
 #include "kernels/target_begin.inc"
 
 #include <immintrin.h>

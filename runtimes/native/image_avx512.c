@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#define TARGET_ISA "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
+#define TARGET_ISA "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"
 #include "kernels/target_begin.inc"
 
 #include <immintrin.h>

@@ -1,8 +1,7 @@
 /* The inner loops in plain C, and which table of them this CPU runs. */
 #include "image_kernels.h"
 
-#include "kernels/kernels.h"
-
+#include <stdbool.h>
 #include <string.h>
 
 static void pack(const int32_t weights[TAP_GROUP], int32_t *words) { memcpy(words, weights, TAP_GROUP * sizeof *words); }
@@ -52,33 +51,48 @@ const ImageKernels image_kernels_scalar = {.name = "scalar", .words = TAP_GROUP,
 
 #if defined(__x86_64__)
 extern const ImageKernels image_kernels_avx2, image_kernels_avx512;
-static const ImageKernels *const KNOWN[] = {&image_kernels_avx512, &image_kernels_avx2, &image_kernels_scalar};
+
+/* The compiler's own test looks at what the operating system saves, too. */
+static const ImageKernels *candidates(size_t index) {
+    if (index == 0) {
+        const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+        return has ? &image_kernels_avx512 : NULL;
+    }
+    return index == 1 && __builtin_cpu_supports("avx2") ? &image_kernels_avx2 : NULL;
+}
+
 #elif defined(__aarch64__)
 extern const ImageKernels image_kernels_neon;
-static const ImageKernels *const KNOWN[] = {&image_kernels_neon, &image_kernels_scalar};
+
+#if defined(__linux__)
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+static const ImageKernels *candidates(size_t index) { return index == 0 && (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) ? &image_kernels_neon : NULL; }
+#elif defined(__APPLE__) /* every one of their 64-bit computers has the dot product */
+static const ImageKernels *candidates(size_t index) { return index == 0 ? &image_kernels_neon : NULL; }
 #else
-static const ImageKernels *const KNOWN[] = {&image_kernels_scalar};
+static const ImageKernels *candidates(size_t index) { return NULL; }
 #endif
 
-#define KERNELS (sizeof KNOWN / sizeof *KNOWN)
-
-/* The decoder's kernels of the same name want the same instructions. */
-static const ImageKernels *available(size_t index) { return kernels_named(KNOWN[index]->name) != NULL ? KNOWN[index] : NULL; }
+#else
+static const ImageKernels *candidates(size_t index) { return NULL; }
+#endif
 
 const ImageKernels *image_kernels_best(void) {
-    for (size_t i = 0; i < KERNELS; i++) {
-        if (available(i) != NULL) {
-            return KNOWN[i];
-        }
-    }
-    return &image_kernels_scalar;
+    const ImageKernels *best = candidates(0);
+    best = best == NULL ? candidates(1) : best;
+    return best == NULL ? &image_kernels_scalar : best;
 }
 
 const ImageKernels *image_kernels_named(const char *name) {
-    for (size_t i = 0; i < KERNELS; i++) {
-        if (strcmp(KNOWN[i]->name, name) == 0) {
-            return available(i);
+    for (size_t i = 0; i < 2; i++) {
+        const ImageKernels *found = candidates(i);
+        if (found != NULL && strcmp(found->name, name) == 0) {
+            return found;
         }
     }
-    return NULL;
+    return strcmp(name, image_kernels_scalar.name) == 0 ? &image_kernels_scalar : NULL;
 }

@@ -3,6 +3,8 @@
 
 #include "image_threads.h"
 
+#include <string.h>
+
 #define PLANE_LINES 16         /* lines that a thread takes at a time; with patches, one row of blocks */
 #define ITEMS_MOST 4096        /* those of more lines are several blocks */
 #define SHARED_FROM (1u << 19) /* numbers: fewer take less than it costs to wake threads up */
@@ -32,11 +34,12 @@ static void line_to_plane(const uint8_t *line, size_t width, size_t channels, co
     }
 }
 
-static void line_to_planes(const uint8_t *line, size_t width, const float (*tables)[256], float *const out[3]) {
+static void line_to_planes(const uint8_t *line, size_t width, const float (*tables)[256], float *restrict red, float *restrict green,
+                           float *restrict blue) {
     for (size_t x = 0; x < width; x++) {
-        out[0][x] = tables[0][line[x * 3]];
-        out[1][x] = tables[1][line[x * 3 + 1]];
-        out[2][x] = tables[2][line[x * 3 + 2]];
+        red[x] = tables[0][line[x * 3]];
+        green[x] = tables[1][line[x * 3 + 1]];
+        blue[x] = tables[2][line[x * 3 + 2]];
     }
 }
 
@@ -47,8 +50,7 @@ static void to_planes(const Normalize *n, size_t frame, size_t first) {
         const uint8_t *line = image->data + y * image->stride;
         float *out = n->target + frame * image->channels * plane + y * image->width;
         if (image->channels == 3) {
-            float *const planes[3] = {out, out + plane, out + 2 * plane};
-            line_to_planes(line, image->width, n->tables, planes);
+            line_to_planes(line, image->width, n->tables, out, out + plane, out + 2 * plane);
             continue;
         }
         for (size_t channel = 0; channel < image->channels; channel++) {
@@ -57,25 +59,32 @@ static void to_planes(const Normalize *n, size_t frame, size_t first) {
     }
 }
 
-/* One row of blocks of one frame; what is filled up with the last frame is written along with it. */
+/* One row of blocks of one frame, a patch at a time: its numbers lie together. Where the last frame fills up its step, they are copied. */
 static void to_patches(const Normalize *n, size_t frame, size_t first) {
     const Image *image = &n->frames[frame];
-    const size_t patch = n->layout.patch, merge = n->layout.merge, depth = n->layout.depth;
+    const size_t patch = n->layout.patch, merge = n->layout.merge, depth = n->layout.depth, channels = image->channels;
     const size_t rows = image->height / patch, columns = image->width / patch;
-    const size_t square = patch * patch, one = image->channels * depth * square;
+    const size_t square = patch * patch, plane = depth * square;
     const size_t copies = frame + 1 < n->count ? 1 : depth - frame % depth;
-    float *step = n->target + frame / depth * rows * columns * one + frame % depth * square;
+    float *step = n->target + frame / depth * rows * columns * channels * plane + frame % depth * square;
     for (size_t row = first / patch; row < first / patch + merge; row++) {
         for (size_t column = 0; column < columns; column++) {
             const size_t block = row / merge * (columns / merge) + column / merge;
-            float *to = step + ((block * merge + row % merge) * merge + column % merge) * one;
-            for (size_t y = 0; y < patch; y++) {
-                const uint8_t *line = image->data + (row * patch + y) * image->stride + column * patch * image->channels;
-                for (size_t copy = 0; copy < copies; copy++) {
-                    float *out = to + copy * square + y * patch;
-                    for (size_t channel = 0; channel < image->channels; channel++, out += depth * square) {
-                        line_to_plane(line + channel, patch, image->channels, n->tables[channel], out);
-                    }
+            float *to = step + ((block * merge + row % merge) * merge + column % merge) * channels * plane;
+            const uint8_t *pixels = image->data + row * patch * image->stride + column * patch * channels;
+            for (size_t y = 0; y < patch; y++, pixels += image->stride) {
+                float *out = to + y * patch;
+                if (channels == 3) {
+                    line_to_planes(pixels, patch, n->tables, out, out + plane, out + 2 * plane);
+                    continue;
+                }
+                for (size_t channel = 0; channel < channels; channel++) {
+                    line_to_plane(pixels + channel, patch, channels, n->tables[channel], out + channel * plane);
+                }
+            }
+            for (size_t channel = 0; channel < channels; channel++) {
+                for (size_t copy = 1; copy < copies; copy++) {
+                    memcpy(to + channel * plane + copy * square, to + channel * plane, square * sizeof *to);
                 }
             }
         }
