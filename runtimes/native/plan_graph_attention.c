@@ -99,7 +99,11 @@ static void pack_value_block(const Kernels *kernels, const PanelMatrix *m, const
     float lines[BLOCK][PANEL] = {{0}}, scales[PANEL], inverse[PANEL];
     uint32_t most[PANEL] = {0};
     for (size_t r = 0; r < rows; r++) {
-        memcpy(lines[r], values + r * stride, size * sizeof(float));
+        if (size == PANEL) {
+            memcpy(lines[r], values + r * stride, PANEL * sizeof(float)); /* a constant: no call */
+        } else {
+            memcpy(lines[r], values + r * stride, size * sizeof(float));
+        }
         for (size_t i = 0; i < PANEL; i++) {
             uint32_t bits;
             memcpy(&bits, &lines[r][i], sizeof bits);
@@ -192,6 +196,19 @@ static Memory memory_at(uint8_t *base, size_t size, size_t keys) {
 
 size_t graph_byte_attention_scratch(size_t size, size_t keys) { return memory_at(NULL, size, keys).bytes; }
 
+#define AHEAD 6 /* rows */
+
+/* A head's numbers of a row some rows on: rows lie too far apart for the hardware to see them coming. */
+static void fetch(const float *x, size_t size, bool write) {
+    for (size_t i = 0; i < size; i += 16) {
+        if (write) {
+            __builtin_prefetch(x + i, 1);
+        } else {
+            __builtin_prefetch(x + i, 0);
+        }
+    }
+}
+
 void graph_byte_attention(const GraphCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
     const Kernels *kernels = call->plan->kernels;
     const size_t heads = (size_t)step->arg[0], size = (size_t)step->arg[1], keys = (size_t)step->arg[2];
@@ -202,7 +219,9 @@ void graph_byte_attention(const GraphCall *call, const PlanStep *step, size_t it
     const Memory m = memory_at(scratch, size, keys);
     float sums[GRAPH_BYTE_QUERIES];
     for (size_t i = 0; i < some; i++) {
-        kernels->scale(graph_row(call, step->in[0], image * rows + first + i) + head * size, step->real[0], size, m.line);
+        const float *query = graph_row(call, step->in[0], image * rows + first + i) + head * size;
+        fetch(query + AHEAD * call->plan->buffers[step->in[0].buffer].width, size, false);
+        kernels->scale(query, step->real[0], size, m.line);
         kernels->quantize(m.line, size, &m.queries, i);
     }
     for (size_t key = 0; key < keys; key += PANEL) {
@@ -210,14 +229,20 @@ void graph_byte_attention(const GraphCall *call, const PlanStep *step, size_t it
     }
     for (size_t i = 0; i < some; i++) {
         float *line = m.scores + i * m.lanes;
-        sums[i] = kernels->exponentials(line, keys, kernels->maximum(line, keys));
-        memset(line + keys, 0, (m.lanes - keys) * sizeof *line);
-        kernels->quantize(line, m.lanes, &m.weights, i);
+        const float most = kernels->maximum(line, keys);
+        if (kernels->soften != NULL) {
+            sums[i] = kernels->soften(line, keys, most, &m.weights, i);
+        } else {
+            sums[i] = kernels->exponentials(line, keys, most);
+            kernels->quantize(line, keys, &m.weights, i);
+        }
     }
     for (size_t column = 0; column < size; column += PANEL) {
         kernels->int8(&p.values, p.values.data + column / PANEL * p.values.panel_bytes, &m.weights, 0, some, m.sums + column, m.width);
     }
     for (size_t i = 0; i < some; i++) {
-        kernels->scale(m.sums + i * m.width, 1.0f / sums[i], size, graph_row(call, step->out[0], image * rows + first + i) + head * size);
+        float *out = graph_row(call, step->out[0], image * rows + first + i) + head * size;
+        fetch(out + AHEAD * call->plan->buffers[step->out[0].buffer].width, size, true);
+        kernels->scale(m.sums + i * m.width, 1.0f / sums[i], size, out);
     }
 }

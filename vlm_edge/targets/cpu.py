@@ -12,6 +12,7 @@ from vlm_edge_runtime.errors import TargetError
 
 from .backend import Backend, Job
 from .native.build import native_decoder
+from .native.encoder_build import native_encoders
 from .pipeline import Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder, lower_recurrent_decoder
 from .precision import stored_as
 
@@ -32,9 +33,11 @@ class CpuBackend(Backend):
         return {role: lower_encoder(model, precision=stored, block_size=job.block_size, options=options, calibration=calibration)}
 
     def finish(self, job: Job, writer: BuildWriter, build: Build) -> None:
-        """See `Backend.finish`; the decoder becomes a plan where the target wants native kernels."""
+        """See `Backend.finish`; decoder and encoders become plans where the target wants native kernels."""
         if job.target.options.kernels == "native" and "decoder" in build.graphs:
             native_decoder(job, writer, build, exact=self.is_exact(job, "decoder"))
+        if job.target.options.encoder_kernels == "native":
+            native_encoders(job, writer, build)
 
 
 def _decoder(job: Job, model: ir.Model) -> Lowered:

@@ -75,6 +75,31 @@ static void quantize(const float *x, size_t n, const QuantRows *out, size_t row)
     }
 }
 
+static float soften(const float *x, size_t n, float shift, const QuantRows *out, size_t row) {
+    const vf down = v_set(shift);
+    __m512 total = _mm512_setzero_ps();
+    for (size_t b = 0; b < out->blocks; b++) {
+        const size_t at = row * out->blocks + b, begin = b * BLOCK, count = n > begin ? n - begin : 0;
+        const __mmask16 low = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+        const __mmask16 high = count >= 32 ? 0xffff : count > 16 ? (__mmask16)((1u << (count - 16)) - 1) : 0;
+        const __m512 v0 = _mm512_maskz_mov_ps(low, (__m512)v_exp((vf)_mm512_maskz_loadu_ps(low, x + begin) - down));
+        const __m512 v1 = _mm512_maskz_mov_ps(high, (__m512)v_exp((vf)_mm512_maskz_loadu_ps(high, x + begin + 16) - down));
+        total = _mm512_add_ps(total, _mm512_add_ps(v0, v1));
+        const float most = _mm512_reduce_max_ps(_mm512_max_ps(v0, v1));
+        const bool tiny = most < SMALLEST;
+        const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : 127.0f / most);
+        const __m128i c0 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v0, inverse)));
+        const __m128i c1 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v1, inverse)));
+        _mm_storeu_si128((__m128i *)(void *)(out->codes + at * BLOCK), c0);
+        _mm_storeu_si128((__m128i *)(void *)(out->codes + at * BLOCK + 16), c1);
+        out->scales[at] = tiny ? 0.0f : most / 127.0f;
+        /* No code is negative: sums of bytes, eight at a time. */
+        const __m128i sums = _mm_add_epi64(_mm_sad_epu8(c0, _mm_setzero_si128()), _mm_sad_epu8(c1, _mm_setzero_si128()));
+        out->offsets[at] = -8 * (_mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2));
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
 INLINE __m512i four_inputs(const int8_t *codes) {
     int32_t four;
     memcpy(&four, codes, sizeof four);
@@ -297,7 +322,7 @@ static void products_bytes(const ByteMatrix *weight, size_t panel, size_t panels
 
 BYTES_KERNEL(products_bytes)
 
-const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes,
+const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .soften = soften, .bytes = bytes_products_bytes,
                                 .quantize_bytes = quantize_bytes, FLOAT_KERNELS};
 
 #include "target_end.inc"
