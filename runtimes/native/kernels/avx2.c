@@ -12,6 +12,8 @@
 
 #define VW 8
 #define ROWS 5
+#define FLASH_ROWS 6
+#define FLASH_VECTORS 2
 #define GROUP 2
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
@@ -21,6 +23,7 @@ typedef int32_t vi __attribute__((vector_size(32)));
 #define v_store_half(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph((__m256)(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
 #define v_set(x) ((vf)_mm256_set1_ps(x))
 #define v_fma(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define v_max(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define v_bits(v) ((vi)(v))
 #define v_floats(v) ((vf)(v))
 #define v_power(n) v_floats(((n) + 127) << 23)
@@ -195,7 +198,7 @@ PRODUCT(product_int8, 8)
 BYTES_KERNEL(products_bytes_scalar)
 
 const Kernels kernels_avx2 = {.name = "avx2", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
-                                .quantize_bytes = quantize_bytes_scalar, FLOAT_KERNELS};
+                                .quantize_bytes = quantize_bytes_scalar, .attention = attention_floats, FLOAT_KERNELS};
 
 #include "target_end.inc"
 

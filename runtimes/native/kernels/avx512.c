@@ -12,6 +12,9 @@
 
 #define VW 16
 #define ROWS 12
+#define FLASH_ROWS 8
+#define FLASH_VECTORS 2
+#define FLASH_PACKS
 #define GROUP 3
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -23,6 +26,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 #define v_fma(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define v_sum(v) _mm512_reduce_add_ps((__m512)(v))
 #define v_highest(v) _mm512_reduce_max_ps((__m512)(v))
+#define v_max(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define v_bits(v) ((vi)(v))
 #define v_floats(v) ((vf)(v))
 #define v_power(n) v_floats(((n) + 127) << 23)
@@ -322,9 +326,13 @@ static void products_bytes(const ByteMatrix *weight, size_t panel, size_t panels
 
 BYTES_KERNEL(products_bytes)
 
+#include "avx512_flash.inc"
+
 const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .soften = soften, .bytes = bytes_products_bytes,
-                                .quantize_bytes = quantize_bytes, FLOAT_KERNELS};
+                                .quantize_bytes = quantize_bytes, .attention = attention_floats, FLOAT_KERNELS};
 
 #include "target_end.inc"
+
+#include "avx512_bf16.inc"
 
 #endif

@@ -5,10 +5,12 @@
 
 extern const Kernels kernels_scalar;
 
+#define CANDIDATES 3
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-extern const Kernels kernels_avx2, kernels_avx512;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 /* The compiler's own test looks at what the operating system saves, too. */
 static const Kernels *has_avx512(void) {
@@ -17,13 +19,15 @@ static const Kernels *has_avx512(void) {
     return has ? &kernels_avx512 : NULL;
 }
 
+static const Kernels *has_bf16(void) { return has_avx512() != NULL && __builtin_cpu_supports("avx512bf16") ? &kernels_avx512_bf16 : NULL; }
+
 static const Kernels *has_avx2(void) {
     unsigned a, b, c = 0, d;
     const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c ? &kernels_avx2 : NULL;
 }
 
-static const Kernels *candidates(size_t index) { return index == 0 ? has_avx512() : index == 1 ? has_avx2() : NULL; }
+static const Kernels *candidates(size_t index) { return index == 0 ? has_bf16() : index == 1 ? has_avx512() : index == 2 ? has_avx2() : NULL; }
 
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
@@ -45,7 +49,7 @@ static const Kernels *candidates(size_t index) { return NULL; }
 #endif
 
 const Kernels *kernels_best(void) {
-    for (size_t i = 0; i < 2; i++) {
+    for (size_t i = 0; i < CANDIDATES; i++) {
         const Kernels *found = candidates(i);
         if (found != NULL) {
             return found;
@@ -55,7 +59,7 @@ const Kernels *kernels_best(void) {
 }
 
 const Kernels *kernels_named(const char *name) {
-    for (size_t i = 0; i < 2; i++) {
+    for (size_t i = 0; i < CANDIDATES; i++) {
         const Kernels *found = candidates(i);
         if (found != NULL && strcmp(found->name, name) == 0) {
             return found;

@@ -19,9 +19,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Before a loop whose count is a constant after inlining: its sums are then registers, not an array. */
+/* Before a loop whose count is a constant after inlining: its sums are then registers, not an array. AddressSanitizer instruments every
+ * access: unrolled, that takes minutes to compile. */
 #define KERNEL_PRAGMA(x) _Pragma(#x)
-#if defined(__clang__)
+#if defined(__SANITIZE_ADDRESS__)
+#define UNROLL
+#elif defined(__clang__)
 #define UNROLL KERNEL_PRAGMA(clang loop unroll(full))
 #elif defined(__GNUC__)
 #define UNROLL KERNEL_PRAGMA(GCC unroll 16)
@@ -33,6 +36,7 @@
 #define BLOCK 32 /* inputs that share a scale of the activations */
 #define HEAD_SIZE_MOST 256 /* numbers of an attention head */
 #define ATTENTION_KEYS 64 /* keys that are taken together */
+#define FLASH_KEYS 128    /* and by many queries */
 
 typedef enum { WEIGHT_INT4 = 0, WEIGHT_INT8, WEIGHT_FLOAT16, WEIGHT_FLOAT32, WEIGHT_FORMATS } WeightFormat;
 
@@ -86,10 +90,13 @@ typedef struct {
     size_t key_stride, value_stride; /* numbers */
     CacheFormat format;
     size_t begin, end;
+    bool half;                   /* the products may be of bfloat16, where the CPU multiplies those */
+    bool causal;                 /* token t sees the keys up to position + t, */
+    size_t position, window;     /* and of those the last `window`; 0: all */
     float scale, cap;            /* cap: scores become cap · tanh(score / cap); 0: none */
     const float *bias;           /* [rows][bias_stride], from key 0 on, added to the scores; or NULL */
     size_t bias_stride;
-    /* Writes −∞ to the scores of the keys [key, key + count) that a row may not see; NULL: all are seen. A row that sees none is NaN. */
+    /* Writes −∞ to the scores of the keys [key, key + count) that a row may not see; NULL: all are seen. A row that sees none of all is NaN. */
     void (*hide)(const void *context, size_t row, size_t key, size_t count, float *scores);
     const void *context;
     float *out;                  /* [tokens][out_stride], query heads side by side */
@@ -153,8 +160,8 @@ static inline size_t byte_panel(size_t depth) { return (depth + BLOCK - 1) / BLO
 
 /* The scratch of an attention. */
 static inline size_t attention_bytes(size_t rows, size_t size) {
-    const size_t padded = (size + PANEL - 1) / PANEL * PANEL, lines = (rows + 15) / 16 * 16;
-    return (lines * (2 * padded + ATTENTION_KEYS + 2) + 2 * ATTENTION_KEYS * padded) * sizeof(float) + 256;
+    const size_t padded = (size + 31) / 32 * 32, lines = (rows + 31) / 16 * 16; /* tiles of up to 16 */
+    return (lines * (2 * padded + 17) + 2 * FLASH_KEYS * padded) * sizeof(float);
 }
 
 /* Those of plain C, which a table without its own takes. */

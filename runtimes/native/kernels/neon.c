@@ -16,6 +16,8 @@
 
 #define VW 4
 #define ROWS 4
+#define FLASH_ROWS 8
+#define FLASH_VECTORS 2
 #define GROUP 4
 typedef float32x4_t vf;
 typedef int32x4_t vi;
@@ -28,6 +30,7 @@ typedef int32x4_t vi;
 #define v_sum(v) vaddvq_f32(v)
 #define v_highest(v) vmaxvq_f32(v)
 #define v_sums(v) vpaddq_f32(vpaddq_f32((v)[0], (v)[1]), vpaddq_f32((v)[2], (v)[3]))
+#define v_max(a, b) vmaxq_f32(a, b)
 #define v_bits(v) vreinterpretq_s32_f32(v)
 #define v_floats(v) vreinterpretq_f32_s32(v)
 #define v_power(n) v_floats(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))
@@ -157,7 +160,7 @@ PRODUCT(product_int8, 8)
 BYTES_KERNEL(products_bytes_scalar)
 
 const Kernels kernels_neon = {.name = "neon", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
-                                .quantize_bytes = quantize_bytes_scalar, FLOAT_KERNELS};
+                                .quantize_bytes = quantize_bytes_scalar, .attention = attention_floats, FLOAT_KERNELS};
 
 #include "target_end.inc"
 

@@ -45,6 +45,8 @@ uint16_t float_to_half(float value) {
 
 #define VW 1
 #define ROWS 1
+#define FLASH_ROWS 2
+#define FLASH_VECTORS 4
 #define GROUP 1
 typedef float vf;
 typedef int32_t vi;
@@ -57,6 +59,7 @@ typedef int32_t vi;
 #define v_sum(v) (v)
 #define v_highest(v) (v)
 #define v_sums(v) ((v)[0])
+#define v_max(a, b) ((a) > (b) ? (a) : (b))
 #define v_less(a, b) ((a) < (b) ? -1 : 0)
 #define v_choose(mask, a, b) ((mask) ? (a) : (b))
 
@@ -165,4 +168,4 @@ void products_bytes_scalar(const ByteMatrix *weight, size_t panel, size_t panels
 BYTES_KERNEL(products_bytes_scalar)
 
 const Kernels kernels_scalar = {.name = "scalar", .int4 = product, .int8 = product, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
-                                .quantize_bytes = quantize_bytes_scalar, FLOAT_KERNELS};
+                                .quantize_bytes = quantize_bytes_scalar, .attention = attention_floats, FLOAT_KERNELS};

@@ -21,8 +21,8 @@ static void hide(const void *context, size_t row, size_t key, size_t count, floa
 }
 
 static void test_one(const Kernels *k, size_t round) {
-    const size_t size = (size_t[]){64, 16, 80, 7, 1, 128, 72, 256}[round % 8], group = 1 + below(3), tokens = 1 + below(40), rows = tokens * group;
-    const size_t past = below(90), keys = past + tokens, extra = below(3);
+    const size_t size = (size_t[]){64, 16, 80, 7, 1, 128, 72, 256}[round % 8], group = 1 + below(3), tokens = 1 + below(round % 10 == 0 ? 200 : 40), rows = tokens * group;
+    const size_t past = below(round % 10 == 1 ? 400 : 90), keys = past + tokens, extra = below(3);
     const CacheFormat format = round % 2 ? CACHE_FLOAT16 : CACHE_FLOAT32;
     const size_t element = format == CACHE_FLOAT16 ? 2 : 4, query_stride = group * size + below(3), stride = size + below(5);
     const float large = round % 6 == 5 ? 30.0f : 1.0f;
@@ -49,8 +49,12 @@ static void test_one(const Kernels *k, size_t round) {
     a.cap = round % 7 == 6 ? 5.0f : 0.0f;
     a.bias = round % 4 == 3 ? bias : NULL;
     a.bias_stride = keys;
-    a.hide = rule.causal || rule.seen != NULL ? hide : NULL;
+    a.causal = rule.causal && round / 2 % 2 == 0; /* by itself, or as the caller says */
+    a.position = rule.past;
+    a.window = rule.window;
+    a.hide = (rule.causal && !a.causal) || rule.seen != NULL ? hide : NULL;
     a.context = &rule;
+    a.half = round / 4 % 2 == 0;
     a.out = out;
     a.out_stride = group * size + extra;
     a.scratch = memory(attention_bytes(rows, size), 0);
@@ -82,7 +86,7 @@ static void test_one(const Kernels *k, size_t round) {
                 want += weights[i] / sum * value[i * stride + d];
             }
             /* A score's error is a weight's relative error; values are at most 1. */
-            check("attention", out[row / group * a.out_stride + row % group * size + d], want, attention_error(k) * (2 + 2 * sharpness));
+            check("attention", out[row / group * a.out_stride + row % group * size + d], want, attention_error(k, a.half) * (2 + 2 * sharpness));
         }
     }
     free(weights);

@@ -51,7 +51,7 @@ static inline void check(const char *what, double got, double want, double toler
 }
 
 /* Relative error of the products of an attention: of float32, or, where its factors are bfloat16, of theirs. */
-static inline double attention_error(const Kernels *k) { return strstr(k->name, "bf16") != NULL ? 0x1p-8 : 3e-6; }
+static inline double attention_error(const Kernels *k, bool half) { return half && strstr(k->name, "bf16") != NULL ? 0x1p-8 : 3e-6; }
 
 /* attention_test.c and bytes_test.c */
 void test_bytes(const Kernels *k);
