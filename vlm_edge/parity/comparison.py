@@ -123,9 +123,10 @@ def _reference(
 ) -> tuple[Any, GraphReference, Callable[[], None]]:
     """The reference: a Generator or (`dual`) an Encoder; what knows its graphs; and how it is closed."""
     if reference is not None:
+        from .merged_tokens import merged_counts
         from .reference import TorchReference
 
-        original = TorchReference(str(reference), trust_remote_code=trust_remote_code)
+        original = TorchReference(str(reference), trust_remote_code=trust_remote_code, merged=merged_counts(manifest))
         if original.model_type != manifest.model_type:
             original.close()
             raise ParityError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle
+from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle, read_manifest
 
 from .bisect import Culprit, first_divergence
 from .graphs import PortableReference, is_lowered, lower_row, single_step
@@ -31,9 +31,11 @@ def bisect_bundle(
     needs_original = any(build.name == PORTABLE or _preprocessing_failed(build) for build in failed)
     original: TorchReference | None = None
     if reference is not None and needs_original:
+        from .merged_tokens import merged_counts
         from .reference import TorchReference
 
-        original = TorchReference(str(reference), trust_remote_code=trust_remote_code)
+        merged = merged_counts(read_manifest(path))
+        original = TorchReference(str(reference), trust_remote_code=trust_remote_code, merged=merged)
     try:
         found: list[Culprit] = []
         for build in failed:

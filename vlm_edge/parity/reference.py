@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,25 @@ from vlm_edge.export import checkpoint as checkpoints
 from vlm_edge.export.attention import attention_implementation
 from vlm_edge.export.checkpoint import Checkpoint, evaluating
 from vlm_edge.export.trace import quiet
-from vlm_edge.families.base import GraphPlan
+from vlm_edge.families.base import GraphPlan, submodule
+from vlm_edge.families.token_merging import merging
 from vlm_edge_runtime.bundle.manifest import GenerativeContract
 from vlm_edge_runtime.errors import ParityError
 
 from .examples import Example
+from .merged_tokens import MergedTokens
 from .reference_inputs import Ours, ReferenceInputs
 from .reference_processor import load_processor
 from .subject import Answer, Array, Floats, GraphCase, Prepared
 
 
 class TorchReference:
-    """A loaded checkpoint as the reference of every comparison. Use as a context manager, or `close()` it."""
+    """A loaded checkpoint as the reference of every comparison. Use as a context manager, or `close()` it.
 
-    def __init__(self, source: str, *, trust_remote_code: bool = False) -> None:
+    `merged`: (tokens, tokens that are left) of an image or tile, for a bundle that merges them; the reference then does too.
+    """
+
+    def __init__(self, source: str, *, trust_remote_code: bool = False, merged: tuple[int, int] | None = None) -> None:
         config, entry, family = checkpoints.identify(source, None, trust_remote_code)
         self.checkpoint: Checkpoint = checkpoints.load(
             source, entry.auto_class or family.auto_class, config, trust_remote_code=trust_remote_code
@@ -41,7 +46,7 @@ class TorchReference:
         self._stack.enter_context(evaluating(self.model))
         self._stack.enter_context(attention_implementation(self.model, "eager"))
         with quiet():
-            split = family.split(self.checkpoint, entry)
+            split = merging(family.split(self.checkpoint, entry), str(merged[1]) if merged else None)
             self.processor: Any = load_processor(source, self.checkpoint, trust_remote_code)
             self.plans: dict[str, GraphPlan] = {plan.role: plan for plan in split.graphs}
         self._said: dict[int, tuple[Example, list[int], Floats]] = {}
@@ -50,6 +55,14 @@ class TorchReference:
         if isinstance(contract, GenerativeContract):
             self._inputs = ReferenceInputs(self.checkpoint, self.processor, contract)
             self._inputs.decoder_prompt = self._decoder_prompt
+        self._merged: MergedTokens | None = None
+        if merged is not None and isinstance(contract, GenerativeContract):
+            image = contract.modality("image")
+            assert image is not None and image.token_id is not None  # else there was nothing to merge
+            projector = submodule(self.model, str(entry.options["projector"]), entry)
+            self._merged = MergedTokens(projector, image.token_id, *merged)
+            self._inputs.changed = self._merged.inputs
+            self.name += f" with {merged[0]} visual tokens merged into {merged[1]}"
 
     def close(self) -> None:
         """Puts the model's attention and mode back."""
@@ -112,7 +125,8 @@ class TorchReference:
         `forced`: these tokens are taken whatever the model would say; the logits are the model's own all the same.
         """
         processors = LogitsProcessorList([] if forced is None else [_Forced(forced)])
-        with torch.no_grad(), quiet(), _plain_generation(self.model):
+        merged = self._merged.applied() if self._merged is not None else nullcontext()
+        with torch.no_grad(), quiet(), _plain_generation(self.model), merged:
             try:
                 out = self.model.generate(
                     **inputs,

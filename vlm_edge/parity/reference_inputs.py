@@ -44,6 +44,8 @@ class ReferenceInputs:
         """Whether the model's `generate` rewrites the processor's tokens, so that they say nothing by themselves."""
         self.ours: Ours | None = None
         self.decoder_prompt: Callable[[Inputs], list[int]] | None = None
+        self.changed: Callable[[Inputs], Inputs] | None = None
+        """What is done to a processor's inputs, where the reference is not the checkpoint as it is."""
 
     def __call__(self, example: Example) -> Inputs:
         """The inputs of one example. Raises ParityError when no way of calling the processor works."""
@@ -58,6 +60,8 @@ class ReferenceInputs:
                     made = call()
                 if name != _BY_PARTS and self._overlooks(name, made, example):
                     raise ParityError("The processor makes no room for several pictures.")
+                if self.changed is not None and name != _BY_PARTS:
+                    made = self.changed(made)
                 known = name == self._way and self._rewritten
                 same = known or self.ours is None or self._same_tokens(made, self.ours(example))
             except Exception as error:  # a way that this processor has not: whatever it raises, the next one is tried
