@@ -97,5 +97,5 @@ def assemble(
             spec.name == ATTENTION for entry in bundle.graphs.values() if entry.role == "decoder" for spec in entry.outputs
         ),
         # A plan; recurrent state would have to be taken back with a refused draft.
-        verifies=bundle.graphs["decoder"].format == "plan" and not memory.recurrent,
+        verifies=any(one.role == "decoder" and one.format == "plan" for one in bundle.graphs.values()) and not memory.recurrent,
     )
