@@ -16,10 +16,10 @@ from typing import Any
 import click
 import psutil
 from rich.console import Console
-from rich.markdown import Markdown
 
 from . import environments, limits, models, report, rounds, scenario, shape
 from .contenders import Contender, chosen
+from .show import show
 
 RESULTS = environments.ROOT / "benchmarks" / "results"
 console = Console(highlight=False)
@@ -181,7 +181,7 @@ def main(
     except RuntimeError as error:
         raise click.ClickException(str(error)) from None
     found = _document(model, those, failed, journal, job, threads, warning)
-    console.print(Markdown(report.markdown(found)))
+    show(found, console)
     if keep or out:
         for file in save(found, out or RESULTS / f"peers_{model.name}_{split}_tile{'s' * (split > 1)}"):
             console.print(f"saved: {file}")

@@ -7,6 +7,7 @@ seen in any round, since everything that disturbs makes it smaller.
 from __future__ import annotations
 
 import statistics
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,20 +28,27 @@ class Limits:
     fp32: float
 
 
-def measure(threads: int, repeats: int = 5) -> Limits:
-    """The best of `repeats` passes each. Raises RuntimeError without gcc or on a CPU whose peak loop nobody wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            lib = library(Path(folder))
-        except (OSError, ValueError) as error:
-            raise RuntimeError(f"the loops that measure limits cannot be compiled: {error}") from None
-        bench = lib.bench_open(threads, b"")
-        data = aligned(READ_BYTES)
-        read = max(READ_BYTES / lib.bench_read(bench, data.ctypes.data, READ_BYTES) for _ in range(repeats))
-        int8, fp32 = (max(float(lib.bench_peak(bench, floats)) for _ in range(repeats)) for floats in (0, 1))
-    if not int8 or not fp32:
+class Meter:
+    """The loops, compiled once. Raises RuntimeError without gcc or on a CPU whose peak loop nobody wrote."""
+
+    def __init__(self, threads: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # the library stays mapped when its file is gone
+            try:
+                self._library = library(Path(folder))
+            except (OSError, subprocess.SubprocessError) as error:
+                raise RuntimeError(f"the loops that measure limits cannot be compiled: {error}") from None
+        for kernels in (b"", b"avx512", b"avx2"):  # the best kernels may have a name that no peak loop is written for
+            self._bench = self._library.bench_open(threads, kernels)
+            if self._bench and self._library.bench_peak(self._bench, 0):
+                return
         raise RuntimeError("benchmarks/kernels.c has no loop for the peak of this CPU's multipliers")
-    return Limits(read, int8, fp32)
+
+    def measure(self, repeats: int = 5) -> Limits:
+        """The best of `repeats` passes each. The threads sleep afterwards, the memory is given back."""
+        data, lib = aligned(READ_BYTES), self._library
+        read = max(READ_BYTES / lib.bench_read(self._bench, data.ctypes.data, READ_BYTES) for _ in range(repeats))
+        int8, fp32 = (max(float(lib.bench_peak(self._bench, floats)) for _ in range(repeats)) for floats in (0, 1))
+        return Limits(read, int8, fp32)
 
 
 def best(rounds: Sequence[Limits]) -> Limits:

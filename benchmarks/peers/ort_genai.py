@@ -7,6 +7,7 @@ activations). A time to the first token is the sum of the two, not a pipeline's.
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import time
@@ -33,7 +34,10 @@ class OrtGenai:
         self.np, self.og = importlib.import_module("numpy"), importlib.import_module("onnxruntime_genai")
         ort = importlib.import_module("onnxruntime")
         self.job, (self.folder, self.encoder) = job, paths(job)
-        self.model = self.og.Model(str(self.folder))
+        config = self.og.Config(str(self.folder))
+        threads = {"decoder": {"session_options": {"intra_op_num_threads": job["threads"]}}}
+        config.overlay(json.dumps({"model": threads}))
+        self.model = self.og.Model(config)
         options = ort.SessionOptions()
         options.intra_op_num_threads = job["threads"]
         self.session: Any = None

@@ -123,10 +123,12 @@ def run_rounds(
     A contender that fails is not tried again; the others go on.
     """
     failed: dict[str, str] = {}
+    meter: limits.Meter | None = None
     for number, contender in in_turn(contenders, count):
         if not journal.has(number, "limits"):
             tell(f"round {number + 1}/{count}: the machine's limits")
-            journal.add(number, "limits", asdict(limits.measure(threads)))
+            meter = meter or limits.Meter(threads)
+            journal.add(number, "limits", asdict(meter.measure()))
         if contender.key in failed or journal.has(number, contender.key):
             continue
         tell(f"round {number + 1}/{count}: {contender.label}")

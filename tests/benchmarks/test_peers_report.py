@@ -186,3 +186,17 @@ def test_the_document_is_json_and_is_drawn(tmp_path):
     found = json.loads(json.dumps(document(rows(), [("openvino-int4", "no")])))
     draw(found, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_terminal_shows_medians_and_verdicts():
+    import io
+
+    from rich.console import Console
+
+    from benchmarks.peers.show import show
+
+    console = Console(file=io.StringIO(), width=160)
+    show(document(rows(), [("openvino-int4", "cannot be installed: ERROR: no")]), console)
+    page = console.file.getvalue()
+    assert "vlm-edge cpu-int4" in page and "250.0" in page and "cannot be installed" in page
+    assert "not met" in page and "≥ 2 × the best peer" in page
