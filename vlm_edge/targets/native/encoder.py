@@ -1,32 +1,30 @@
 """A lowered graph over images (vision encoder, projector, resampler) → the steps of a plan.
 
-The graph is followed for one image: shapes are then numbers, whatever depends on nothing computed is a constant, and what only moves
-numbers is worked out here. Images must not know of each other; the comparison after a build, with two of them, would show it.
+The graph is followed for one image: shapes are then numbers, whatever depends on nothing computed is a constant, and what only
+moves numbers is worked out here. Images must not know of each other; the comparison after a build, with two of them, shows it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlm_edge.passes.graph import MICROSOFT, attribute_float, attribute_int, consumers, is_weight, only_consumer
+from vlm_edge.passes.graph import MICROSOFT, attribute_int, consumers, is_weight, only_consumer
 
 from .encoder_attention import Pending, attention, pending
 from .encoder_products import Linear, activated, alike, linear, stacked
+from .encoder_rows import activate, binary, divide, multiply, norm, skip_norm, unary
 from .encoder_views import Array, Known, Sources, View, folded, moved
 from .errors import NotExpressible
 from .panels import integers, vector
-from .patterns import activation
 from .plan_file import Buffer, BufferKind, GraphKind, Plan, Ref, Step, Unary, Value, Weight
 
 IMAGES = ("batch", "images", "tiles", "frames", "texts", "rows", "videos", "clips")
 """What the first dimension of inputs is called where it counts things that know nothing of each other."""
-_NORMS = ("LayerNormalization", "RMSNormalization")
 _SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _DEEPEST = 1 << 16
 """Inputs of a product in bytes, whose sums are int32."""
@@ -36,7 +34,7 @@ class EncoderCompiler:
     """One graph's translation. `compile` may be called once."""
 
     def __init__(self, model: ir.Model, *, integer: bool = False, keep_first: int = 0, keep_last: int = 0) -> None:
-        """`integer`: products compute in 8 bits, weights per output and activations per row, except the first and last so many."""
+        """`integer`: products compute in 8 bits, weights per output and activations per row, but the first and last so many."""
         self.graph = model.graph
         self.opsets = dict(model.graph.opset_imports)
         self.integer = integer
@@ -202,20 +200,20 @@ class EncoderCompiler:
             (MICROSOFT, "MatMulNBits"): self._matmul,
             (MICROSOFT, "MultiHeadAttention"): lambda one: attention(self, one),
             ("", "Softmax"): lambda one: pending(self, one),
-            ("", "LayerNormalization"): self._norm,
-            ("", "RMSNormalization"): self._norm,
-            (MICROSOFT, "SkipLayerNormalization"): self._skip_norm,
-            (MICROSOFT, "SkipSimplifiedLayerNormalization"): self._skip_norm,
-            ("", "Add"): lambda one: self._binary(one, GraphKind.ADD),
-            ("", "Mul"): self._multiply,
-            ("", "Div"): self._divide,
-            ("", "Sigmoid"): lambda one: self._unary(one, Unary.SIGMOID, one.inputs[0]),
-            ("", "Tanh"): lambda one: self._unary(one, Unary.TANH, one.inputs[0]),
-            ("", "Relu"): self._activation,
-            ("", "Gelu"): self._activation,
-            (MICROSOFT, "Gelu"): self._activation,
-            (MICROSOFT, "FastGelu"): self._activation,
-            (MICROSOFT, "QuickGelu"): self._activation,
+            ("", "LayerNormalization"): lambda one: norm(self, one),
+            ("", "RMSNormalization"): lambda one: norm(self, one),
+            (MICROSOFT, "SkipLayerNormalization"): lambda one: skip_norm(self, one),
+            (MICROSOFT, "SkipSimplifiedLayerNormalization"): lambda one: skip_norm(self, one),
+            ("", "Add"): lambda one: binary(self, one, GraphKind.ADD),
+            ("", "Mul"): lambda one: multiply(self, one),
+            ("", "Div"): lambda one: divide(self, one),
+            ("", "Sigmoid"): lambda one: unary(self, one, Unary.SIGMOID, one.inputs[0]),
+            ("", "Tanh"): lambda one: unary(self, one, Unary.TANH, one.inputs[0]),
+            ("", "Relu"): lambda one: activate(self, one),
+            ("", "Gelu"): lambda one: activate(self, one),
+            (MICROSOFT, "Gelu"): lambda one: activate(self, one),
+            (MICROSOFT, "FastGelu"): lambda one: activate(self, one),
+            (MICROSOFT, "QuickGelu"): lambda one: activate(self, one),
         }
         handler = handlers.get((node.domain, node.op_type))
         if handler is None:
@@ -293,7 +291,7 @@ class EncoderCompiler:
             self.result(out, ref, shape)
             return
         result = self.fresh(rows, one.width)
-        weights = [one.bytes()] if form == BufferKind.BYTES else one.weights()
+        weights: list[Weight | None] = [one.bytes()] if form == BufferKind.BYTES else one.weights()
         self.add(GraphKind.MATMUL, one.width, [x], [result], weights, [int(kind)])
         for number, each in enumerate(outs):
             value = out if len(outs) == 1 else each.out
@@ -339,7 +337,10 @@ class EncoderCompiler:
         auto = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
         for name, wanted in plain.items():
             default = (1, 1) if name == "strides" else wanted
-            if tuple(node.attributes[name].as_ints() if name in node.attributes else default) != wanted or auto not in ("NOTSET", "VALID"):
+            if tuple(node.attributes[name].as_ints() if name in node.attributes else default) != wanted or auto not in (
+                "NOTSET",
+                "VALID",
+            ):
                 raise NotExpressible("a Conv whose windows do not lie side by side")
         down, across = x.shape[2] // height, x.shape[3] // width
         places = x.places[0, :, : down * height, : across * width].reshape(channels, down, height, across, width)
@@ -361,116 +362,3 @@ class EncoderCompiler:
         self.add(GraphKind.MATMUL, count, [given], [out], [one.bytes()] if form == BufferKind.BYTES else one.weights(), [0])
         rows = self.sources.view(out.buffer, (down, across, count))
         self.define(node.outputs[0], View(rows.places.transpose(2, 0, 1)[None]))
-
-    # --- norms ---
-
-    def _norm_codes(self, value: ir.Value, rows: int, width: int) -> tuple[Ref | None, bool]:
-        """(where a norm's rows go in 8 bits, whether anything reads them as floats)."""
-        forms = {self.form(user) if user.inputs[0] is value else BufferKind.FLOATS for user in consumers(value)}
-        plain = BufferKind.FLOATS in forms or value.is_graph_output()
-        wanted = forms - {BufferKind.FLOATS}
-        if len(wanted) != 1:
-            return None, True
-        return Ref(Buffer(wanted.pop(), width, rows=rows)), plain
-
-    def _normed(self, node: ir.Node, source: list[Ref | None], total: Ref | None, shape: tuple[int, ...], weights: list[Array | None]) -> None:
-        value, width, size = node.outputs[0], shape[-1], weights[0].size  # type: ignore[union-attr]
-        rows = int(np.prod(shape[:-1]))
-        codes, plain = self._norm_codes(value, rows, width) if size == width else (None, True)
-        out = self.fresh(rows, width)
-        layer = int("Layer" in node.op_type and "Simplified" not in node.op_type)
-        stored: list[Weight | None] = [None if one is None else vector(np.asarray(one, np.float32).reshape(1, -1)) for one in weights]
-        epsilon = attribute_float(node, "epsilon", 1e-12 if node.domain else 1e-5)
-        self.add(GraphKind.NORM, width, source, [out if plain else None, total, codes], stored, [layer, width // size], [epsilon])
-        self.result(value, out, shape)
-        if codes is not None:
-            self.codes[out, codes.buffer.kind] = codes
-
-    def _norm(self, node: ir.Node) -> None:
-        view, weight = self.view(node.inputs[0]), self.constant(node.inputs[1])
-        bias = self.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        axis = attribute_int(node, "axis", -1)
-        if weight is None or weight.ndim != 1 or view.shape[-1] != weight.size or axis not in (-1, view.ndim - 1):
-            raise NotExpressible(f"{node.op_type} over other than the last axis")
-        if any(out.uses() for out in node.outputs[1:]):
-            raise NotExpressible(f"{node.op_type} whose mean is read")
-        self._normed(node, [self.rows_of(view)], None, view.shape, [weight, bias, None])
-
-    def _skip_norm(self, node: ir.Node) -> None:
-        simplified = node.op_type == "SkipSimplifiedLayerNormalization"
-        inputs = [*node.inputs, *[None] * 3]
-        beta, bias = (None, inputs[3]) if simplified else (inputs[3], inputs[4])
-        left, right = (self.view(value) for value in inputs[:2])
-        given = [self.constant(value) for value in (inputs[2], beta)]
-        if given[0] is None or left.shape[-1] != given[0].size or left.size != right.size:
-            raise NotExpressible(f"{node.op_type} of unlike rows")
-        width, total = left.shape[-1], self.summed.get(node)
-        if total is not None:
-            source: list[Ref | None] = [total]
-            out, more = None, None
-        else:
-            source = [self.rows_of(left), self.rows_of(right)]
-            total = out = self.fresh(left.size // width, width)
-            more = self.constant(bias)
-        self._normed(node, source, out, left.shape, [*given, more])
-        if len(node.outputs) > 3 and node.outputs[3].name:
-            self.result(node.outputs[3], total, left.shape)
-
-    # --- elementwise ---
-
-    def _activation(self, node: ir.Node) -> None:
-        found = activation(node.outputs[0])
-        if found is None:
-            raise NotExpressible(f"{node.op_type} of an unknown kind")
-        self._unary(node, found.kind, found.source)
-
-    def _unary(self, node: ir.Node, kind: Unary, source: ir.Value | None, before: float = 1.0, after: float = 1.0) -> None:
-        view = self.view(source)
-        ref = self.rows_of(view)
-        out = self.fresh(ref.buffer.rows, view.shape[-1])
-        self.add(GraphKind.UNARY, view.shape[-1], [ref], [out], [], [int(kind)], [before, after])
-        self.result(node.outputs[0], out, view.shape)
-
-    def _multiply(self, node: ir.Node) -> None:
-        found = activation(node.outputs[0])
-        if found is not None and isinstance(self.known.get(found.source), View):
-            self._unary(node, found.kind, found.source)
-            return
-        for x, given in (node.inputs, node.inputs[::-1]):
-            factor = self.constant(given)
-            if factor is not None and factor.size == 1 and x in self.known:
-                self._unary(node, Unary.IDENTITY, x, float(factor.reshape(-1)[0]))
-                return
-        self._binary(node, GraphKind.MULTIPLY)
-
-    def _divide(self, node: ir.Node) -> None:
-        divisor = self.constant(node.inputs[1])
-        if divisor is None or divisor.size != 1 or not divisor.reshape(-1)[0]:
-            raise NotExpressible("a division by what is not a constant number")
-        self._unary(node, Unary.IDENTITY, node.inputs[0], 1.0 / float(divisor.reshape(-1)[0]))
-
-    def _binary(self, node: ir.Node, kind: GraphKind) -> None:
-        if node in self.summed:
-            ref = self.summed[node]
-            found = next(view for value in node.inputs if isinstance(view := self.known.get(value), View))  # type: ignore[arg-type]
-            self.result(node.outputs[0], ref, found.shape)
-            return
-        constants: list[Any] = [self.constant(value) for value in node.inputs]
-        views = [self.view(value) for value, array in zip(node.inputs, constants, strict=True) if array is None]
-        shape, first = np.broadcast_shapes(*(self._extent(value) for value in node.inputs)), views[0]
-        width = shape[-1]
-        left = self.rows_of(View(np.broadcast_to(first.places, shape)))
-        out = self.fresh(left.buffer.rows, width)
-        if len(views) == 2:
-            right = self.rows_of(View(np.broadcast_to(views[1].places, shape)))
-            self.add(kind, width, [left, right], [out])
-        else:
-            array = next(one for one in constants if one is not None)
-            table = np.broadcast_to(np.asarray(array, np.float32), shape).reshape(-1, width)
-            same = bool((table == table[0]).all())
-            self.add(kind, width, [left], [out], [vector(table[:1] if same else table)])
-        self.result(node.outputs[0], out, shape)
-
-    def _extent(self, value: ir.Value | None) -> tuple[int, ...]:
-        found = self.constant(value)
-        return found.shape if found is not None else self.view(value).shape

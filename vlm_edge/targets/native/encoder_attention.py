@@ -23,7 +23,7 @@ _LARGEST_HEAD = 256
 
 @dataclass(slots=True, frozen=True)
 class Pending:
-    """Scores of an attention that is written out: queries [heads, rows, size] times keys [heads, size, keys]; then their softmax."""
+    """Scores of an attention that is written out: queries [heads, rows, size] times keys [heads, size, keys]; then softmax."""
 
     queries: View
     keys: View

@@ -118,10 +118,7 @@ def _of_channels(node: ir.Node, one: Linear, constant: Constants) -> Floats | No
 def stacked(products: Sequence[Linear]) -> Linear:
     """Products of one source side by side."""
     first = products[0]
-    if first.blocks is not None:
-        blocks = side_by_side([one.blocks for one in products if one.blocks is not None])
-    else:
-        blocks = None
+    blocks = side_by_side([one.blocks for one in products if one.blocks is not None]) if first.blocks is not None else None
     factor = None
     if any(one.factor is not None for one in products):
         factor = np.concatenate([np.ones(one.width, np.float32) if one.factor is None else one.factor for one in products])
@@ -155,7 +152,7 @@ def activated(value: ir.Value) -> Activation | None:
 
 
 def byte_matrix(depth: int, width: int, matrix: Callable[[], Floats], bias: Floats | None) -> Weight:
-    """float32 [depth, width] in 8 bits with one scale per output: scales, bias, sums of codes, codes (`ByteMatrix` in kernels.h)."""
+    """float32 [depth, width] in 8 bits, one scale per output: scales, bias, sums of codes, codes (`ByteMatrix` in kernels.h)."""
     panels = -(-width // PANEL)
     rows = -(-depth // BLOCK) * BLOCK
     size = panels * (3 * PANEL * 4 + rows * PANEL)

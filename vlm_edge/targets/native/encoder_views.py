@@ -1,4 +1,4 @@
-"""Values of one image as places of numbers: whatever only moves them (Reshape, Transpose, Slice …) is done when a plan is made."""
+"""Values of one image as places of numbers: what only moves them (Reshape, Transpose, Slice …) is done when a plan is made."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ class Sources:
 
     def whole(self, view: View, width: int) -> tuple[Buffer, int] | None:
         """(buffer, column) where the view's rows of `width` numbers are those of one buffer, from a column on, in order."""
-        rows, first = view.size // width, view.start(width)
-        places = None if first is not None else view.places.reshape(rows, width)
-        first = int(places[0, 0]) if places is not None else first
-        source, column = self.found[first >> _SHIFT], first & ((1 << _SHIFT) - 1)  # type: ignore[operator]
+        rows, start = view.size // width, view.start(width)
+        places = None if start is not None else view.places.reshape(rows, width)
+        first = start if start is not None else int(view.places.reshape(-1)[0])
+        source, column = self.found[first >> _SHIFT], first & ((1 << _SHIFT) - 1)
         if not isinstance(source, Buffer) or source.rows != rows or column + width > source.width:
             return None
         if places is not None:
@@ -128,7 +128,9 @@ class Sources:
 
 def folded(node: ir.Node, given: list[Array | None], opsets: dict[str, int]) -> list[Array]:
     """The outputs of a node whose inputs are all constants."""
-    inputs = [None if one is None else ir.Value(name=f"in{i}", const_value=ir.tensor(one, name=f"in{i}")) for i, one in enumerate(given)]
+    inputs = [
+        None if one is None else ir.Value(name=f"in{i}", const_value=ir.tensor(one, name=f"in{i}")) for i, one in enumerate(given)
+    ]
     for value, array in zip(inputs, given, strict=True):
         if value is not None and array is not None:
             value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)  # type: ignore[union-attr]

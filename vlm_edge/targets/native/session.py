@@ -52,7 +52,7 @@ class PlanSession:
 
     def _run_graph(self, given: Mapping[str, npt.NDArray[Any]], wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
         images = len(next(iter(given.values())))
-        outputs = {name: np.empty((images, *shape[1:]), dtype) for name, dtype, shape in self._session.outputs}  # type: ignore[arg-type]
+        outputs = {name: np.empty((images, *map(int, shape[1:])), dtype) for name, dtype, shape in self._session.outputs}
         _native.graph_run(self._session, given, outputs)
         return [outputs[name] for name in wanted]
 
