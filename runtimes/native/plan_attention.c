@@ -5,7 +5,7 @@
 #include <math.h>
 #include <string.h>
 
-#define QUERIES 96    /* rows of queries that share a block of keys: tokens times the query heads of one key head */
+#define QUERIES 192   /* rows of queries that share a block of keys: tokens times the query heads of one key head */
 #define MOST_PARTS 8  /* of one token's keys, for threads to share */
 #define TILE 128      /* keys that one token's attention scores at a time */
 
@@ -65,15 +65,10 @@ size_t attention_items(const PlanCall *call, const PlanStep *step) {
     return call->run->rows * h.kv_heads * ((call->tokens + tokens - 1) / tokens);
 }
 
-static size_t padded(size_t size) { return (size + PANEL - 1) / PANEL * PANEL; }
-
 size_t attention_scratch(const PlanStep *step) {
-    const size_t size = padded((size_t)step->arg[ARG_SIZE]), group = (size_t)(step->arg[ARG_HEADS] / step->arg[ARG_KV_HEADS]);
-    const size_t rows = group < QUERIES ? QUERIES : group;
-    const size_t lines = group * TILE > 2 * ATTENTION_KEYS * size ? group * TILE : 2 * ATTENTION_KEYS * size; /* cross_work scores into them */
-    const size_t block = rows * (2 * size + ATTENTION_KEYS + 2) + lines;
-    const size_t single = group * (TILE + size + 2);
-    return ((block > single ? block : single) * sizeof(float) + 63) / 64 * 64;
+    const size_t size = (size_t)step->arg[ARG_SIZE], group = (size_t)(step->arg[ARG_HEADS] / step->arg[ARG_KV_HEADS]);
+    const size_t block = attention_bytes(group < QUERIES ? QUERIES : group, size), single = group * (TILE + 2 * size + 2) * sizeof(float);
+    return ((block > single ? block : single) + 63) / 64 * 64;
 }
 
 static void soft_cap(const Kernels *kernels, float cap, float *scores, size_t count) {
@@ -220,85 +215,6 @@ void attention_combine(const PlanCall *call, const PlanStep *step, size_t row) {
     }
 }
 
-/* One block of keys as panels of 16 keys, [panel][size][16]; one of values as lines of floats. */
-static void load_block(const Kernels *kernels, const Heads *h, const uint8_t *keys, const uint8_t *values, size_t count, float *panels, float *lines) {
-    const size_t size = padded(h->size);
-    for (size_t key = 0; key < ATTENTION_KEYS; key++) {
-        float *line = lines + key * size;
-        float *panel = panels + key / PANEL * h->size * PANEL + key % PANEL;
-        if (key >= count) {
-            for (size_t d = 0; d < h->size; d++) {
-                panel[d * PANEL] = 0.0f;
-            }
-            memset(line, 0, size * sizeof *line);
-            continue;
-        }
-        const float *from = (const float *)(const void *)(keys + key * h->entry_bytes);
-        if (h->format == CACHE_FLOAT16) { /* `line` is free until the value is read */
-            kernels->to_float((const uint16_t *)(const void *)from, h->size, line);
-            from = line;
-        }
-        for (size_t d = 0; d < h->size; d++) {
-            panel[d * PANEL] = from[d];
-        }
-        if (h->format == CACHE_FLOAT16) {
-            kernels->to_float((const uint16_t *)(const void *)(values + key * h->entry_bytes), h->size, line);
-        } else {
-            memcpy(line, values + key * h->entry_bytes, h->size * sizeof *line);
-        }
-        memset(line + h->size, 0, (size - h->size) * sizeof *line);
-    }
-}
-
-/* The memory of an item of several tokens. */
-typedef struct {
-    float *queries, *sums, *scores, *panels, *lines, *highest, *sum;
-} Block;
-
-static Block block_memory(uint8_t *scratch, const Heads *h, size_t rows) {
-    const size_t size = padded(h->size);
-    Block b = {.queries = (float *)(void *)scratch};
-    b.sums = b.queries + rows * h->size;
-    b.scores = b.sums + rows * size;
-    b.panels = b.scores + rows * ATTENTION_KEYS;
-    b.lines = b.panels + ATTENTION_KEYS * size;
-    b.highest = b.panels + (h->group * TILE > 2 * ATTENTION_KEYS * size ? h->group * TILE : 2 * ATTENTION_KEYS * size);
-    b.sum = b.highest + rows;
-    return b;
-}
-
-/* Queries [rows][size], `group` of them for each token from `position` on, over the keys [begin, end). */
-static void attend_block(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const Block *b, size_t rows, size_t position, const uint8_t *keys,
-                         const uint8_t *values, size_t begin, size_t end) {
-    const size_t size = padded(h->size);
-    memset(b->sums, 0, rows * size * sizeof *b->sums);
-    for (size_t i = 0; i < rows; i++) {
-        b->highest[i] = -INFINITY;
-        b->sum[i] = 0.0f;
-    }
-    for (size_t key = begin / ATTENTION_KEYS * ATTENTION_KEYS; key < end; key += ATTENTION_KEYS) {
-        const size_t some = end - key < ATTENTION_KEYS ? end - key : ATTENTION_KEYS;
-        load_block(kernels, h, keys + key * h->entry_bytes, values + key * h->entry_bytes, some, b->panels, b->lines);
-        for (size_t p = 0; p < ATTENTION_KEYS / PANEL; p++) {
-            kernels->float32(b->panels + p * h->size * PANEL, PANEL, h->size, b->queries, h->size, rows, b->scores + p * PANEL, ATTENTION_KEYS, false);
-        }
-        for (size_t i = 0; i < rows; i++) {
-            const size_t at = position + i / h->group;
-            float *line = b->scores + i * ATTENTION_KEYS;
-            soft_cap(kernels, cap, line, some);
-            if (sight->mask != NULL || sight->blocks != NULL ||
-                (sight->causal && (key + some > at + 1 || (sight->window > 0 && key + sight->window <= at)))) {
-                hide(sight, at, key, some, line);
-            }
-            take_scores(kernels, line, some, &b->highest[i], &b->sum[i], b->sums + i * size, size);
-            memset(line + some, 0, (ATTENTION_KEYS - some) * sizeof *line);
-        }
-        for (size_t d = 0; d < size; d += PANEL) {
-            kernels->float32(b->lines + d, size, ATTENTION_KEYS, b->scores, ATTENTION_KEYS, rows, b->sums + d, size, true);
-        }
-    }
-}
-
 /* Which of a row's tokens, and which key head, an item is for. */
 typedef struct {
     size_t row, kv, first, count;
@@ -319,35 +235,59 @@ static size_t row_of(const PlanCall *call, const PlanStep *step, const Item *ite
     return step->last && !call->run->each ? item->row : item->row * call->tokens + item->first + t;
 }
 
-static void take_queries(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, float scale, float *queries) {
-    for (size_t t = 0; t < item->count; t++) {
-        const float *from = plan_row(call, step->in[0], step->last != 0, row_of(call, step, item, t));
-        call->plan->kernels->scale(from + item->kv * h->group * h->size, scale, h->group * h->size, queries + t * h->group * h->size);
-    }
+/* What attention over several tokens may see beyond what is causal, for HeadAttention. */
+typedef struct {
+    Sight sight;
+    size_t position, group;
+} Rule;
+
+static void hide_row(const void *context, size_t row, size_t key, size_t count, float *scores) {
+    const Rule *rule = context;
+    hide(&rule->sight, rule->position + row / rule->group, key, count, scores);
 }
 
-static void give_sums(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, const Block *b) {
-    for (size_t i = 0; i < item->count * h->group; i++) {
-        float *out = plan_row(call, step->out[0], step->last != 0, row_of(call, step, item, i / h->group));
-        call->plan->kernels->scale(b->sums + i * padded(h->size), 1.0f / b->sum[i], h->size, out + (item->kv * h->group + i % h->group) * h->size);
-    }
+/* An item of several tokens. */
+static HeadAttention item_attention(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, uint8_t *scratch) {
+    const size_t at = item->row * h->row_bytes + item->kv * h->head_bytes, row = row_of(call, step, item, 0), column = item->kv * h->group * h->size;
+    return (HeadAttention){.size = h->size,
+                           .group = h->group,
+                           .rows = item->count * h->group,
+                           .queries = plan_row(call, step->in[0], step->last != 0, row) + column,
+                           .query_stride = plan_stride(call, step->in[0]),
+                           .keys = h->keys + at,
+                           .values = h->values + at,
+                           .key_stride = h->size,
+                           .value_stride = h->size,
+                           .format = h->format,
+                           .scale = 1.0f,
+                           .cap = step->real[1],
+                           .out = plan_row(call, step->out[0], step->last != 0, row) + column,
+                           .out_stride = plan_stride(call, step->out[0]),
+                           .scratch = scratch};
 }
 
 static void block_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_t *scratch) {
     const Heads h = heads_of(call, step);
     const Item item = item_of(call, &h, index);
-    const size_t past = plan_past(call, item.row), rows = item.count * h.group, window = (size_t)step->arg[ARG_WINDOW];
-    const Block b = block_memory(scratch, &h, rows);
-    Sight sight = {.causal = true, .window = window, .past = past, .mutual = step->arg[ARG_BLOCKS]};
-    if (sight.mutual != 0 && call->plan->block_input >= 0) {
-        sight.blocks = (const int64_t *)(const void *)call->run->inputs[call->plan->block_input] + item.row * call->run->tokens + call->first;
+    const size_t past = plan_past(call, item.row), window = (size_t)step->arg[ARG_WINDOW], first = past + item.first;
+    Rule rule = {.sight = {.causal = true, .window = window, .past = past, .mutual = step->arg[ARG_BLOCKS]}, .position = first, .group = h.group};
+    HeadAttention a = item_attention(call, step, &h, &item, scratch);
+    /* Entries of half precision are those of weights in 4 or 8 bits, whose own error is some ten times that of bfloat16. */
+    a.half = h.format == CACHE_FLOAT16;
+    if (rule.sight.mutual != 0 && call->plan->block_input >= 0) {
+        rule.sight.blocks = (const int64_t *)(const void *)call->run->inputs[call->plan->block_input] + item.row * call->run->tokens + call->first;
+        a.hide = hide_row;
+        a.context = &rule;
+        a.end = past + call->tokens;
+    } else {
+        a.causal = true;
+        a.position = first;
+        a.window = window;
+        /* A block begins where it would for any other item. */
+        a.begin = window > 0 && first + 1 > window ? (first + 1 - window) / FLASH_KEYS * FLASH_KEYS : 0;
+        a.end = first + item.count;
     }
-    const size_t begin = window > 0 && sight.blocks == NULL && past + item.first + 1 > window ? past + item.first + 1 - window : 0;
-    const size_t end = sight.blocks != NULL ? past + call->tokens : past + item.first + item.count;
-    const size_t at = item.row * h.row_bytes + item.kv * h.head_bytes;
-    take_queries(call, step, &h, &item, 1.0f, b.queries);
-    attend_block(call->plan->kernels, &h, &sight, step->real[1], &b, rows, past + item.first, h.keys + at, h.values + at, begin, end);
-    give_sums(call, step, &h, &item, &b);
+    call->plan->kernels->attention(&a);
 }
 
 void attention_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
@@ -387,17 +327,27 @@ void cross_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_
     const bool single = step->last || plan_single(call);
     const size_t tokens = call->run->each ? call->tokens : 1, each = index / h.kv_heads; /* of a row, and which one of all */
     const Item item = single ? (Item){.row = each / tokens, .kv = index % h.kv_heads, .first = each % tokens, .count = 1} : item_of(call, &h, index);
-    const size_t entries = call->run->input_sizes[step->arg[ARG_KEYS]], rows = item.count * h.group, at = item.row * h.row_bytes + item.kv * h.head_bytes;
+    const size_t entries = call->run->input_sizes[step->arg[ARG_KEYS]], at = item.row * h.row_bytes + item.kv * h.head_bytes;
     Sight sight = {0};
     if (step->arg[ARG_MASK] >= 0) {
         sight.mask = (const int64_t *)(const void *)call->run->inputs[step->arg[ARG_MASK]] + item.row * entries;
     }
-    const Block b = block_memory(scratch, &h, rows);
-    take_queries(call, step, &h, &item, step->real[0], b.queries);
-    if (single && h.size == padded(h.size)) { /* the scores of a group fit where those of a block do */
-        attend_one(call->plan->kernels, &h, &sight, step->real[1], b.queries, h.keys + at, h.values + at, 0, entries, b.highest, b.sum, b.sums, b.panels);
-    } else {
-        attend_block(call->plan->kernels, &h, &sight, step->real[1], &b, rows, 0, h.keys + at, h.values + at, 0, entries);
+    HeadAttention a = item_attention(call, step, &h, &item, scratch);
+    if (!single) {
+        const Rule rule = {.sight = sight, .group = h.group};
+        a.scale = step->real[0];
+        a.end = entries;
+        a.hide = sight.mask != NULL ? hide_row : NULL;
+        a.context = &rule;
+        call->plan->kernels->attention(&a);
+        return;
     }
-    give_sums(call, step, &h, &item, &b);
+    const Kernels *kernels = call->plan->kernels;
+    float *queries = (float *)(void *)scratch, *scores = queries + h.group * h.size, *sums = scores + h.group * TILE;
+    float *highest = sums + h.group * h.size, *sum = highest + h.group;
+    kernels->scale(a.queries, step->real[0], h.group * h.size, queries);
+    attend_one(kernels, &h, &sight, step->real[1], queries, h.keys + at, h.values + at, 0, entries, highest, sum, sums, scores);
+    for (size_t g = 0; g < h.group; g++) {
+        kernels->scale(sums + g * h.size, 1.0f / sum[g], h.size, a.out + g * h.size);
+    }
 }
