@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from .sessions.dual_encoder import DualEncoder, EmbeddingStats, LabelScore, Similarity
     from .sessions.image_tokens import GeneratedImage
     from .sessions.load import load
+    from .sessions.prefetched import Prefetched
     from .sessions.prepared import PreparedInput, PreparedPrompt
     from .sessions.stream import TextStream
     from .sessions.vision_language_model import VisionLanguageModel
+    from .sessions.watch import Sight, Watch
 
 __version__ = "0.1.0"
 
@@ -57,13 +59,16 @@ _LAZY = {
     "Generation": ".decode.result",
     "LabelScore": ".sessions.dual_encoder",
     "Manifest": ".bundle.manifest",
+    "Prefetched": ".sessions.prefetched",
     "PreparedInput": ".sessions.prepared",
     "PreparedPrompt": ".sessions.prepared",
     "Session": ".sessions.base",
     "Similarity": ".sessions.dual_encoder",
+    "Sight": ".sessions.watch",
     "Stats": ".decode.stats",
     "TextStream": ".sessions.stream",
     "VisionLanguageModel": ".sessions.vision_language_model",
+    "Watch": ".sessions.watch",
     "load": ".sessions.load",
 }
 
@@ -86,10 +91,12 @@ __all__ = [
     "LabelScore",
     "Manifest",
     "OptionError",
+    "Prefetched",
     "PreparedInput",
     "PreparedPrompt",
     "PromptError",
     "Session",
+    "Sight",
     "Similarity",
     "Stats",
     "TargetError",
@@ -97,6 +104,7 @@ __all__ = [
     "UnsupportedModelError",
     "VisionLanguageModel",
     "VlmEdgeError",
+    "Watch",
     "__version__",
     "load",
 ]

@@ -106,7 +106,8 @@ class LookupRow:
             self._wait -= 1
             return []
         count = min(self._width, self.left - 1, room)
-        return draft(self._ids[: self._length], count, self._lookup.max_ngram).tolist()
+        found: list[int] = draft(self._ids[: self._length], count, self._lookup.max_ngram).tolist()
+        return found
 
     def take(self, tokens: Sequence[int], drafted: int) -> None:
         """Adds new tokens, of which all but one were drafted, and learns from that."""

@@ -212,12 +212,14 @@ class EngineOptions:
     """What `load()` passes to an engine. `threads` 0 means the number of physical cores.
 
     `spin`: idle workers wait actively for a short while (faster, warmer). `prefill_chunk`: prompts run in pieces of so many
-    tokens (bounds the memory that a long prompt takes); 0 runs each prompt whole.
+    tokens (bounds the memory that a long prompt takes); 0 runs each prompt whole. `encoder_threads`: of the graphs that are not
+    the decoder's (vision encoder, projector …); 0 means as many as `threads`.
     """
 
     threads: int = 0
     spin: bool = True
     prefill_chunk: int = 0
+    encoder_threads: int = 0
 
 
 class Engine(Protocol):

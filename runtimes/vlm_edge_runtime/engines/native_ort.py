@@ -241,7 +241,9 @@ class NativeOrtEngine:
             if role not in self._graphs:
                 times = self._times.setdefault(role, deque(maxlen=_KEPT_TIMES))
                 path, plan = str(self.bundle.graph_path(role)), self.bundle.graphs[role].format == "plan"
-                session = _native.Session(path, role, threads=self.threads, spin=self.options.spin, plan=plan)
+                encoder = role not in ("decoder", "embed_tokens")
+                threads = self.options.encoder_threads if encoder and self.options.encoder_threads else self.threads
+                session = _native.Session(path, role, threads=threads, spin=self.options.spin, plan=plan)
                 kind = PlanGraph if plan and role != "decoder" else NativeGraph
                 self._graphs[role] = kind(session, times.append)
             return self._graphs[role]

@@ -11,6 +11,7 @@ from vlm_edge_runtime.errors import PromptError
 from vlm_edge_runtime.text import Message
 
 from .media import Medium
+from .prefetched import Prefetched, unwrapped
 from .readers import is_one_vector, is_one_video
 
 Given: TypeAlias = "dict[str, list[Any]]"
@@ -33,10 +34,10 @@ def as_list(kind: str, value: Any) -> list[Any]:
     """One input, a list of them or None, as a list."""
     if value is None:
         return []
-    if isinstance(value, Medium):
-        return [value]
-    if isinstance(value, (list, tuple)) and all(isinstance(each, Medium) for each in value):
-        return list(value)
+    if isinstance(value, (Medium, Prefetched)):
+        return unwrapped([value])
+    if isinstance(value, (list, tuple)) and any(isinstance(each, (Medium, Prefetched)) for each in value):
+        return unwrapped(value)
     if _IS_ONE[kind](value):
         return [value]
     return list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]

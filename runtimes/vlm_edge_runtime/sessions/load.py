@@ -35,6 +35,7 @@ def load(
     device: str = "auto",
     build: str | None = None,
     threads: int = 0,
+    encoder_threads: int = 0,
     spin: bool = True,
     context_length: int | None = None,
     image_cache_bytes: int = 256 << 20,
@@ -48,6 +49,9 @@ def load(
     - `device`: "cpu", "cuda", "tensorrt", "tensorrt-rtx" or "auto" (what the bundle has a build for). Never silently another.
     - `build`: a build's name, or "portable" for the reference graphs; by default the first build for the device.
     - `threads`: CPU threads, 0 for the number of physical cores.
+    - `encoder_threads`: those of the graphs that are not the decoder's (vision encoder, projector …); 0 for as many as `threads`.
+      Where images are encoded while an answer is decoded (`prefetch`, `watch`), the two together should be the number of cores:
+      on 2 cores `threads=1, encoder_threads=1`, on 4 `threads=2, encoder_threads=2`.
     - `spin`: idle threads wait for the next piece of work without sleeping. Fastest on a machine of one's own; beside other
       busy processes switch it off, or every step waits for a thread that is not scheduled.
     - `context_length`: most tokens of prompt and answer together; by default what the model has.
@@ -61,7 +65,8 @@ def load(
 
     Raises BundleError (damaged or incomplete), TargetError (no such build, or none at all), DeviceError, OptionError.
     """
-    budgets = {"threads": threads, "image_cache_bytes": image_cache_bytes, "prefix_cache_bytes": prefix_cache_bytes}
+    budgets = {"image_cache_bytes": image_cache_bytes, "prefix_cache_bytes": prefix_cache_bytes}
+    budgets |= {"threads": threads, "encoder_threads": encoder_threads}
     for name, value in budgets.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise OptionError(f"{name}={value!r} must be an integer, 0 or more.")
@@ -75,7 +80,7 @@ def load(
 
     module, name = SESSIONS[session_kind(manifest)]
     session_class = getattr(importlib.import_module(module), name)
-    engine = open_engine(bundle, device, EngineOptions(threads=threads, spin=spin))
+    engine = open_engine(bundle, device, EngineOptions(threads=threads, spin=spin, encoder_threads=encoder_threads))
     given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes, "image_options": image_options}
     if hasattr(session_class, "generate"):
         given |= {"context_length": context_length, "prefix_cache": prefix_cache, "prefix_cache_bytes": prefix_cache_bytes}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vlm_edge_runtime.errors import PromptError
 from vlm_edge_runtime.preprocess import EncodedImage
 
 from .lru import ByteLRU
@@ -27,7 +28,8 @@ class Medium:
     """One image, video, audio input or state of a request: decoded, hashed, and measured for its place in the prompt.
 
     `layout` is the processor's result without its arrays; `arrays` are the first graph's inputs, made when needed.
-    `instruction`: the text that its features depend on, for models that read it (InstructBLIP).
+    `instruction`: the text that its features depend on, for models that read it (InstructBLIP). `features`: where they were made
+    beforehand, for that instruction, and `owner` the store that made them.
     """
 
     kind: str
@@ -36,6 +38,8 @@ class Medium:
     layout: EncodedImage
     arrays: dict[str, Array] | None = None
     instruction: str | None = None
+    features: Features | None = None
+    owner: object = None
 
     @property
     def key(self) -> str:
@@ -109,6 +113,8 @@ class MediaStore:
     def open(self, source: Any) -> Medium:
         """Opens and measures one input. Raises ImageError or PromptError when it is none."""
         if isinstance(source, Medium):
+            if source.owner not in (None, self):
+                raise PromptError("these inputs were prefetched by another session: use the one that is asked.")
             return source
         opened, content = self._reader.open(source)
         content = self._prefix + content
@@ -141,7 +147,7 @@ class MediaStore:
         for medium in media:
             if medium.key in found or medium.key in missing:
                 continue
-            cached = self._kept.get(medium.key)
+            cached = medium.features or self._kept.get(medium.key)
             if cached is not None:
                 found[medium.key] = cached
             else:

@@ -21,6 +21,7 @@ from .lru import ByteLRU
 from .media import Array, Encode, Encoded, Features, MediaStore, Medium, Reader
 from .modality_graphs import ModalityGraphs
 from .packing import geometry_arrays, packed
+from .prefetched import Prefetched
 from .readers import ImageReader, VectorReader, VideoReader
 
 
@@ -72,6 +73,8 @@ class Modalities:
 
     def open(self, kind: str, source: Any) -> Medium:
         """Opens and measures one input. Raises PromptError, ImageError."""
+        if isinstance(source, Prefetched):
+            source = source.only()
         if isinstance(source, Medium):
             kind = source.kind
         self.modality(kind)
@@ -81,11 +84,17 @@ class Modalities:
         """What the processor makes of a medium (and of its instruction), by name: the first graphs' inputs."""
         return self._complete(medium, dict(self._stores[medium.kind].processor(medium.source).arrays))
 
+    def encoded(self, kind: str, sources: Sequence[Any], instruction: str, between: Callable[[], None]) -> list[Medium]:
+        """Inputs of one kind with their features, for this object's use. Raises as `open`."""
+        media = [self.instructed(self.open(kind, source), instruction) for source in sources]
+        features = self.features(media, between).features
+        return [replace(one, features=features[one.key], arrays=None, owner=self._stores[kind]) for one in media]
+
     def instructed(self, medium: Medium, text: str) -> Medium:
         """The medium as seen with an instruction, where its modality reads one."""
         if medium.kind not in self._instructions or medium.instruction == text:
             return medium
-        return replace(medium, instruction=text)
+        return replace(medium, instruction=text, features=None)
 
     def features(self, media: Sequence[Medium], between: Callable[[], None] = lambda: None) -> Encoded:
         """Features of every medium, each content encoded at most once. `between` is called between graph runs."""

@@ -19,6 +19,8 @@ _WRITES = (
     "cancel",
     "embed_image",
     "count_tokens",
+    "prefetch",
+    "watch",
     "prepare",
     "logits_along",
     "decode_tokens",

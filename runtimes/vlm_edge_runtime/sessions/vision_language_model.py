@@ -22,7 +22,8 @@ from vlm_edge_runtime.errors import BundleError, CapabilityError, GenerationCanc
 from vlm_edge_runtime.preprocess import ImageLike
 from vlm_edge_runtime.text import Message
 
-from .base import Session, missing_method
+from .ahead import Ahead, Prefetcher
+from .base import missing_method
 from .conversation import Conversation
 from .forced import logits_along
 from .image_tokens import GeneratedImage, ImageKeywords, image_prompt, write_image
@@ -39,7 +40,7 @@ Prompt: TypeAlias = "str | Sequence[Message]"
 Images: TypeAlias = "ImageLike | Sequence[ImageLike]"
 
 
-class VisionLanguageModel(Session):
+class VisionLanguageModel(Ahead):
     """Answers prompts about images. Made by `load()`.
 
     Threads: calls of `generate` take turns, a second one waits until the first is done; an open `stream` takes a turn for
@@ -86,6 +87,7 @@ class VisionLanguageModel(Session):
         )
         self._turn = threading.Lock()
         self._active: dict[int, Run] = {}
+        self._prefetcher = Prefetcher(self._parts.modalities)
         self._cancels = 0
         self._stats = Stats()
         self.counters = Counters()
@@ -355,6 +357,7 @@ class VisionLanguageModel(Session):
             return
         self._closed = True
         self.cancel()
+        self._prefetcher.close()
         with self._turn:
             self._parts.kept.close()
             super().close()
