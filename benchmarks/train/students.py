@@ -91,6 +91,8 @@ def blip2(seed: int) -> Parts:
             intermediate_size=MLP,
             num_hidden_layers=2,
             num_attention_heads=HEADS,
+            cross_attention_frequency=1,
+            initializer_range=WIDTH**-0.5,  # at BERT's 0.02 all queries see the mean of all patches for a long time
             encoder_hidden_size=WIDTH,
             max_position_embeddings=64,
             hidden_dropout_prob=0.0,

@@ -177,7 +177,7 @@ def _doubly_stochastic(model: Any, batch: dict[str, Tensor], arguments: dict[str
 
 
 def _contrastive_captioner(model: Any, batch: dict[str, Tensor], arguments: dict[str, Any], parts: Parts) -> Tensor:
-    """CoCa's equation 4 with the paper's λ_Con = 1 and λ_Cap = 2; equal captions count as each other's, as in these scenes' CLIP."""
+    """CoCa's equation 4 with the paper's λ_Con = 1 and λ_Cap = 2; equal captions count as each other's."""
     seen = model.encoder(arguments["pixel_values"])
     made = model(
         encoder_outputs=seen, **{name: value for name, value in arguments.items() if name != "pixel_values"}, use_cache=False
