@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -141,8 +142,9 @@ def test_the_same_steps_are_taken_of_every_contender(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ours_and_transformers_take_turns_on_a_trained_model(tmp_path, monkeypatch):
+def test_ours_and_transformers_take_turns_on_a_trained_model(tmp_path, monkeypatch, portable_bundle):
     """The whole command with a small model: real processes, real figures, one contender that cannot be installed."""
+    shutil.copytree(portable_bundle("tiny-smolvlm"), tmp_path / "peers" / TINY.name / f"{TINY.name}.vlm")
     for module in (models, scenario, environments):
         monkeypatch.setattr(module, "PEERS", tmp_path / "peers")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
