@@ -100,42 +100,50 @@ INLINE __m256i four_inputs(const int8_t *codes) {
     return _mm256_set1_epi32(four);
 }
 
-/* Half a panel of one block: 8 groups of 4 inputs of 8 outputs. */
-INLINE void load_half(const int bits, const uint8_t *at, size_t half, __m256i w[8]) {
+#define TILE_ROWS 4
+
+/* Half a panel of one block of 4-bit weights: 8 groups of 4 inputs of 8 outputs. */
+INLINE void load_half(const uint8_t *at, __m256i w[8]) {
     const __m256i nibble = _mm256_set1_epi8(15);
     UNROLL
     for (size_t g = 0; g < 4; g++) {
-        if (bits == 4) {
-            const __m256i both = _mm256_load_si256((const __m256i *)(const void *)(at + g * 64 + half * 32));
-            w[g] = _mm256_and_si256(both, nibble);
-            w[g + 4] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
-        } else { /* code + 128 → code */
-            const __m256i top = _mm256_set1_epi8((char)0x80);
-            w[g] = _mm256_xor_si256(_mm256_load_si256((const __m256i *)(const void *)(at + g * 64 + half * 32)), top);
-            w[g + 4] = _mm256_xor_si256(_mm256_load_si256((const __m256i *)(const void *)(at + (g + 4) * 64 + half * 32)), top);
-        }
+        const __m256i both = _mm256_load_si256((const __m256i *)(const void *)(at + g * 64));
+        w[g] = _mm256_and_si256(both, nibble);
+        w[g + 4] = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
     }
 }
 
-/* Products of a block with one row. 4 bits: eight pairs of at most 15 · 127 · 2 stay below 2^15. 8 bits: |w| ≤ 128 times ±x is at most 32,512
- * for a pair, so each pair is widened by itself. */
-INLINE __m256i dot_half(const int bits, const __m256i w[8], const int8_t *line, int32_t offset) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    if (bits == 4) {
-        __m256i pairs = _mm256_maddubs_epi16(w[0], four_inputs(line));
-        UNROLL
-        for (size_t g = 1; g < 8; g++) {
-            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[g], four_inputs(line + g * 4)));
-        }
-        return _mm256_add_epi32(_mm256_madd_epi16(pairs, ones), _mm256_set1_epi32(offset));
+/* 32 products of four inputs and 8 outputs, w given by its magnitude and sign: |w| ≤ 128 times ±x is at most 32,512 for a pair, so each
+ * pair is widened by itself. */
+INLINE __m256i products_of(__m256i magnitude, __m256i w, __m256i x) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1));
+}
+
+/* Products of a block with one row, 4 bits: eight pairs of at most 15 · 127 · 2 stay below 2^15. */
+INLINE __m256i dot_half(const __m256i w[8], const int8_t *line, int32_t offset) {
+    __m256i pairs = _mm256_maddubs_epi16(w[0], four_inputs(line));
+    UNROLL
+    for (size_t g = 1; g < 8; g++) {
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[g], four_inputs(line + g * 4)));
     }
-    __m256i sum = _mm256_setzero_si256();
+    return _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), _mm256_set1_epi32(offset));
+}
+
+/* Products of a block with `n` rows, 8 bits: group by group, so that a magnitude is taken once for all rows. */
+INLINE void dots_half(const uint8_t *at, const int8_t *codes, size_t row_bytes, const size_t n, __m256i dots[TILE_ROWS]) {
+    UNROLL
+    for (size_t t = 0; t < n; t++) {
+        dots[t] = _mm256_setzero_si256();
+    }
     UNROLL
     for (size_t g = 0; g < 8; g++) {
-        const __m256i signed_x = _mm256_sign_epi8(four_inputs(line + g * 4), w[g]);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w[g]), signed_x), ones));
+        const __m256i w = _mm256_xor_si256(_mm256_load_si256((const __m256i *)(const void *)(at + g * 64)), _mm256_set1_epi8((char)0x80));
+        const __m256i magnitude = _mm256_abs_epi8(w);
+        UNROLL
+        for (size_t t = 0; t < n; t++) {
+            dots[t] = _mm256_add_epi32(dots[t], products_of(magnitude, w, four_inputs(codes + t * row_bytes + g * 4)));
+        }
     }
-    return sum;
 }
 
 /* `n` rows (a constant where it is called) times half a panel, or a whole one where `halves` is 2. */
@@ -159,13 +167,17 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
         }
         UNROLL
         for (size_t h = 0; h < halves; h++) {
-            __m256i w[8];
-            load_half(bits, at, half + h, w);
+            __m256i w[8], dots[TILE_ROWS];
+            if (bits == 4) {
+                load_half(at + (half + h) * 32, w);
+            } else {
+                dots_half(at + (half + h) * 32, codes + b * BLOCK, blocks * BLOCK, n, dots);
+            }
             const uint8_t *stored = scales_at + (b >> shift & 1) * 32 + (half + h) * 16;
             const __m256 scale = _mm256_cvtph_ps(_mm_load_si128((const __m128i *)(const void *)stored));
             UNROLL
             for (size_t t = 0; t < n; t++) {
-                const __m256i dot = dot_half(bits, w, codes + (t * blocks + b) * BLOCK, offsets[t * blocks + b]);
+                const __m256i dot = bits == 4 ? dot_half(w, codes + (t * blocks + b) * BLOCK, offsets[t * blocks + b]) : dots[t];
                 const __m256 factor = _mm256_mul_ps(scale, _mm256_broadcast_ss(scales + t * blocks + b));
                 sums[t * halves + h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, sums[t * halves + h]);
             }
@@ -180,7 +192,6 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
     }
 }
 
-#define TILE_ROWS 4
 #define PRODUCT(name, bits)                                                                                                              \
     static void name(const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t first, size_t rows, float *out, size_t stride) { \
         for (; rows >= TILE_ROWS; rows -= TILE_ROWS, first += TILE_ROWS, out += TILE_ROWS * stride) {                                    \
@@ -195,10 +206,82 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
 PRODUCT(product_int4, 4)
 PRODUCT(product_int8, 8)
 
-BYTES_KERNEL(products_bytes_scalar)
+static void quantize_bytes(const float *x, size_t n, const ByteRows *out, size_t row) {
+    vf low = v_set(0.0f), high = v_set(0.0f); /* 0 is a code: beyond the depth, and where a ReLU was */
+    __m256i largest = _mm256_setzero_si256(); /* as integers: from infinity's bits on, something is not finite */
+    for (size_t i = 0; i < n; i += VW) {
+        const vf v = n - i < VW ? load_some(x + i, n - i) : v_load(x + i);
+        low = (vf)_mm256_min_ps((__m256)low, (__m256)v);
+        high = v_max(high, v);
+        largest = _mm256_max_epi32(largest, _mm256_and_si256((__m256i)v, _mm256_set1_epi32(0x7fffffff)));
+    }
+    const bool finite = _mm256_movemask_epi8(_mm256_cmpgt_epi32(largest, _mm256_set1_epi32(0x7f7fffff))) == 0;
+    float inverse;
+    out->scales[row] = byte_scale(-v_highest(-low), v_highest(high), finite, &inverse, &out->zeros[row]);
+    uint8_t *codes = out->codes + row * out->stride;
+    const __m256i zero = _mm256_set1_epi32(out->zeros[row]);
+    for (size_t i = 0; i < n; i += VW) {
+        const vf v = (n - i < VW ? load_some(x + i, n - i) : v_load(x + i)) * v_set(inverse);
+        const __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32((__m256)v), zero);
+        const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+        const __m128i bytes = _mm_packus_epi16(pairs, pairs);
+        if (n - i < VW) {
+            uint8_t rest[16];
+            _mm_storeu_si128((__m128i *)(void *)rest, bytes);
+            memcpy(codes + i, rest, n - i);
+        } else {
+            _mm_storel_epi64((__m128i *)(void *)(codes + i), bytes);
+        }
+    }
+    memset(codes + n, 0, out->stride - n);
+}
 
-const Kernels kernels_avx2 = {.name = "avx2", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
-                                .quantize_bytes = quantize_bytes_scalar, .attention = attention_floats, FLOAT_KERNELS};
+/* `n` rows (a constant where it is called) times 8 outputs. The activations less 128 give the magnitude here: −128 has one, and no sign to turn. */
+INLINE void tile_bytes(const ByteMatrix *weight, size_t panel, size_t half, const ByteRows *x, size_t first, const size_t n, bool add, float *out,
+                       size_t stride) {
+    const size_t bytes = byte_panel(weight->depth), output = panel * PANEL + half * 8;
+    const int8_t *at = weight->codes + panel * bytes + half * 32, *end = at + bytes;
+    const uint8_t *codes = x->codes + first * x->stride;
+    __m256i dots[TILE_ROWS];
+    UNROLL
+    for (size_t t = 0; t < n; t++) {
+        dots[t] = _mm256_setzero_si256();
+    }
+    for (; at < end; at += 64, codes += 4) {
+        const __m256i w = _mm256_load_si256((const __m256i *)(const void *)at);
+        UNROLL
+        for (size_t t = 0; t < n; t++) {
+            const __m256i four = _mm256_xor_si256(four_inputs((const int8_t *)codes + t * x->stride), _mm256_set1_epi8((char)0x80));
+            dots[t] = _mm256_add_epi32(dots[t], products_of(_mm256_abs_epi8(four), four, w));
+        }
+    }
+    const vf scale = v_load(weight->scales + output), bias = weight->bias != NULL ? v_load(weight->bias + output) : v_set(0.0f);
+    const __m256i sums = _mm256_loadu_si256((const __m256i *)(const void *)(weight->sums + output));
+    UNROLL
+    for (size_t t = 0; t < n; t++) {
+        const __m256i dot = _mm256_add_epi32(dots[t], _mm256_mullo_epi32(sums, _mm256_set1_epi32(128 - x->zeros[first + t])));
+        const vf value = v_fma((vf)_mm256_cvtepi32_ps(dot), scale * v_set(x->scales[first + t]), bias);
+        v_store(out + t * stride, add ? v_load(out + t * stride) + value : value);
+    }
+}
+
+static void products_bytes(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, bool add, float *out,
+                           size_t stride) {
+    for (size_t p = 0; p < 2 * panels; p++) {
+        size_t row = 0;
+        for (; row + TILE_ROWS <= rows; row += TILE_ROWS) {
+            tile_bytes(weight, panel + p / 2, p % 2, x, first + row, TILE_ROWS, add, out + row * stride + p * 8, stride);
+        }
+        for (; row < rows; row++) {
+            tile_bytes(weight, panel + p / 2, p % 2, x, first + row, 1, add, out + row * stride + p * 8, stride);
+        }
+    }
+}
+
+BYTES_KERNEL(products_bytes)
+
+const Kernels kernels_avx2 = {.name = "avx2", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes,
+                                .quantize_bytes = quantize_bytes, .attention = attention_floats, FLOAT_KERNELS};
 
 #include "target_end.inc"
 

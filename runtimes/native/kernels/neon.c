@@ -157,10 +157,95 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
 PRODUCT(product_int4, 4)
 PRODUCT(product_int8, 8)
 
-BYTES_KERNEL(products_bytes_scalar)
+static void quantize_bytes(const float *x, size_t n, const ByteRows *out, size_t row) {
+    vf low = v_set(0.0f), high = v_set(0.0f);  /* 0 is a code: beyond the depth, and where a ReLU was */
+    int32x4_t largest = vdupq_n_s32(0);        /* as integers: from infinity's bits on, something is not finite */
+    for (size_t i = 0; i < n; i += VW) {
+        const vf v = n - i < VW ? load_some(x + i, n - i) : v_load(x + i);
+        low = vminq_f32(low, v);
+        high = vmaxq_f32(high, v);
+        largest = vmaxq_s32(largest, vreinterpretq_s32_f32(vabsq_f32(v)));
+    }
+    float inverse;
+    out->scales[row] = byte_scale(vminvq_f32(low), vmaxvq_f32(high), vmaxvq_s32(largest) < 0x7f800000, &inverse, &out->zeros[row]);
+    uint8_t *codes = out->codes + row * out->stride;
+    const int32x4_t zero = vdupq_n_s32(out->zeros[row]);
+    for (size_t i = 0; i < n; i += VW) {
+        const vf v = vmulq_n_f32(n - i < VW ? load_some(x + i, n - i) : v_load(x + i), inverse);
+        const uint16x4_t code = vqmovun_s32(vaddq_s32(vcvtnq_s32_f32(v), zero));
+        uint8_t four[8];
+        vst1_u8(four, vqmovn_u16(vcombine_u16(code, code)));
+        memcpy(codes + i, four, n - i < VW ? n - i : VW);
+    }
+    memset(codes + n, 0, out->stride - n);
+}
 
-const Kernels kernels_neon = {.name = "neon", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes_scalar,
-                                .quantize_bytes = quantize_bytes_scalar, .attention = attention_floats, FLOAT_KERNELS};
+/* `n` rows (a constant where it is called) times a panel; activations less 128, which SDOT takes as signed. */
+INLINE void tile_bytes(const ByteMatrix *weight, size_t panel, const ByteRows *x, size_t first, const size_t n, bool add, float *out, size_t stride) {
+    const size_t bytes = byte_panel(weight->depth);
+    const int8_t *at = weight->codes + panel * bytes, *end = at + bytes;
+    const uint8_t *codes = x->codes + first * x->stride;
+    int32x4_t dots[4][4];
+    UNROLL
+    for (size_t t = 0; t < n; t++) {
+        UNROLL
+        for (size_t q = 0; q < 4; q++) {
+            dots[t][q] = vdupq_n_s32(0);
+        }
+    }
+    for (; at < end; at += 256, codes += 16) {
+        int8x16_t four[4];
+        UNROLL
+        for (size_t t = 0; t < n; t++) {
+            four[t] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(codes + t * x->stride), vdupq_n_u8(0x80)));
+        }
+#define GROUP_OF(g)                                                                       \
+    UNROLL                                                                                \
+    for (size_t q = 0; q < 4; q++) {                                                      \
+        const int8x16_t w = vld1q_s8(at + (g) * 64 + q * 16);                             \
+        UNROLL                                                                            \
+        for (size_t t = 0; t < n; t++) {                                                  \
+            dots[t][q] = vdotq_laneq_s32(dots[t][q], w, four[t], g);                      \
+        }                                                                                 \
+    }
+        GROUP_OF(0)
+        GROUP_OF(1)
+        GROUP_OF(2)
+        GROUP_OF(3)
+#undef GROUP_OF
+    }
+    UNROLL
+    for (size_t q = 0; q < 4; q++) {
+        const size_t output = panel * PANEL + q * 4;
+        const vf scale = v_load(weight->scales + output), bias = weight->bias != NULL ? v_load(weight->bias + output) : v_set(0.0f);
+        const int32x4_t sums = vld1q_s32(weight->sums + output);
+        UNROLL
+        for (size_t t = 0; t < n; t++) {
+            float *to = out + t * stride + q * 4;
+            const int32x4_t dot = vmlaq_n_s32(dots[t][q], sums, 128 - x->zeros[first + t]);
+            const vf value = v_fma(vcvtq_f32_s32(dot), vmulq_n_f32(scale, x->scales[first + t]), bias);
+            v_store(to, add ? vaddq_f32(v_load(to), value) : value);
+        }
+    }
+}
+
+static void products_bytes(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, bool add, float *out,
+                           size_t stride) {
+    for (size_t p = 0; p < panels; p++) {
+        size_t row = 0;
+        for (; row + 4 <= rows; row += 4) {
+            tile_bytes(weight, panel + p, x, first + row, 4, add, out + row * stride + p * PANEL, stride);
+        }
+        for (; row < rows; row++) {
+            tile_bytes(weight, panel + p, x, first + row, 1, add, out + row * stride + p * PANEL, stride);
+        }
+    }
+}
+
+BYTES_KERNEL(products_bytes)
+
+const Kernels kernels_neon = {.name = "neon", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes,
+                                .quantize_bytes = quantize_bytes, .attention = attention_floats, FLOAT_KERNELS};
 
 #include "target_end.inc"
 
