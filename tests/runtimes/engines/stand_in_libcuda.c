@@ -120,7 +120,7 @@ static CUresult allocate(Ptr *at, size_t size) {
     if (block_count == MAX_BLOCKS || posix_memalign(&memory, 256, size) != 0) {
         return OUT_OF_MEMORY;
     }
-    memset(memory, 0xFF, size);
+    memset(memory, getenv("VLM_GPU_ZEROS") != NULL ? 0 : 0xFF, size); /* NaN in every float type, or numbers that logits can be */
     blocks[block_count].at = *at = (Ptr)memory;
     blocks[block_count++].size = size;
     used += size;

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from toy_bench import PROMPTS, TOYS, Bench
-from toy_bundle import toy_bundle
+from toy_bundle import halved, toy_bundle
 from toy_decoder import Toy
 
 from vlm_edge_runtime import _native
@@ -233,7 +233,7 @@ def test_half_precision_with_float32_embeddings_on_the_cpu_provider(tmp_path, pl
     bundle = toy_bundle(tmp_path, toy, "lowered")
     reference = open_engine(bundle, "cpu", OPTIONS).decoder()
     full = _generate(reference, [SamplingParams()] * 3)
-    (tmp_path / "lowered.onnx").write_bytes(_halved((tmp_path / "lowered.onnx").read_bytes()))
+    (tmp_path / "lowered.onnx").write_bytes(halved((tmp_path / "lowered.onnx").read_bytes()))
     made = OrtCudaEngine(bundle, OPTIONS, _place=place())
     decoder = made.decoder()
     signature = decoder.allocate(1, 8).programs.signature
@@ -250,20 +250,6 @@ def test_half_precision_with_float32_embeddings_on_the_cpu_provider(tmp_path, pl
         np.testing.assert_allclose(state.logits(1), wanted, atol=1e-2 * np.abs(wanted).max())
     assert len(state.decode(4)[1].tokens) == 4
     assert made.step_counts.captured == 3  # embedding, its conversion, decoder, the logits' conversion: all in the loop
-
-
-def _halved(model: bytes) -> bytes:
-    """The toy with fp16 weights, cache, embeddings and logits."""
-    loaded = onnx.load_from_string(model)
-    graph = loaded.graph
-    for number, weight in enumerate(graph.initializer):
-        array = numpy_helper.to_array(weight)
-        if array.dtype == np.float32:
-            graph.initializer[number].CopyFrom(numpy_helper.from_array(array.astype(np.float16), weight.name))
-    for value in [*graph.input, *graph.output]:
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16
-    return loaded.SerializeToString()
 
 
 def test_a_growing_cache_runs_through_the_reference_loop_on_the_cpu_provider(tmp_path, place) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
 from toy_decoder import Toy
 
 from vlm_edge_runtime.bundle.manifest import (
@@ -55,3 +58,17 @@ def toy_bundle(folder: Path, toy: Toy, build: str | None, backend: str = "ort-cp
     )
     chosen = lowered if build else None
     return Bundle(folder, manifest, chosen, portable | (lowered.graphs if build else {}))
+
+
+def halved(model: bytes) -> bytes:
+    """The toy with fp16 weights, cache, embeddings and logits."""
+    loaded = onnx.load_from_string(model)
+    graph = loaded.graph
+    for number, weight in enumerate(graph.initializer):
+        array = numpy_helper.to_array(weight)
+        if array.dtype == np.float32:
+            graph.initializer[number].CopyFrom(numpy_helper.from_array(array.astype(np.float16), weight.name))
+    for value in [*graph.input, *graph.output]:
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    return loaded.SerializeToString()
