@@ -53,55 +53,98 @@ static inline __attribute__((always_inline)) vf v_sums(const vf v[16]) {
     return (vf)_mm512_shuffle_f32x4(sums, sums, 0xd8);
 }
 
-#include "float_kernels.inc"
-
-static void quantize(const float *x, size_t n, const QuantRows *out, size_t row) {
-    for (size_t b = 0; b < out->blocks; b++) {
-        const size_t at = row * out->blocks + b, begin = b * BLOCK, count = n > begin ? n - begin : 0;
-        const __mmask16 low = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
-        const __mmask16 high = count >= 32 ? 0xffff : count > 16 ? (__mmask16)((1u << (count - 16)) - 1) : 0;
-        const __m512 v0 = _mm512_maskz_loadu_ps(low, x + begin), v1 = _mm512_maskz_loadu_ps(high, x + begin + 16);
-        /* Compared as integers, NaN is larger than any number. */
-        const __m512i bits = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(v0)), _mm512_castps_si512(_mm512_abs_ps(v1)));
-        const float most = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(bits))));
-        const bool tiny = most < SMALLEST;
-        const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : 127.0f / most);
-        const __m512i i0 = _mm512_cvtps_epi32(_mm512_mul_ps(v0, inverse)), i1 = _mm512_cvtps_epi32(_mm512_mul_ps(v1, inverse));
-        _mm_storeu_si128((__m128i *)(void *)(out->codes + at * BLOCK), _mm512_cvtsepi32_epi8(i0));
-        _mm_storeu_si128((__m128i *)(void *)(out->codes + at * BLOCK + 16), _mm512_cvtsepi32_epi8(i1));
-        out->scales[at] = tiny ? 0.0f : most / 127.0f;
-        /* Of what was stored, not of i0 and i1: NaN saturates. */
-        const __m256i codes = _mm256_loadu_si256((const __m256i *)(const void *)(out->codes + at * BLOCK));
-        const __m256i sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(8), codes);
-        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-        out->offsets[at] = -_mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
-    }
+#define OWN_EXP
+/* The same e^x as in float_kernels.inc, with the instructions for 2^n. */
+static inline __attribute__((always_inline)) vf v_exp(vf given) {
+    /* The second operand is what NaN leaves; −∞ would have no distance to its integer. */
+    const __m512 x = _mm512_max_ps(_mm512_set1_ps(-110.0f), _mm512_min_ps(_mm512_set1_ps(88.3762626647950f), (__m512)given));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), _mm512_fmadd_ps(n, _mm512_set1_ps(-0.693359375f), x));
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+    return (vf)_mm512_scalef_ps(p, n);
 }
 
-static float soften(const float *x, size_t n, float shift, const QuantRows *out, size_t row) {
-    const vf down = v_set(shift);
-    __m512 total = _mm512_setzero_ps();
-    for (size_t b = 0; b < out->blocks; b++) {
-        const size_t at = row * out->blocks + b, begin = b * BLOCK, count = n > begin ? n - begin : 0;
-        const __mmask16 low = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
-        const __mmask16 high = count >= 32 ? 0xffff : count > 16 ? (__mmask16)((1u << (count - 16)) - 1) : 0;
-        const __m512 v0 = _mm512_maskz_mov_ps(low, (__m512)v_exp((vf)_mm512_maskz_loadu_ps(low, x + begin) - down));
-        const __m512 v1 = _mm512_maskz_mov_ps(high, (__m512)v_exp((vf)_mm512_maskz_loadu_ps(high, x + begin + 16) - down));
-        total = _mm512_add_ps(total, _mm512_add_ps(v0, v1));
-        const float most = _mm512_reduce_max_ps(_mm512_max_ps(v0, v1));
-        const bool tiny = most < SMALLEST;
-        const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : 127.0f / most);
-        const __m128i c0 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v0, inverse)));
-        const __m128i c1 = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v1, inverse)));
-        _mm_storeu_si128((__m128i *)(void *)(out->codes + at * BLOCK), c0);
-        _mm_storeu_si128((__m128i *)(void *)(out->codes + at * BLOCK + 16), c1);
-        out->scales[at] = tiny ? 0.0f : most / 127.0f;
-        /* No code is negative: sums of bytes, eight at a time. */
-        const __m128i sums = _mm_add_epi64(_mm_sad_epu8(c0, _mm_setzero_si128()), _mm_sad_epu8(c1, _mm_setzero_si128()));
-        out->offsets[at] = -8 * (_mm_cvtsi128_si32(sums) + _mm_extract_epi32(sums, 2));
+#include "float_kernels.inc"
+
+/* One block; lanes beyond the row are 0. */
+INLINE void quantize_block(const float *x, size_t count, int8_t *codes, float *scale, int32_t *offset) {
+    const __mmask16 low = count >= 16 ? 0xffff : (__mmask16)((1u << count) - 1);
+    const __mmask16 high = count >= 32 ? 0xffff : count > 16 ? (__mmask16)((1u << (count - 16)) - 1) : 0;
+    const __m512 v0 = _mm512_maskz_loadu_ps(low, x), v1 = _mm512_maskz_loadu_ps(high, x + 16);
+    /* Compared as integers, NaN is larger than any number. */
+    const __m512i bits = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(v0)), _mm512_castps_si512(_mm512_abs_ps(v1)));
+    const float most = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(bits))));
+    const bool tiny = most < SMALLEST;
+    const __m512 inverse = _mm512_set1_ps(tiny ? 0.0f : 127.0f / most);
+    const __m512i i0 = _mm512_cvtps_epi32(_mm512_mul_ps(v0, inverse)), i1 = _mm512_cvtps_epi32(_mm512_mul_ps(v1, inverse));
+    _mm_storeu_si128((__m128i *)(void *)codes, _mm512_cvtsepi32_epi8(i0));
+    _mm_storeu_si128((__m128i *)(void *)(codes + 16), _mm512_cvtsepi32_epi8(i1));
+    *scale = tiny ? 0.0f : most / 127.0f;
+    *offset = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(i0, i1)); /* of NaN anything: the scale says it */
+}
+
+/* One of 16 vectors each into the lanes of one: the maximum, or the sum, across their lanes. */
+#define ACROSS(name, combine)                                                                                                    \
+    INLINE __m512i name(const __m512i v[16]) {                                                                                   \
+        __m512i a[8], b[4], c[2];                                                                                                \
+        UNROLL                                                                                                                   \
+        for (int i = 0; i < 8; i++) {                                                                                            \
+            a[i] = combine(_mm512_shuffle_i32x4(v[i], v[i + 8], 0x44), _mm512_shuffle_i32x4(v[i], v[i + 8], 0xee));              \
+        }                                                                                                                        \
+        UNROLL                                                                                                                   \
+        for (int i = 0; i < 4; i++) {                                                                                            \
+            b[i] = combine(_mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd));              \
+        }                                                                                                                        \
+        UNROLL                                                                                                                   \
+        for (int i = 0; i < 2; i++) {                                                                                            \
+            c[i] = combine(_mm512_unpacklo_epi32(b[i], b[i + 2]), _mm512_unpackhi_epi32(b[i], b[i + 2]));                        \
+        }                                                                                                                        \
+        const __m512i all = combine(_mm512_unpacklo_epi32(c[0], c[1]), _mm512_unpackhi_epi32(c[0], c[1]));                       \
+        return _mm512_shuffle_i32x4(all, all, 0xd8);                                                                             \
     }
-    return _mm512_reduce_add_ps(total);
+ACROSS(maxima_of, _mm512_max_epi32)
+ACROSS(sums_of, _mm512_add_epi32)
+
+/* 16 whole blocks at once: one division, and sums across the lanes, for all of them. The same bits as one by one. */
+static void quantize_sixteen(const float *x, int8_t *codes, float *scales, int32_t *offsets) {
+    __m512i v[16];
+    UNROLL
+    for (size_t b = 0; b < 16; b++) {
+        const __m512 v0 = _mm512_loadu_ps(x + b * BLOCK), v1 = _mm512_loadu_ps(x + b * BLOCK + 16);
+        v[b] = _mm512_max_epi32(_mm512_castps_si512(_mm512_abs_ps(v0)), _mm512_castps_si512(_mm512_abs_ps(v1)));
+    }
+    const __m512 most = _mm512_castsi512_ps(maxima_of(v));
+    const __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_set1_ps(SMALLEST), _CMP_NLT_UQ);
+    _mm512_storeu_ps(scales, _mm512_maskz_div_ps(some, most, _mm512_set1_ps(127.0f)));
+    float inverses[16];
+    _mm512_storeu_ps(inverses, _mm512_maskz_div_ps(some, _mm512_set1_ps(127.0f), most));
+    UNROLL
+    for (size_t b = 0; b < 16; b++) {
+        const __m512 inverse = _mm512_set1_ps(inverses[b]);
+        const __m512i i0 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + b * BLOCK), inverse));
+        const __m512i i1 = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + b * BLOCK + 16), inverse));
+        _mm_storeu_si128((__m128i *)(void *)(codes + b * BLOCK), _mm512_cvtsepi32_epi8(i0));
+        _mm_storeu_si128((__m128i *)(void *)(codes + b * BLOCK + 16), _mm512_cvtsepi32_epi8(i1));
+        v[b] = _mm512_add_epi32(i0, i1);
+    }
+    _mm512_storeu_si512((void *)offsets, _mm512_mullo_epi32(sums_of(v), _mm512_set1_epi32(-8)));
+}
+
+static void quantize(const float *x, size_t n, const QuantRows *out, size_t row) {
+    const size_t begin = row * out->blocks;
+    size_t b = 0;
+    for (; (b + 16) * BLOCK <= n; b += 16) {
+        quantize_sixteen(x + b * BLOCK, out->codes + (begin + b) * BLOCK, out->scales + begin + b, out->offsets + begin + b);
+    }
+    for (; b < out->blocks; b++) {
+        quantize_block(x + b * BLOCK, n > b * BLOCK ? n - b * BLOCK : 0, out->codes + (begin + b) * BLOCK, out->scales + begin + b, out->offsets + begin + b);
+    }
 }
 
 INLINE __m512i four_inputs(const int8_t *codes) {
@@ -328,7 +371,7 @@ BYTES_KERNEL(products_bytes)
 
 #include "avx512_flash.inc"
 
-const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .soften = soften, .bytes = bytes_products_bytes,
+const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes,
                                 .quantize_bytes = quantize_bytes, .attention = attention_floats, FLOAT_KERNELS};
 
 #include "target_end.inc"

@@ -117,8 +117,6 @@ typedef struct {
                     bool add);
     /* One row of n floats into row `row` of `out`; codes beyond n are 0. */
     void (*quantize)(const float *x, size_t n, const QuantRows *out, size_t row);
-    /* The same of exp(x − shift), in one pass; returns the exponentials' sum. NULL where a table has none: `exponentials`, then `quantize`. */
-    float (*soften)(const float *x, size_t n, float shift, const QuantRows *out, size_t row);
     /* out = unary(x · weight + bias), or with `add` out + that, for the panels [panel, panel + panels): rows [first, first + rows) of x into
      * out [rows][panels · 16], `stride` floats apart. */
     void (*bytes)(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, Unary unary, bool add, float *out,
