@@ -46,8 +46,8 @@ SIDES = ("", "left of", "right of", "above", "below")
 class Lessons:
     """An endless, seeded stream of batches: scenes, each with its caption and some questions."""
 
-    def __init__(self, student: Student, parts: Parts, seed: int) -> None:
-        self.student, self.rng = student, random.Random(f"teach-{seed}")
+    def __init__(self, student: Student, parts: Parts, seed: int, forget: float = 0.0) -> None:
+        self.student, self.rng, self.forget = student, random.Random(f"teach-{seed}"), forget
         self.words = parts.processor.tokenizer
         self._known: dict[str, list[int]] = {}
         images = parts.processor.image_processor
@@ -74,6 +74,10 @@ class Lessons:
                 assert real["input_ids"][0].tolist() == ours, (self.words.decode(real["input_ids"][0]), self.words.decode(ours))
             assert np.abs(real["pixel_values"].numpy().reshape(3, 64, 64) - self.pixels(example.image)).max() < 1e-5
 
+    def _heard(self, token: int) -> int:
+        hidden = self.forget > 0 and self.rng.random() < self.forget
+        return int(self.words.unk_token_id) if hidden else token
+
     def next(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(batch, cell targets of its pictures). Pictures come in runs of `talks` rows."""
         rows, pixels, targets = [], [], []
@@ -96,7 +100,7 @@ class Lessons:
         labels, mask, prefix = torch.full_like(ids, IGNORED), torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
         for i, (asked_ids, told_ids) in enumerate(rows):
             start, end = len(asked_ids), len(asked_ids) + len(told_ids)
-            ids[i, :end] = torch.tensor([*asked_ids, *told_ids])
+            ids[i, :end] = torch.tensor([*asked_ids, *map(self._heard, told_ids)])
             labels[i, start:end] = torch.tensor(told_ids)
             mask[i, :end], prefix[i, :start] = 1, True
         batch = {"input_ids": ids, "attention_mask": mask, "prefix": prefix, "labels": labels}
@@ -112,18 +116,20 @@ def train(
     report: Callable[[int, float, dict[str, float]], None],
     done_at: Callable[[int, Parts], bool] | None = None,
     start: Path | None = None,
+    forget: float = 0.0,
 ) -> tuple[Parts, int]:
     """The trained model with its processor, and the number of steps made.
 
     `done_at(step, parts)` is asked after every step whether the student knows enough already. `start`: a checkpoint of this
-    student to go on from.
+    student to go on from. `forget`: the share of an answer's words that are hidden as the model goes on (word dropout, arXiv
+    1511.06349, section 3.1): it looks again instead of going by which colours and shapes went together.
     """
     torch.manual_seed(seed)
     parts = student.build(seed)
     if start is not None:
         parts.model.load_state_dict(load_file(start / "model.safetensors"), strict=False)  # tied weights are there once
     model: Any = parts.model.train()
-    probes, lessons = Probes(WIDTH), Lessons(student, parts, seed)
+    probes, lessons = Probes(WIDTH), Lessons(student, parts, seed, forget)
     sides = nn.Linear(WIDTH, len(SIDES)) if student.sides else None
     lessons.check(parts.processor)
     kept: list[Tensor] = []
@@ -251,6 +257,7 @@ def measure(folder: Path, name: str, count: int = 2000) -> tuple[dict[str, float
 @click.option("--steps", type=int, help="Training steps at most [the student's own]; the rate falls towards them.")
 @click.option("--until", type=float, help="Stop when this share of 300 held-out questions is right (asked every 200 steps).")
 @click.option("--rate", type=float, help="Learning rate [the student's own].")
+@click.option("--forget", default=0.0, show_default=True, help="Share of an answer's words that are hidden as it goes on.")
 @click.option("--minutes", type=float, help="Stop by the clock instead; quick to try, but not reproducible.")
 @click.option(
     "--start", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A checkpoint of NAME to go on from."
@@ -269,6 +276,7 @@ def main(
     steps: int | None,
     until: float | None,
     rate: float | None,
+    forget: float,
     minutes: float | None,
     start: Path | None,
     measured: Path | None,
@@ -304,11 +312,12 @@ def main(
         return right >= until
 
     began, total = time.monotonic(), steps or student.steps
-    parts, made = train(student, seed, total, minutes, report, enough, start)
+    parts, made = train(student, seed, total, minutes, report, enough, start, forget)
     _save(parts, folder)
     accuracy, wrong = measure(folder, name, count)
     command = f"python -m benchmarks.train.teach {name} --seed {seed} --steps {total}"
     command += (f" --until {until}" if until is not None else "") + (f" --rate {rate}" if rate is not None else "")
+    command += f" --forget {forget}" if forget else ""
     if start is not None:
         before = json.loads((start / "training.json").read_text())["command"]
         command = f"{before} --out {start.name} && {command} --start {start.name}"
