@@ -117,7 +117,7 @@ def test_words_depend_on_backend_and_hardware():
     assert "fp16" in load_target("cuda-desktop").words["decoder"] and "fp16" not in load_target("cpu-int4").words["decoder"]
     thor = load_target("jetson-thor")
     assert parse_precision("decoder=nvfp4,vision=fp8", words=thor.words) == {"decoder": "nvfp4", "vision_encoder": "fp8"}
-    with pytest.raises(TargetError, match="decoder cannot be 'fp8' on this target; it can be: fp32, fp16, bf16, int8, int4"):
+    with pytest.raises(TargetError, match="decoder cannot be 'fp8' on this target; it can be: fp32, fp16, bf16, int8, int8w, int4"):
         parse_precision("decoder=fp8", words=load_target("jetson-agx-orin").words)
     with pytest.raises(TargetError, match="slower than fp32 on CPUs"):
         parse_precision("decoder=fp16")
@@ -125,5 +125,5 @@ def test_words_depend_on_backend_and_hardware():
 
 def test_a_quantised_decoder_keeps_a_finer_head():
     orin = load_target("jetson-orin-nano")
-    for word, head in (("int4", "fp16"), ("fp32", "fp32"), ("int8", "int8"), ("fp16", "fp16")):
+    for word, head in (("int4", "fp16"), ("fp32", "fp32"), ("int8", "fp16"), ("int8w", "int8w"), ("fp16", "fp16")):
         assert resolve_precision(orin.precision, f"decoder={word}", words=orin.words)["lm_head"] == head

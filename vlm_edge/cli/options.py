@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 _LOWERING = (
-    click.option("--precision", help="Of the builds: one word for all graphs, or vision=int8,projector=fp32,decoder=int4."),
+    click.option("--precision", help="Of the builds: one word (each graph gets the nearest it can have), or vision=int8,decoder=int4."),
     click.option(
         "--block-size",
         type=click.Choice(["16", "32", "64", "128"]),

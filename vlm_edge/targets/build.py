@@ -22,7 +22,7 @@ from vlm_edge_runtime.errors import BundleError, TargetError
 from .backend import Backend, CompileOptions, Job, Option, backend_of, checked
 from .examine import Examination
 from .pipeline import Lowered
-from .precision import bundle_roles, resolve_precision, stored_as
+from .precision import bundle_roles, replaced, resolve_precision, stored_as
 from .samples import Samples
 from .target import Target, load_target
 
@@ -43,11 +43,13 @@ def build(
 ) -> Build:
     """Lowers the portable graphs of `bundle` for `target` and adds the result to the bundle.
 
-    `precision` overrides the target's (see `parse_precision`); `block_size` is the number of weights per scale of
-    weight-only graphs (None: what the backend takes by itself); `calibration` are pictures for static int8 activation ranges
-    (none: dynamic ranges); `compiling`: what is compiled, for targets with compiled engines. Every built graph is run against
-    its portable one: fp32 graphs must agree to 1e-4, for others the distance is recorded in the build's options. Graphs that
-    no pass changes are not copied; the runtime takes them from `portable/`.
+    `precision` overrides the target's (see `parse_precision`: of one word for all, each graph gets the nearest that it can
+    have; what is not that word is said to `progress` and kept in the build's options as `ROLE.asked`); `block_size` is the
+    number of weights per scale of weight-only graphs (None: what the backend takes by itself); `calibration` are pictures for
+    static int8 activation ranges (none: dynamic ranges on CPUs; a decoder on TensorRT answers prompts about drawn pictures);
+    `compiling`: what is compiled, for targets with compiled engines. Every built graph is run against its portable one: fp32
+    graphs must agree to 1e-4, for others the distance is recorded in the build's options. Graphs that no pass changes are not
+    copied; the runtime takes them from `portable/`.
 
     A build with engines that is there already is gone on with: what is missing or stale is compiled, nothing is lowered again.
     Raises TargetError (unknown target or precision, a graph that the target cannot run), BundleError (damage, the name is
@@ -72,6 +74,7 @@ def build(
         compiling=compiling or CompileOptions(),
         progress=progress or Silent(),
     )
+    _settle_one_word(job, precision)
     there = opened.manifest.builds.get(label)
     given = {"precision": precision, "block_size": block_size, "calibration": calibration}
     try:
@@ -85,6 +88,26 @@ def build(
         if error.errno == errno.ENOSPC:
             raise BundleError(f"no space left while building {label} in {opened.path}: free some; nothing was kept.") from error
         raise
+
+
+def _settle_one_word(job: Job, precision: str | dict[str, str] | None) -> None:
+    """Says which graphs got another precision than the one word that was given for all (see `parse_precision`).
+
+    To those belong, on TensorRT, encoders whose activations nothing can be seen of: no pictures were named, or none passes
+    through; they are fp16.
+    """
+    if not isinstance(precision, str) or "=" in precision:
+        return
+    for role, kind in job.kinds.items():
+        calibrated = job.words[role] in ("int8", "fp8") and stored_as(kind, job.words[role], job.target.backend)[-1] != "w"
+        if kind == "encoder" and calibrated and "int8w" in job.target.words["decoder"] and job.calibration(role) is None:
+            job.words[role] = "fp16"
+    others = replaced(precision, job.words, job.kinds)
+    if others:
+        step = f"precision {precision.strip()}"
+        job.progress.start(step)
+        job.progress.done(step, "; ".join(f"{role} is {word}" for role, word in others.items()))
+        job.options |= {f"{role}.asked": precision.strip() for role in others}
 
 
 def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
@@ -108,7 +131,7 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
                     if examination is not None:
                         examination.add(role, name, lowered.model)
                     if lowered.changed:
-                        stored = stored_as(job.kinds[role], job.words[role])
+                        stored = stored_as(job.kinds[role], job.words[role], job.target.backend)
                         graphs[name] = _save(lowered.model, writer, role, name, stored, shared)
                         shared = shared or writer.path / f"{name}.onnx"
                         said, detail = _compared(job, backend, role, name, graphs[name], writer)

@@ -41,7 +41,7 @@ class Examination:
         """Looks at one lowered graph of `role`; `name` is its name in the build (`decoder.c1024`). Keeps nothing of it."""
         job = self._job
         self.problems += preflight(model, job.target, name)
-        word = stored_as(job.kinds[role], job.words[role])
+        word = stored_as(job.kinds[role], job.words[role], job.target.backend)
         self._memory.append(graph_memory(model, name, role, word, self._profiles(role, model)))
         if job.kinds[role] == "decoder" and job.bundle.kv is not None:
             cache = next((value for value in model.graph.inputs if str(value.name).startswith("past_key_values.")), None)

@@ -38,13 +38,14 @@ CUDA_WORDS: Words = {
 TENSORRT_WORDS: Words = {
     "encoder": ("fp32", "fp16", "bf16", "int8", "int8w", "int4", "fp8", "fp8w", "nvfp4"),
     "embedding": ("fp32", "fp16", "bf16"),
-    "decoder": ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp8w", "nvfp4"),
-    "head": ("fp32", "fp16", "bf16", "int8", "int4", "fp8", "fp8w", "nvfp4"),
+    "decoder": ("fp32", "fp16", "bf16", "int8", "int8w", "int4", "fp8", "fp8w", "nvfp4"),
+    "head": ("fp32", "fp16", "bf16", "int8", "int8w", "int4", "fp8", "fp8w", "nvfp4"),
     "codes": ("fp32",),
 }
-"""TensorRT: what is not quantised computes in fp16 or bf16, but for islands that stay fp32. `fp8` is of weights and activations,
+"""TensorRT: what is not quantised computes in fp16 or bf16, but for islands that stay fp32. `int8` and `fp8` are of weights and
 
-`fp8w` and `nvfp4` of weights alone; a decoder's and a head's `fp8` is of weights alone too.
+activations, `int8w`, `fp8w`, int4 and nvfp4 of weights alone; a decoder's `fp8` and a head's `fp8` and `int8` are of weights
+alone too.
 """
 BACKEND_WORDS: dict[str, Words] = {
     "ort-cpu": CPU_WORDS,
@@ -52,6 +53,21 @@ BACKEND_WORDS: dict[str, Words] = {
     "tensorrt": TENSORRT_WORDS,
     "tensorrt-rtx": TENSORRT_WORDS,
 }
+NEAREST: dict[str, tuple[str, ...]] = {
+    "int4": ("int8w", "int8", "fp16", "fp32"),
+    "nvfp4": ("fp8w", "fp16", "fp32"),
+    "int8": ("fp16", "fp32"),
+    "int8w": ("int8", "fp16", "fp32"),
+    "fp8": ("fp16", "fp32"),
+    "fp8w": ("fp16", "fp32"),
+    "bf16": ("fp32",),
+    "fp16": ("fp32",),
+    "fp32": (),
+}
+"""What a graph gets that cannot have the one word that was given for all: the nearest wider one, fewest bits first. An embedding
+
+table on a GPU is fp16 beside int8 and int4, an encoder on ONNX Runtime's CUDA provider fp16 beside int4.
+"""
 _HARDWARE = {"int8w": "int8", "fp8w": "fp8"}
 """What the hardware must have for a word, where it is not called the same."""
 
@@ -140,8 +156,10 @@ def parse_precision(
 ) -> dict[str, str]:
     """`vision=int8,projector=fp32,decoder=int4`, one word for all graphs, or a mapping → {role: word}.
 
-    `roles`: the graphs there are; `words`: what the target can build each as (`Target.words`). One word for all leaves graphs
-    that give codes as they are. Raises TargetError for an unknown graph or word, one named twice, or a malformed item.
+    `roles`: the graphs there are; `words`: what the target can build each as (`Target.words`). One word for all must be one
+    that the decoder can have (or the first graph, without a decoder); other graphs that cannot have it get the nearest wider
+    one (NEAREST; `replaced` tells which), and those that give codes stay as they are. Raises TargetError for an unknown graph
+    or word, one named twice, or a malformed item.
     """
     if given is None:
         return {}
@@ -171,10 +189,24 @@ def _for_all(word: str, roles: Mapping[str, Kind], where: str, words: Words) -> 
     known = sorted({word for some in words.values() for word in some})
     if word not in known:
         raise TargetError(f"{where}: not a precision; write one of {', '.join(known)}, or {_EXAMPLE}.")
-    chosen = [role for role, kind in roles.items() if kind != "codes"]
-    for role in chosen:
-        check_precision(role, word, where, roles, words)
-    return dict.fromkeys(chosen, word)
+    chosen = {role: kind for role, kind in roles.items() if kind != "codes"}
+    if not chosen:
+        return {}
+    leading = next((role for role, kind in chosen.items() if kind == "decoder"), None) or next(iter(chosen))
+    check_precision(leading, word, where, roles, words)
+    return {role: nearest(word, kind, words) for role, kind in chosen.items()}
+
+
+def nearest(word: str, kind: Kind, words: Words) -> str:
+    """The word, or, where a kind of graph cannot have it, the first of NEAREST's that it can."""
+    return next((one for one in (word, *NEAREST[word]) if one in words[kind]), "fp32")
+
+
+def replaced(given: str | Mapping[str, str] | None, chosen: Mapping[str, str], roles: Mapping[str, Kind]) -> dict[str, str]:
+    """Graphs that got another word than the one that was given for all, with what they got. Builds say so."""
+    if not isinstance(given, str) or "=" in given:
+        return {}
+    return {role: chosen[role] for role, kind in roles.items() if kind != "codes" and chosen[role] != given.strip()}
 
 
 def resolve_precision(
@@ -185,13 +217,14 @@ def resolve_precision(
 ) -> dict[str, str]:
     """The precision of every one of `roles`: the target's, overridden by what the user gave.
 
-    A decoder precision given without one for its head takes the head along, except that a 4-bit or fp8 decoder keeps a finer
-    head: 8-bit on CPUs (as in cpu-int4), fp16 on GPUs.
+    A decoder precision given without one for its head takes the head along, except that a 4-bit or fp8 decoder, and one whose
+    activations are int8, keeps a finer head: 8-bit on CPUs (as in cpu-int4), fp16 on GPUs.
     """
     chosen = parse_precision(given, roles, words)
     if "decoder" in chosen and "lm_head" not in chosen:
         finer = "fp16" if "fp16" in words["head"] else "int8"
-        chosen["lm_head"] = finer if chosen["decoder"] in ("int4", "nvfp4", "fp8", "fp8w") else chosen["decoder"]
+        coarse = {"int4", "nvfp4", "fp8", "fp8w", *(["int8"] if "int8w" in words["decoder"] else [])}
+        chosen["lm_head"] = finer if chosen["decoder"] in coarse else chosen["decoder"]
     return {role: chosen.get(role) or _default(defaults, role, kind) for role, kind in roles.items()}
 
 
@@ -201,9 +234,11 @@ def _default(defaults: Mapping[str, str], role: str, kind: Kind) -> str:
     return defaults.get(role) or defaults[DEFAULTS[kind]]
 
 
-def stored_as(kind: Kind, word: str) -> str:
-    """A precision word as the manifest names it: a decoder's `int8` is `int8w` there (and `fp8` `fp8w`): its activations are not
+def stored_as(kind: Kind, word: str, backend: str = "ort-cpu") -> str:
+    """A precision word as the manifest names it: a head's `int8` is `int8w` there (and `fp8` `fp8w`): its activations are not
 
-    quantised.
+    quantised; no more are a decoder's, except with TensorRT's `int8`.
     """
+    if kind == "decoder" and word == "int8" and "int8w" in BACKEND_WORDS[backend]["decoder"]:
+        return word
     return f"{word}w" if word in ("int8", "fp8") and kind in ("decoder", "head") else word

@@ -42,6 +42,7 @@ def apply_types(
     block_size: int = 128,
     options: Options | None = None,
     calibration: Inputs | None = None,
+    thresholds: Mapping[str, float] | None = None,
     islands: Islands | None = None,
     half: Half = "fp16",
     full_inputs: Collection[str] = FULL_INPUTS,
@@ -52,8 +53,8 @@ def apply_types(
     `model`: fp32, standard operators only (the native or the decomposed form), Gemm already MatMul + Add.
     `word`: one of GPU_WORDS; `head`: the same for the product that makes the logits (None: as `word`). With fp32 for both
     nothing changes. `calibration`: inputs of *this* graph (its own signature) for the activation ranges of int8 and fp8;
-    without them those words raise TargetError with what to do; `int8w` and `fp8w` need none. For decoders pass `int8w`
-    where the user said int8 (as `stored_as` does); a head is always weight-only.
+    without them those words raise TargetError with what to do; `int8w` and `fp8w` need none. `thresholds`: the ranges themselves,
+    found before (value name → magnitude of the largest code), as decoders have them. A head is always weight-only.
     `islands`: what stays fp32 (None: normalisations and softmax). Where there is `calibration`, None tries the graph on a few of
     its inputs with fewer islands first and keeps as many as it takes to stay within 1 % of the untyped one.
     Values: all float inputs and outputs become `half` except `full_inputs` and `full_outputs` (fp32); integer ones stay.
@@ -67,7 +68,9 @@ def apply_types(
     if "bf16" in (word, last):
         half = "bf16"
     changes = _smoothed(model, calibration, options.smooth) if word == "int8" else []
-    changes += run_passes(model, _quantisers(model, word, last, block_size, options, calibration, half))
+    if word in _CALIBRATED and thresholds is None:
+        thresholds = _thresholds(model, word, options, calibration)
+    changes += run_passes(model, _quantisers(word, last, block_size, options, thresholds, half))
     if word == last == "fp32":
         return changes
     if islands is None and calibration is not None and word != "nvfp4":  # which the CPU provider cannot run
@@ -97,7 +100,7 @@ def _tried(model: ir.Model, calibration: Inputs, half: Half) -> tuple[Islands, C
 
 
 def _quantisers(
-    model: ir.Model, word: str, head: str, block_size: int, options: Options, calibration: Inputs | None, half: Half
+    word: str, head: str, block_size: int, options: Options, thresholds: Mapping[str, float] | None, half: Half
 ) -> list[GraphPass]:
     scales = HALVES[half][1]
     found: list[GraphPass] = []
@@ -105,7 +108,7 @@ def _quantisers(
         found.append(
             LinearQDQ(
                 _CALIBRATED[word],
-                _thresholds(model, word, options, calibration),
+                thresholds,
                 keep_first=options.keep_first,
                 keep_last=options.keep_last,
                 half=scales,

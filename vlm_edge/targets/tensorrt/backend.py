@@ -19,7 +19,8 @@ from vlm_edge.passes.strong_types import TYPED
 from vlm_edge.quantize.qdq_fold import FoldWeights
 from vlm_edge.targets.backend import Backend, Job, Option, checked
 from vlm_edge.targets.pipeline import Lowered
-from vlm_edge.targets.precision import resolve_precision
+from vlm_edge.targets.precision import resolve_precision, stored_as
+from vlm_edge.targets.prompts import decoder_feeds
 from vlm_edge.targets.selfcheck import Difference
 from vlm_edge.targets.target import Options
 from vlm_edge_runtime.bundle.engine_files import ENGINES, graph_digest
@@ -51,6 +52,7 @@ class TensorRTBackend(Backend):
         self._library: Library | None = None
         self._elsewhere = ""
         self._exact: set[str] = set()
+        self._calibrated_on = ""
 
     def check(self, job: Job) -> None:
         """Finds the builder and what it compiles for. Raises TargetError where it should be here and is not, or does not fit."""
@@ -80,6 +82,7 @@ class TensorRTBackend(Backend):
         capacities: dict[str, int | None] = {role: None}
         if job.kinds[role] == "decoder" and self._buckets:
             capacities = {f"{role}.c{size}": size for size in self._buckets}
+        thresholds = self._thresholds(job, role)
         found: dict[str, Lowered] = {}
         for name, capacity in capacities.items():
             found[name] = pipeline.lower(
@@ -91,8 +94,19 @@ class TensorRTBackend(Backend):
                 capacity=capacity,
                 block_size=job.block_size,
                 calibration=job.calibration(role),
+                thresholds=thresholds,
             )
         return found
+
+    def _thresholds(self, job: Job, role: str) -> dict[str, float] | None:
+        """Activation ranges of a decoder in int8; the same for all its capacities."""
+        if job.kinds[role] != "decoder" or stored_as("decoder", job.words[role], job.target.backend) != "int8":
+            return None
+        feeds = decoder_feeds(job.bundle, job.pictures)
+        count = len(job.pictures)
+        shown = f"{count} picture{'s' * (count != 1)}" if count else "drawn pictures"
+        self._calibrated_on = f"{len(feeds)} answers on {shown}"
+        return pipeline.decoder_thresholds(job.bundle, role, job.target, feeds)
 
     def compare(self, job: Job, role: str, built: Path) -> Difference:
         """Against the portable graph on the CPU; of a half-precision or quantised graph, what a GPU would compute."""
@@ -116,11 +130,17 @@ class TensorRTBackend(Backend):
             checked(difference, job, role, exact=True)
 
     def describe(self, job: Job, role: str, entry: GraphEntry) -> tuple[dict[str, Option], str]:
-        """Whether the cache is written in place."""
-        if not any(spec.name.startswith("past_key_values.") for spec in entry.inputs):
-            return {}, ""
-        where = "in place" if _in_place(job) else "double buffer"
-        return {f"{role}.kv_cache": where}, f"cache {where}"
+        """Whether the cache is written in place, and what activations were calibrated on."""
+        options: dict[str, Option] = {}
+        remarks = []
+        if any(spec.name.startswith("past_key_values.") for spec in entry.inputs):
+            where = "in place" if _in_place(job) else "double buffer"
+            options[f"{role}.kv_cache"] = where
+            remarks.append(f"cache {where}")
+        if job.kinds[role] == "decoder" and self._calibrated_on:
+            options[f"{role}.calibrated_on"] = self._calibrated_on
+            remarks.append(f"int8 activations from {self._calibrated_on}")
+        return options, "; ".join(remarks)
 
     def kv(self, job: Job, graphs: Mapping[str, GraphEntry]) -> KVLayout | None:
         """The cache in the decoder's type, of static capacity; one buffer where the target updates it in place."""
@@ -182,7 +202,9 @@ def _differing(job: Job, build: Build, given: Mapping[str, Any]) -> list[str]:
         found.append("set of pictures")
     if "precision" in given:
         asked = resolve_precision(job.target.precision, given["precision"], job.kinds, job.target.words)
-        found += [f"precision ({role}={word})" for role, word in build.precision.items() if asked.get(role) != word]
+        # One word for all means something else for an encoder where pictures are named, which they are once alone.
+        possible = {role: {word, job.words[role]} for role, word in asked.items()}
+        found += [f"precision ({role}={word})" for role, word in build.precision.items() if word not in possible.get(role, ())]
     if job.compiling.context is not None and isinstance(contract, GenerativeContract):
         asked_sizes = ",".join(map(str, buckets(contract, job.compiling.context)))
         if options.get("context", asked_sizes) != asked_sizes:

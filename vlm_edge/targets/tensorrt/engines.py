@@ -82,7 +82,8 @@ class EngineMaker:
             progress.failed(step, str(error))
             raise
         remarks = f"{len(made.warnings)} remarks, first: {made.warnings[0][:120]}" if made.warnings else ""
-        progress.done(step, "; ".join(part for part in (f"{file.bytes / 1e6:.1f} MB", why, remarks) if part))
+        products = f"{made.layers.products8} products in 8 bits" if made.layers.products8 else ""
+        progress.done(step, "; ".join(part for part in (f"{file.bytes / 1e6:.1f} MB", products, why, remarks) if part))
 
     def _compiled(self, entry: GraphEntry, profiles: Sequence[EngineProfile], step: str) -> Engine:
         timings = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,20 @@ _TYPES = {
 """ONNX type → TensorRT's name of it."""
 
 
+_8_BIT = ("INT8", "FP8")
+
+
 @dataclass(slots=True)
 class Layers:
     """What a parsed network is made of: layers by type, the caches that are updated in place, typed values that were compared.
 
-    `aliases`: output → the input whose memory it shares.
+    `aliases`: output → the input whose memory it shares. `products8`: matrix products of 8-bit weights and 8-bit activations.
     """
 
     types: Counter[str] = field(default_factory=Counter)
     aliases: dict[str, str] = field(default_factory=dict)
     compared: int = 0
+    products8: int = 0
 
 
 def node_label(graph: ir.Model, name: str) -> str:
@@ -58,8 +63,9 @@ def check_network(library: Library, network: Any, graph: ir.Model, path: Path) -
     """Compares the network with its ONNX graph, and lets attentions be taken apart that the graph marks so.
 
     Every input is there and read by some layer; each TensorScatter became one cache update whose output is an output of the
-    network and whose cache is an input; each Attention was kept whole; every value that both name has the graph's type. Raises
-    TargetError on the first that does not hold, naming the node.
+    network and whose cache is an input; each Attention was kept whole; every value that both name has the graph's type; every
+    product whose both sides the graph gives in 8 bits reads 8-bit codes on both. Raises TargetError on the first that does not
+    hold, naming the node.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     found = Layers(Counter(str(layer.type.name) for layer in layers))
@@ -67,6 +73,7 @@ def check_network(library: Library, network: Any, graph: ir.Model, path: Path) -
     _check_attention(library, layers, graph, path)
     found.aliases = _cache_updates(network, layers, graph, path)
     found.compared = _check_types(network, layers, graph, path)
+    found.products8 = _check_products(layers, graph, path)
     return found
 
 
@@ -146,6 +153,42 @@ def _check_types(network: Any, layers: list[Any], graph: ir.Model, path: Path) -
             what = node_label(graph, str(node.name)) if node is not None else "an input"
             raise TargetError(f"{path}: '{value.name}' of {what} is {wanted} in the graph and {got} in the network.")
     return compared
+
+
+def _check_products(layers: list[Any], graph: ir.Model, path: Path) -> int:
+    """How many products are 8-bit on both sides: then a builder that has such kernels computes them in integers (or fp8)."""
+    wanted = [str(node.name) for node in graph.graph if node.op_type == "MatMul" and all(map(_is_8_bit, node.inputs[:2]))]
+    if not wanted:
+        return 0
+    makers = {_name(layer.get_output(index)): layer for layer in layers for index in range(layer.num_outputs)}
+    there = {
+        str(layer.name)
+        for layer in layers
+        if layer.type.name == "MATRIX_MULTIPLY" and all(_codes(layer.get_input(side), makers) in _8_BIT for side in (0, 1))
+    }
+    if lost := [name for name in wanted if name not in there]:
+        raise TargetError(
+            f"{path}: of {len(wanted)} products in 8 bits {len(lost)} do not read 8-bit codes on both sides in the network; "
+            f"first: {node_label(graph, lost[0])}."
+        )
+    return len(wanted)
+
+
+def _is_8_bit(value: ir.Value | None) -> bool:
+    """Whether a graph's value is a DequantizeLinear of 8-bit codes, casts aside."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    codes = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
+    return codes is not None and _TYPES.get(codes.dtype or ir.DataType.FLOAT) in _8_BIT
+
+
+def _codes(tensor: Any, makers: Mapping[str, Any]) -> str:
+    """The type that a tensor is dequantised from; an empty text where it is not."""
+    layer = makers.get(_name(tensor))
+    while layer is not None and layer.type.name in ("SHUFFLE", "CAST"):
+        layer = makers.get(_name(layer.get_input(0)))
+    return str(layer.get_input(0).dtype.name) if layer is not None and layer.type.name == "DEQUANTIZE" else ""
 
 
 def _tensors(network: Any, layers: list[Any]) -> list[Any]:

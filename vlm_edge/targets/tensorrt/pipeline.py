@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,13 @@ from vlm_edge.passes.tensorrt.single_step import SingleStep
 from vlm_edge.passes.tensorrt.static_cache import StaticCache
 from vlm_edge.passes.tensorrt.unique_names import UniqueNames
 from vlm_edge.passes.tensorrt.unused_inputs import DropUnusedInputs
+from vlm_edge.quantize.calibrate import activation_histograms
+from vlm_edge.quantize.qdq_linear import activations_to_calibrate
 from vlm_edge.targets.device import Device
 from vlm_edge.targets.pipeline import Inputs, Lowered
 from vlm_edge.targets.precision import Kind, stored_as
+from vlm_edge.targets.samples import Feeds
+from vlm_edge.targets.steps import static_cache_feeds
 from vlm_edge.targets.target import Target
 from vlm_edge.targets.typed import apply_types
 from vlm_edge_runtime.bundle.reader import Bundle
@@ -50,12 +54,13 @@ def lower(
     capacity: int | None = None,
     block_size: int = 128,
     calibration: Inputs | None = None,
+    thresholds: Mapping[str, float] | None = None,
 ) -> Lowered:
     """One portable graph of `bundle` → the strongly typed graph that `target`'s TensorRT parses.
 
     `words`: the precision of every role, as `resolve_precision` gives it. `capacity`: slots of a decoder's cache (one graph per
     context bucket; nothing but that number differs between them), None for any other graph. `calibration`: inputs of the portable
-    graph, for graphs whose activations are quantised.
+    graph, for graphs whose activations are quantised; for a decoder `thresholds` instead, as `decoder_thresholds` finds them.
 
     A decoder keeps its cache in slots 0, 1, … of `past_key_values.{i}.key/.value` [batch, kv_heads, capacity, head_dim], reads
     `past_lengths` int32 [batch] in place of `attention_mask`, and gives the last token's `logits` [batch, 1, vocabulary].
@@ -67,13 +72,37 @@ def lower(
     changes = lower_exactly(model, kind, target.gpu()[0], capacity=capacity)
     changes += apply_types(
         model,
-        word=stored_as(kind, words[role]),
+        word=stored_as(kind, words[role], target.backend),
         head=stored_as("head", words["lm_head"]) if kind == "decoder" else None,
+        thresholds=thresholds,
         block_size=block_size,
         options=target.options,
         calibration=_as_taken(model, calibration) if calibration is not None else None,
     )
     return Lowered(model, changes)
+
+
+def decoder_thresholds(bundle: Bundle, role: str, target: Target, calibration: Sequence[Feeds]) -> dict[str, float]:
+    """The magnitude of the largest int8 code of every activation that a lowered decoder's products read, by value name.
+
+    `calibration`: prefills of the portable decoder (no past). They are seen by the decoder in the target's operators, in fp32 and
+    with a cache that is just long enough: names are the same whatever the capacity. Raises TargetError for a recurrent decoder.
+    """
+    if any(spec.name.startswith("state.") for spec in bundle.graphs[role].inputs):
+        raise TargetError(f"{role} has a recurrent state, and its activations are not calibrated: choose int8w or fp16 for it.")
+    longest = max(feeds["inputs_embeds"].shape[1] for feeds in calibration)
+    model = ir.load(bundle.graph_path(role))
+    run_passes(model, passes_for(model, "decoder", target.gpu()[0], capacity=longest))
+    taken = [str(value.name) for value in model.graph.inputs]
+    static = "past_lengths" in taken
+
+    def inputs() -> Iterator[Feeds]:
+        for feeds in calibration:
+            found = static_cache_feeds(feeds, capacity=longest) if static else feeds
+            yield {name: found[name] for name in taken}
+
+    histograms = activation_histograms(model, activations_to_calibrate(model.graph), _as_taken(model, inputs)())
+    return {name: one.threshold(target.options.calibration) for name, one in histograms.items()}
 
 
 def lower_exactly(model: ir.Model, kind: Kind, device: Device, *, capacity: int | None = None) -> list[Changes]:
