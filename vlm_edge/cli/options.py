@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 _LOWERING = (
-    click.option("--precision", help="Of the builds: one word (each graph gets the nearest it can have), or vision=int8,decoder=int4."),
+    click.option(
+        "--precision", help="Of the builds: one word (each graph gets the nearest it can have), or vision=int8,decoder=int4."
+    ),
     click.option(
         "--block-size",
         type=click.Choice(["16", "32", "64", "128"]),
