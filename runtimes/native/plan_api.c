@@ -194,7 +194,7 @@ PyObject *native_plan_step(PyObject *module, PyObject *args) {
 PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
     static const char *const names[] = {"",     "quantize", "matmul", "gated", "norm", "angles", "rotary", "attention", "combine", "cross",
                                         "last", "unary",    "add",    "multiply", "lookup", "select"};
-    static const char *const graph_names[] = {"", "copy", "quantize", "matmul", "norm", "attention", "unary", "pack", "attention", "add", "multiply"};
+    static const char *const graph_names[] = {"", "copy", "quantize", "matmul", "norm", "attention", "unary", "add", "multiply"};
     SessionCore *core = session_core_from_object(session);
     if (core == NULL) {
         return NULL;

@@ -1,5 +1,5 @@
 /* Running the plan of a graph: which items each step has, and what one of them does. */
-#include "plan_graph_internal.h"
+#include "plan_graph.h"
 #include "platform.h"
 
 #include <stdio.h>
@@ -10,9 +10,16 @@
 #define BLOCK_ROWS 128     /* rows of a product's item: their activations stay in the cache while the weights pass by */
 #define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
 
+typedef struct {
+    Plan *plan;
+    const GraphRun *run;
+    size_t first, images; /* [first, first + images) are computed now */
+} GraphCall;
+
 static const PlanBuffer *buffer_of(const GraphCall *call, PlanRef ref) { return &call->plan->buffers[ref.buffer]; }
 
-float *graph_row(const GraphCall *call, PlanRef ref, size_t row) {
+/* Row `row` of all images' rows. */
+static float *row_at(const GraphCall *call, PlanRef ref, size_t row) {
     const PlanBuffer *b = buffer_of(call, ref);
     float *base;
     if (b->kind == BUFFER_INPUT) {
@@ -105,7 +112,7 @@ static void panel_products(const GraphCall *call, const PlanStep *step, size_t p
             (m->format == WEIGHT_INT4 ? kernels->int4 : kernels->int8)(m, data, &x, first, rows, out, stride);
             continue;
         }
-        const float *x = graph_row(call, step->in[0], first);
+        const float *x = row_at(call, step->in[0], first);
         const size_t x_stride = buffer_of(call, step->in[0])->width;
         if (m->format == WEIGHT_FLOAT16) {
             kernels->float16((const uint16_t *)(const void *)data, PANEL, m->depth, x, x_stride, rows, out, stride, false);
@@ -117,7 +124,7 @@ static void panel_products(const GraphCall *call, const PlanStep *step, size_t p
 
 static void write_rows(const GraphCall *call, const PlanStep *step, size_t column, size_t width, size_t first, size_t rows, const float *block, size_t stride) {
     for (size_t row = 0; row < rows; row++) {
-        memcpy(graph_row(call, step->out[0], first + row) + column, block + row * stride, width * sizeof(float));
+        memcpy(row_at(call, step->out[0], first + row) + column, block + row * stride, width * sizeof(float));
     }
 }
 
@@ -150,14 +157,14 @@ static void bytes_units(const GraphCall *call, const PlanStep *step, size_t unit
     const Unary unary = (Unary)step->arg[0];
     const bool add = step->arg[1] != 0;
     if (end > begin) {
-        call->plan->kernels->bytes(&weight, begin, end - begin, &x, first, rows, unary, add, graph_row(call, step->out[0], first) + begin * PANEL, stride);
+        call->plan->kernels->bytes(&weight, begin, end - begin, &x, first, rows, unary, add, row_at(call, step->out[0], first) + begin * PANEL, stride);
     }
     const size_t rest = m->width % PANEL;
     for (size_t row = 0; rest > 0 && stop > whole && row < rows; row += GRAPH_TILE) { /* a panel that is wider than what is left of a row */
         const size_t some = rows - row < GRAPH_TILE ? rows - row : GRAPH_TILE;
         call->plan->kernels->bytes(&weight, whole, 1, &x, first + row, some, unary, false, block, PANEL);
         for (size_t r = 0; r < some; r++) {
-            float *out = graph_row(call, step->out[0], first + row + r) + whole * PANEL;
+            float *out = row_at(call, step->out[0], first + row + r) + whole * PANEL;
             for (size_t i = 0; i < rest; i++) {
                 out[i] = add ? out[i] + block[r * PANEL + i] : block[r * PANEL + i];
             }
@@ -185,10 +192,7 @@ static void product_work(const GraphCall *call, const PlanStep *step, size_t ite
 
 /* --- attention --- */
 
-static size_t query_blocks(const GraphCall *call, const PlanStep *step) {
-    const size_t each = step->kind == GRAPH_ATTENTION ? GRAPH_QUERIES : GRAPH_BYTE_QUERIES;
-    return (buffer_of(call, step->out[0])->rows + each - 1) / each;
-}
+static size_t query_blocks(const GraphCall *call, const PlanStep *step) { return (buffer_of(call, step->out[0])->rows + GRAPH_QUERIES - 1) / GRAPH_QUERIES; }
 
 static void attention_item(const GraphCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
     const size_t heads = (size_t)step->arg[0], size = (size_t)step->arg[1], blocks = query_blocks(call, step);
@@ -198,16 +202,17 @@ static void attention_item(const GraphCall *call, const PlanStep *step, size_t i
         .size = size,
         .group = 1,
         .rows = rows - first < GRAPH_QUERIES ? rows - first : GRAPH_QUERIES,
-        .queries = graph_row(call, step->in[0], image * rows + first) + head * size,
+        .queries = row_at(call, step->in[0], image * rows + first) + head * size,
         .query_stride = buffer_of(call, step->in[0])->width,
-        .keys = graph_row(call, step->in[1], image * keys) + head * size,
-        .values = graph_row(call, step->in[2], image * keys) + head * size,
+        .keys = row_at(call, step->in[1], image * keys) + head * size,
+        .values = row_at(call, step->in[2], image * keys) + head * size,
         .key_stride = buffer_of(call, step->in[1])->width,
         .value_stride = buffer_of(call, step->in[2])->width,
         .format = CACHE_FLOAT32,
         .end = keys,
+        .half = step->arg[2] != 0,
         .scale = step->real[0],
-        .out = graph_row(call, step->out[0], image * rows + first) + head * size,
+        .out = row_at(call, step->out[0], image * rows + first) + head * size,
         .out_stride = buffer_of(call, step->out[0])->width,
         .scratch = scratch,
     };
@@ -219,11 +224,11 @@ static void attention_item(const GraphCall *call, const PlanStep *step, size_t i
 static void norm_row(const GraphCall *call, const PlanStep *step, size_t row, float *scratch) {
     const Kernels *kernels = call->plan->kernels;
     const size_t groups = (size_t)step->arg[1], width = step->width, size = width / groups;
-    const float *x = graph_row(call, step->in[0], row), *bias = vector(call, step->weight[2]);
+    const float *x = row_at(call, step->in[0], row), *bias = vector(call, step->weight[2]);
     if (step->out[1].buffer >= 0) {
-        float *sum = graph_row(call, step->out[1], row);
+        float *sum = row_at(call, step->out[1], row);
         if (step->in[1].buffer >= 0) {
-            kernels->add(x, graph_row(call, step->in[1], row), width, sum);
+            kernels->add(x, row_at(call, step->in[1], row), width, sum);
         } else {
             memmove(sum, x, width * sizeof *sum);
         }
@@ -232,7 +237,7 @@ static void norm_row(const GraphCall *call, const PlanStep *step, size_t row, fl
         }
         x = sum;
     }
-    float *out = step->out[0].buffer >= 0 ? graph_row(call, step->out[0], row) : scratch;
+    float *out = step->out[0].buffer >= 0 ? row_at(call, step->out[0], row) : scratch;
     for (size_t g = 0; g < groups; g++) {
         if (step->arg[0] == 0) {
             kernels->rms_norm(x + g * size, vector(call, step->weight[0]), step->real[0], size, out + g * size);
@@ -250,14 +255,14 @@ static void row_work(const GraphCall *call, const PlanStep *step, size_t row, ui
     const size_t width = step->width;
     switch ((GraphKind)step->kind) {
     case GRAPH_QUANTIZE:
-        quantize_row(call, step->out[0], width, graph_row(call, step->in[0], row), row);
+        quantize_row(call, step->out[0], width, row_at(call, step->in[0], row), row);
         break;
     case GRAPH_NORM:
         norm_row(call, step, row, (float *)(void *)scratch);
         break;
     case GRAPH_UNARY: {
-        float *out = graph_row(call, step->out[0], row);
-        kernels->scale(graph_row(call, step->in[0], row), step->real[0], width, out);
+        float *out = row_at(call, step->out[0], row);
+        kernels->scale(row_at(call, step->in[0], row), step->real[0], width, out);
         kernels->unary((Unary)step->arg[0], out, width, out);
         kernels->scale(out, step->real[1], width, out);
         break;
@@ -266,12 +271,12 @@ static void row_work(const GraphCall *call, const PlanStep *step, size_t row, ui
     case GRAPH_MULTIPLY: {
         const float *y;
         if (step->in[1].buffer >= 0) {
-            y = graph_row(call, step->in[1], row);
+            y = row_at(call, step->in[1], row);
         } else {
             const PanelMatrix *table = matrix_of(call, step->weight[0]);
             y = vector(call, step->weight[0]) + row % table->depth * width; /* one row, or all of an image */
         }
-        (step->kind == GRAPH_ADD ? kernels->add : kernels->multiply)(graph_row(call, step->in[0], row), y, width, graph_row(call, step->out[0], row));
+        (step->kind == GRAPH_ADD ? kernels->add : kernels->multiply)(row_at(call, step->in[0], row), y, width, row_at(call, step->out[0], row));
         break;
     }
     default:
@@ -293,8 +298,8 @@ static void copy_work(const GraphCall *call, const PlanStep *step, size_t item) 
     for (size_t i = item * each; i < (item + 1) * each && i < all; i++) {
         const size_t image = i / pairs;
         const int32_t *place = places + i % pairs * 2;
-        const float *from = step->in[0].buffer >= 0 ? graph_row(call, step->in[0], image * buffer_of(call, step->in[0])->rows) : vector(call, step->weight[1]);
-        memcpy(graph_row(call, step->out[0], image * to->rows) + place[0], from + place[1], length * sizeof(float));
+        const float *from = step->in[0].buffer >= 0 ? row_at(call, step->in[0], image * buffer_of(call, step->in[0])->rows) : vector(call, step->weight[1]);
+        memcpy(row_at(call, step->out[0], image * to->rows) + place[0], from + place[1], length * sizeof(float));
     }
 }
 
@@ -307,14 +312,9 @@ static size_t step_items(void *context, size_t index, bool *small) {
         *small = rows * step->width * matrix_of(call, step->weight[0])->depth < 64 * SMALL_NUMBERS;
         return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * parts_of(call, step);
     }
-    if (step->kind == GRAPH_ATTENTION || step->kind == GRAPH_BYTE_ATTENTION) {
-        const size_t keys = step->kind == GRAPH_ATTENTION ? buffer_of(call, step->in[1])->rows : (size_t)step->arg[2];
-        *small = rows * keys * step->width < 64 * SMALL_NUMBERS;
+    if (step->kind == GRAPH_ATTENTION) {
+        *small = rows * buffer_of(call, step->in[1])->rows * step->width < 64 * SMALL_NUMBERS;
         return call->images * (size_t)step->arg[0] * query_blocks(call, step);
-    }
-    if (step->kind == GRAPH_PACK) {
-        *small = call->images * buffer_of(call, step->in[0])->rows * step->width < SMALL_NUMBERS;
-        return call->images * (size_t)step->arg[0];
     }
     const size_t units = step->kind == GRAPH_COPY ? pairs_of(call, step) * call->images : rows, each = share(call, units);
     return (units + each - 1) / each;
@@ -327,10 +327,6 @@ static void do_item(const GraphCall *call, size_t index, size_t item, size_t thr
         product_work(call, step, item, scratch);
     } else if (step->kind == GRAPH_ATTENTION) {
         attention_item(call, step, item, scratch);
-    } else if (step->kind == GRAPH_PACK) {
-        graph_pack(call, step, item);
-    } else if (step->kind == GRAPH_BYTE_ATTENTION) {
-        graph_byte_attention(call, step, item, scratch);
     } else if (step->kind == GRAPH_COPY) {
         copy_work(call, step, item);
     } else {
@@ -371,8 +367,6 @@ size_t graph_scratch(const PlanStep *step) {
         bytes = step->width * sizeof(float);
     } else if (step->kind == GRAPH_ATTENTION) {
         bytes = attention_bytes(GRAPH_QUERIES, (size_t)step->arg[1]);
-    } else if (step->kind == GRAPH_BYTE_ATTENTION) {
-        bytes = graph_byte_attention_scratch((size_t)step->arg[1], (size_t)step->arg[2]);
     }
     return (bytes + 63) / 64 * 64;
 }

@@ -3,7 +3,8 @@
  * numbers (patches of a picture, pixel shuffle, a class token) is a list of places to copy.
  *
  * A buffer holds `rows` rows of `width` numbers for each image of a call. Steps run over the rows of all images that are computed together.
- * Nothing that is computed depends on the number of threads, or on the images beside it. */
+ * Nothing that is computed depends on the number of threads; on the images beside it, no more than the order in which a product of floats
+ * adds up. */
 #ifndef VLM_PLAN_GRAPH_H
 #define VLM_PLAN_GRAPH_H
 
@@ -14,10 +15,8 @@ typedef enum {
     GRAPH_QUANTIZE,  /* in0 → out0 in 8 bits: codes per block (BUFFER_CODES) or per row (BUFFER_BYTES) */
     GRAPH_MATMUL,    /* unary arg0 of in0 · weight0 (+ bias weight1) → out0; arg1: added to what out0 holds, with WEIGHT_BYTES */
     GRAPH_NORM,      /* in0 (+ in1) (+ bias weight2) → out1; its norm, weight0 and bias weight1, → out0, in 8 bits → out2. arg0: 0 RMS, 1 layer; arg1: norms side by side */
-    GRAPH_ATTENTION, /* queries in0 over keys in1 and values in2 → out0. arg0 heads, arg1 numbers of a head; real0 scale */
+    GRAPH_ATTENTION, /* queries in0 over keys in1 and values in2 → out0. arg0 heads, arg1 numbers of a head; arg2: halves will do; real0 scale */
     GRAPH_UNARY,     /* unary arg0 of in0 · real0, times real1 → out0 */
-    GRAPH_PACK,      /* keys in0 and values in1, arg0 heads of arg1 numbers, → out0, one row an image, for GRAPH_BYTE_ATTENTION */
-    GRAPH_BYTE_ATTENTION, /* queries in0 over arg2 packed keys and values in1 → out0, in 8 bits; arg0, arg1, real0 as before */
     GRAPH_ADD,       /* in0 + in1, or + weight0, of one row or of all rows of an image → out0 */
     GRAPH_MULTIPLY,
     GRAPH_KINDS
@@ -42,7 +41,7 @@ ByteMatrix graph_byte_matrix(const PanelMatrix *matrix);
 
 #define GRAPH_TILE 48      /* rows of a product that are finished before the next ones */
 #define GRAPH_UNIT 4       /* panels of a product that are finished together */
-#define GRAPH_QUERIES 96   /* of an item of attention */
+#define GRAPH_QUERIES 256  /* of an item of attention: each item brings the keys and values into the order of products anew */
 
 /* Bytes of a thread's memory that a step needs. */
 size_t graph_scratch(const PlanStep *step);

@@ -1,5 +1,5 @@
 /* Whether the steps of a graph's plan fit its buffers, weights and signature: what is checked here is not checked again when it runs. */
-#include "plan_graph_internal.h"
+#include "plan_graph.h"
 
 #define MOST_NUMBERS ((uint64_t)1 << 31) /* of a buffer, per image: places are int32 */
 
@@ -109,24 +109,6 @@ static bool attention_fits(const Plan *p, const PlanStep *s) {
            floats_fit(p, s->in[2], rows_at(p, s->in[1]), width) && written_fits(p, s->out[0], 0, width);
 }
 
-/* Packed keys and values are one row of an image. */
-static bool byte_attention_fits(const Plan *p, const PlanStep *s) {
-    const int32_t *a = s->arg;
-    if (a[0] <= 0 || a[0] > (1 << 16) || a[1] <= 0 || a[1] > HEAD_SIZE_MOST || s->width != (size_t)a[0] * (size_t)a[1]) {
-        return false;
-    }
-    const bool packs = s->kind == GRAPH_PACK;
-    const PlanRef packed = packs ? s->out[0] : s->in[1];
-    const int64_t keys = packs ? (int64_t)rows_at(p, s->in[0]) : a[2];
-    const PlanBuffer *b = buffer_at(p, packed);
-    if (keys <= 0 || keys > (1 << 20) || b == NULL || b->kind != BUFFER_FLOATS || b->rows != 1 || packed.column != 0 ||
-        b->width != graph_packed_floats((size_t)a[0], (size_t)a[1], (size_t)keys)) {
-        return false;
-    }
-    return packs ? floats_fit(p, s->in[0], (size_t)keys, s->width) && floats_fit(p, s->in[1], (size_t)keys, s->width)
-                 : floats_fit(p, s->in[0], rows_at(p, s->out[0]), s->width) && written_fits(p, s->out[0], 0, s->width);
-}
-
 static bool step_fits(const Plan *p, const PlanStep *s) {
     const size_t width = s->width, rows = rows_at(p, s->in[0]);
     switch ((GraphKind)s->kind) {
@@ -140,9 +122,6 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
         return norm_fits(p, s);
     case GRAPH_ATTENTION:
         return attention_fits(p, s);
-    case GRAPH_PACK:
-    case GRAPH_BYTE_ATTENTION:
-        return byte_attention_fits(p, s);
     case GRAPH_UNARY:
         return s->arg[0] >= 0 && s->arg[0] < UNARY_KINDS && floats_fit(p, s->in[0], rows, width) && written_fits(p, s->out[0], rows, width);
     case GRAPH_ADD:

@@ -94,7 +94,7 @@ def linear(node: ir.Node, constant: Constants) -> Linear | None:
 
 def _followed(one: Linear, constant: Constants) -> Linear:
     user = only_consumer(one.out)
-    if user is not None and user.op_type == "Add" and not user.domain and one.biases == (None,):
+    if user is not None and user.op_type == "Add" and not user.domain and one.biases[0] is None:
         bias = _of_channels(user, one, constant)
         if bias is not None:
             one = replace(one, out=user.outputs[0], biases=(bias,), nodes=(*one.nodes, user))

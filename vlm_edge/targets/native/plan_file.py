@@ -47,10 +47,8 @@ class GraphKind(IntEnum):
     NORM = 4
     ATTENTION = 5
     UNARY = 6
-    PACK = 7
-    BYTE_ATTENTION = 8
-    ADD = 9
-    MULTIPLY = 10
+    ADD = 7
+    MULTIPLY = 8
 
 
 class Unary(IntEnum):
