@@ -8,7 +8,7 @@
 #include <string.h>
 
 #define CHUNK 256          /* tokens of a long prompt that are computed together: their activations stay in the cache */
-#define TILE_ROWS 48       /* rows of a product that are finished (bias, activation) before the next ones */
+#define TILE_ROWS 96       /* rows of a product that are finished (bias, activation) before the next ones */
 #define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
 #define SMALL_BYTES 16384  /* a product of fewer weight bytes times rows */
 
@@ -370,9 +370,6 @@ static int check_static(const Plan *plan, const PlanRun *run, char message[PLAN_
 }
 
 int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
-    if (plan->graph) {
-        return fail(message, "this plan is no decoder's");
-    }
     if (plan->graph) {
         return fail(message, "this plan is no decoder's");
     }

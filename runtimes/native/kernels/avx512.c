@@ -27,6 +27,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 #define v_sum(v) _mm512_reduce_add_ps((__m512)(v))
 #define v_highest(v) _mm512_reduce_max_ps((__m512)(v))
 #define v_max(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define v_reciprocal(v) reciprocal(v)
 #define v_bits(v) ((vi)(v))
 #define v_floats(v) ((vf)(v))
 #define v_power(n) v_floats(((n) + 127) << 23)
@@ -54,6 +55,12 @@ static inline __attribute__((always_inline)) vf v_sums(const vf v[16]) {
 }
 
 #define OWN_EXP
+/* 1 / x to two units in the last place; 0 where it is denormal. */
+static inline __attribute__((always_inline)) vf reciprocal(vf x) {
+    const __m512 first = _mm512_rcp14_ps((__m512)x);
+    return (vf)_mm512_mul_ps(first, _mm512_fnmadd_ps((__m512)x, first, _mm512_set1_ps(2.0f)));
+}
+
 /* The same e^x as in float_kernels.inc, with the instructions for 2^n. */
 static inline __attribute__((always_inline)) vf v_exp(vf given) {
     /* The second operand is what NaN leaves; −∞ would have no distance to its integer. */
@@ -211,6 +218,12 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
         if (panel_has_scales(shift, b)) {
             stored = at;
             at += 64;
+        }
+        if (n == ROWS) { /* the next panel, which would be waited for when its turn comes: 4 % of a prompt of 96 tokens */
+            UNROLL
+            for (size_t g = 0; g < (size_t)bits; g++) {
+                _mm_prefetch((const char *)(at + weight->panel_bytes + g * 64), _MM_HINT_T1);
+            }
         }
         __m512i dots[ROWS];
         UNROLL
