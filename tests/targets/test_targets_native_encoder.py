@@ -1,0 +1,256 @@
+"""Plans of encoders: what they compute beside the portable graph, on any number of threads and images, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from vlm_edge.targets.build import build
+from vlm_edge.targets.native.encoder import EncoderCompiler
+from vlm_edge.targets.native.errors import NotExpressible
+from vlm_edge.targets.native.plan_file import GraphKind, write
+from vlm_edge.targets.native.session import PlanSession
+from vlm_edge.targets.pipeline import lower_encoder
+from vlm_edge.targets.samples import Samples, run_graph, session
+from vlm_edge.targets.selfcheck import FP32_TOLERANCE, Difference
+from vlm_edge.targets.target import load_target
+from vlm_edge_runtime import _native, load
+from vlm_edge_runtime.bundle.reader import open_bundle
+from vlm_edge_runtime.errors import DeviceError
+
+TRAINED = ["tiny-llava", "tiny-smolvlm", "tiny-clip", "tiny-paligemma"]
+NAMES = ["tiny-llava", "tiny-smolvlm", "tiny-clip"]
+MORE = [
+    "siglip",
+    "clip",
+    "paligemma",
+    "internvl",
+    "blip2-opt",
+    "blip-vqa",
+    "llava_next",
+    "llava-qwen2",
+    "llava_onevision",
+    "idefics",
+    "idefics3",
+    "gemma3",
+    "git",
+    "vit-gpt2",
+    "deit-trocr",
+    "janus",
+    "vipllava",
+    "minigpt_v2",
+]
+"""Class and distillation tokens, layer scales, features of several layers, learned queries, pooling by attention, merging."""
+
+
+def lowered(path: Path, role: str, precision: str = "fp32") -> ir.Model:
+    model = ir.load(open_bundle(path).graph_path(role))
+    lower_encoder(model, precision=precision)
+    return model
+
+
+def planned(path: Path, role: str, out: Path, precision: str = "fp32") -> Path:
+    integer = precision == "int8"
+    write(EncoderCompiler(lowered(path, role, "fp32" if integer else precision), integer=integer).compile(), out)
+    return out
+
+
+def roles(path: Path) -> list[str]:
+    return [role for role in open_bundle(path).graphs if role in ("vision_encoder", "qformer")]
+
+
+def exact(path: Path, out: Path) -> None:
+    bundle = open_bundle(path)
+    samples = Samples(bundle)
+    for role in roles(path):
+        plan = PlanSession(planned(path, role, out / f"{role}.plan"))
+        difference = Difference()
+        for images in (1, 3):
+            feeds = samples.inputs(role, rows=images)
+            wanted, found = run_graph(session(bundle.graph_path(role)), feeds), run_graph(plan, feeds)
+            for name, value in wanted.items():
+                difference.add(found[name], value)
+        assert difference.relative < FP32_TOLERANCE, role
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plan_computes_what_the_portable_graph_computes(portable_bundle, name, tmp_path):
+    exact(portable_bundle(name), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_plans_of_other_towers(portable_bundle, name, tmp_path):
+    exact(portable_bundle(name), tmp_path)
+
+
+def cosine(found: np.ndarray, wanted: np.ndarray) -> float:
+    left, right = found.astype(np.float64).reshape(-1), wanted.astype(np.float64).reshape(-1)
+    return float(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("precision", ["int8", "int8w"])
+def test_eight_bits_stay_close_on_trained_models(portable_bundle, name, precision, tmp_path):
+    path = portable_bundle(name)
+    bundle = open_bundle(path)
+    plan = PlanSession(planned(path, "vision_encoder", tmp_path / "v.plan", precision))
+    feeds = Samples(bundle).inputs("vision_encoder", rows=2)
+    wanted = run_graph(session(bundle.graph_path("vision_encoder")), feeds)
+    for key, value in run_graph(plan, feeds).items():
+        assert cosine(value, wanted[key]) > 0.999, key
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp32"])
+def test_threads_change_no_bit_and_neighbours_nothing(portable_bundle, precision, tmp_path):
+    path = portable_bundle("tiny-llava")
+    plan = planned(path, "vision_encoder", tmp_path / "v.plan", precision)
+    feeds = Samples(open_bundle(path)).inputs("vision_encoder", rows=5)
+    wanted = run_graph(PlanSession(plan), feeds)
+    for threads in range(2, 5):
+        several = PlanSession(plan, threads=threads)
+        for name, array in run_graph(several, feeds).items():
+            np.testing.assert_array_equal(array, wanted[name], err_msg=f"{threads} threads")
+    alone = run_graph(PlanSession(plan), {name: array[2:3] for name, array in feeds.items()})
+    for name, array in alone.items():
+        if precision == "int8":
+            np.testing.assert_array_equal(array, wanted[name][2:3])
+        else:  # a row of floats adds up in an order of its own where it is alone in a tile
+            assert np.abs(array - wanted[name][2:3]).max() < FP32_TOLERANCE * np.abs(array).max()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_instruction_sets_agree(portable_bundle, precision, tmp_path):
+    path = portable_bundle("tiny-smolvlm")
+    plan = planned(path, "vision_encoder", tmp_path / "v.plan", precision)
+    feeds = Samples(open_bundle(path)).inputs("vision_encoder", rows=1)
+    plain = run_graph(PlanSession(plan, kernels="scalar"), feeds)
+    for name in _native.kernels():
+        for key, array in run_graph(PlanSession(plan, kernels=name), feeds).items():
+            assert cosine(array, plain[key]) > (0.9999 if precision == "int8" else 1 - 1e-9), name
+
+
+def test_only_what_is_computed_has_steps(portable_bundle, tmp_path):
+    """Patches, class token and choice of tokens are copies; queries, keys and values are one product; sums are taken in."""
+    path = portable_bundle("tiny-llava")
+    kinds = [step.kind for step in EncoderCompiler(lowered(path, "vision_encoder"), integer=True).compile().steps]
+    layers = kinds.count(GraphKind.ATTENTION)
+    assert kinds.count(GraphKind.MATMUL) == 1 + 4 * layers
+    assert kinds.count(GraphKind.ADD) == 1, "positions"
+    assert kinds.count(GraphKind.COPY) == 4, "patches; class token and patches into one buffer; the chosen tokens"
+
+
+def test_a_wrong_scale_would_be_seen(portable_bundle, tmp_path):
+    path = portable_bundle("tiny-clip")
+    model = lowered(path, "vision_encoder")
+    plan = EncoderCompiler(model).compile()
+    for step in plan.steps:
+        if step.kind == GraphKind.ATTENTION:
+            step.reals = [2 * step.reals[0]]
+    write(plan, tmp_path / "v.plan")
+    feeds = Samples(open_bundle(path)).inputs("vision_encoder", rows=1)
+    wanted = run_graph(session(open_bundle(path).graph_path("vision_encoder")), feeds)
+    difference = Difference()
+    for name, value in run_graph(PlanSession(tmp_path / "v.plan"), feeds).items():
+        difference.add(value, wanted[name])
+    assert difference.relative > 10 * FP32_TOLERANCE
+
+
+def test_an_unknown_operation_is_named(portable_bundle):
+    model = lowered(portable_bundle("tiny-smolvlm"), "vision_encoder")
+    next(node for node in model.graph if node.op_type == "Gelu").op_type = "Erf"
+    with pytest.raises(NotExpressible, match="Erf"):
+        EncoderCompiler(model).compile()
+
+
+def test_rows_that_know_of_each_other_are_refused(portable_bundle):
+    """Patches of one picture in the first dimension are no images: attention goes over them."""
+    model = lowered(portable_bundle("qwen2_vl"), "vision_encoder")
+    with pytest.raises(NotExpressible, match="not made of images"):
+        EncoderCompiler(model).compile()
+
+
+def test_a_build_has_plans_and_says_why_not(portable_bundle, tmp_path, scene):
+    picture, _ = scene
+    path = shutil.copytree(portable_bundle("tiny-clip"), tmp_path / "clip.vlm")
+    target = load_target("cpu-int8")
+    options = msgspec.structs.replace(target.options, encoder_kernels="native")
+    made = build(path, msgspec.structs.replace(target, options=options), name="native")
+    assert made.options["vision_encoder.kernels"] == "native"
+    assert "input_ids" in str(made.options["text_encoder.kernels"])
+    assert made.graphs["vision_encoder"].format == "plan"
+    assert not (path / "builds" / "native" / "vision_encoder.onnx").exists()
+    with load(path, build="native") as native, load(path, build="portable") as portable:
+        left, right = (one.embed_image([str(picture), str(picture)]) for one in (native, portable))
+    assert left.shape == right.shape
+    assert cosine(left, right) > 0.999
+
+
+def test_arrays_that_do_not_fit_are_refused(portable_bundle, tmp_path):
+    plan = planned(portable_bundle("tiny-clip"), "vision_encoder", tmp_path / "v.plan")
+    opened = _native.Session(str(plan), "vision_encoder", plan=True)
+    ((given, _, shape),), ((made, _, out),) = opened.inputs, opened.outputs
+    pixels, embeds = np.zeros((1, *shape[1:]), np.float32), np.zeros((1, *out[1:]), np.float32)
+    with pytest.raises(DeviceError, match="missing"):
+        _native.graph_run(opened, {}, {made: embeds})
+    with pytest.raises(DeviceError, match="dimension 2"):
+        _native.graph_run(opened, {given: pixels[:, :, 1:].copy()}, {made: embeds})
+    with pytest.raises(DeviceError, match="images"):
+        _native.graph_run(opened, {given: pixels}, {made: np.zeros((2, *out[1:]), np.float32)})
+    with pytest.raises(TypeError, match="float32"):
+        _native.graph_run(opened, {given: pixels.astype(np.float64)}, {made: embeds})
+    _native.graph_run(opened, {given: pixels[:0]}, {made: embeds[:0]})
+
+
+@pytest.mark.parametrize("part", ["head", "steps", "tail", "magic", "version"])
+def test_damaged_plans_are_refused(portable_bundle, tmp_path, part):
+    path = planned(portable_bundle("tiny-clip"), "vision_encoder", tmp_path / "v.plan", "int8")
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[12:16], "little")
+    if part == "head":
+        del data[60:]
+    elif part == "tail":
+        del data[-4096:]
+    elif part == "steps":
+        data[16 + size - 200 : 16 + size - 100] = b"\x7f" * 100
+    else:
+        data[0 if part == "magic" else 8] ^= 0x40
+    path.write_bytes(bytes(data))
+    with pytest.raises(DeviceError, match="plan"):
+        _native.Session(str(path), "vision_encoder", plan=True)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp32"])
+def test_no_single_wrong_byte_makes_a_plan_read_beyond_its_memory(portable_bundle, tmp_path, precision):
+    """Refused, or it runs (a wrong number in it may only give wrong numbers): `make asan` watches."""
+    path = planned(portable_bundle("tiny-clip"), "vision_encoder", tmp_path / "v.plan", precision)
+    data = path.read_bytes()
+    size = int.from_bytes(data[12:16], "little")
+    generator = np.random.default_rng(0)
+    feeds = Samples(open_bundle(portable_bundle("tiny-clip"))).inputs("vision_encoder", rows=2)
+    opened = 0
+    for place in generator.integers(16, 16 + size, 100):
+        changed = bytearray(data)
+        changed[place] = int(generator.integers(0, 256))
+        path.unlink()  # what is mapped is never written to
+        path.write_bytes(bytes(changed))
+        try:
+            run_graph(PlanSession(path), feeds)
+            opened += 1
+        except (DeviceError, ValueError, KeyError):
+            continue
+    assert opened < 100
+
+
+def test_a_decoder_does_not_take_it(portable_bundle, tmp_path):
+    plan = planned(portable_bundle("tiny-clip"), "vision_encoder", tmp_path / "v.plan")
+    opened = _native.Session(str(plan), "decoder", plan=True)
+    with pytest.raises(TypeError, match="decoder's plan"):
+        _native.plan_step(opened, {})
+    with pytest.raises(DeviceError):
+        _native.DecoderState(opened, opened, 1, 8, 0)
