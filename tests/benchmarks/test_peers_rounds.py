@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def test_the_same_steps_are_taken_of_every_contender(monkeypatch):
     calls.clear()
     split = worker.measure(lambda job: Counted(), {**job, "tiles": 17})
     assert calls == ["picture", "turn"] and split["ttft_s"] == 0.5
+
+
+def test_peak_memory_is_the_process_s_own(tmp_path):
+    """A parent that held much must not show in what its children report."""
+    child = "from benchmarks.peers.worker import peak_rss_mb; print(peak_rss_mb())"
+    hold = "import subprocess, sys; kept = bytearray(b'x') * (300 << 20)"
+    parent = f"{hold}; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, cwd=environments.ROOT)
+    assert 5 < float(done.stdout) < 150
 
 
 @pytest.mark.slow
