@@ -119,7 +119,9 @@ typedef struct {
     const size_t *cache_row_bytes;
     const uint8_t *const *inputs; /* further inputs, in the order of the file's */
     const size_t *input_sizes;    /* STEP_CROSS: entries of static keys, per further input */
-    bool each; /* logits of every token, and all of it bit for bit as if the tokens were run one after another */
+    /* Logits of every token, and all of it bit for bit as if the tokens were run one after another: attention takes them one by one,
+     * and quantised products are the same for any number of rows. */
+    bool each;
 } PlanRun;
 
 /* Opens a plan and makes its threads. `kernels`: a name, or NULL for the best. NULL with the reason in `message`. */

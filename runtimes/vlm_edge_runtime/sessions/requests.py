@@ -56,8 +56,8 @@ def _with_lookup(parts: Parts, options: GenerationOptions, return_attention: boo
         raise OptionError(f"{asked} does not go with return_attention: leave one of them out.")
     raise CapabilityError(
         f"{asked}: the decoder loaded from {parts.path} gives the logits of the last token only, with which drafts cannot be "
-        f"checked; make a build whose decoder runs on native kernels (`vlm-edge build {parts.path} --target cpu-int4`) and load "
-        "that, or leave it out."
+        f"checked; load a build whose decoder runs on native kernels (`vlm-edge build {parts.path} --target cpu-int4` makes one "
+        "where the decoder has them), or leave it out."
     )
 
 
