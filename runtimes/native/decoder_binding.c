@@ -103,10 +103,13 @@ double decoder_execute(Decoder *d, const DecoderRun *run, const OrtIoBinding *bi
         d->plan_caches[i] = d->caches[i].data + run->first * d->caches[i].row_bytes;
         d->plan_cache_bytes[i] = d->caches[i].row_bytes;
     }
-    for (size_t i = 0; i < d->input_count; i++) { /* entries of [batch, heads, entries, size] */
+    for (size_t i = 0; i < d->input_count; i++) { /* numbers per token, or entries of [batch, heads, entries, size] */
         const RowShape *shape = &d->inputs[i].shape;
         const size_t axis = shape->rank > 1 ? 1 : 0;
-        d->plan_entries[i] = shape->rank == 0 ? 0 : shape->fixed[axis] >= 0 ? (size_t)shape->fixed[axis] : run->sizes[shape->dim[axis]];
+        d->plan_entries[i] = d->inputs[i].kind == INPUT_TOKEN ? row_shape_bytes(shape, run->sizes) / shape->element
+                             : shape->rank == 0               ? 0
+                             : shape->fixed[axis] >= 0        ? (size_t)shape->fixed[axis]
+                                                              : run->sizes[shape->dim[axis]];
     }
     const PlanRun call = {.rows = run->count,
                           .tokens = run->tokens,

@@ -25,7 +25,7 @@ typedef enum {
     STEP_NORM,         /* in0 (+ in1) (+ bias weight2) → out1; its norm, weight0 and bias weight1, → out0 and, in 8 bits, out2. arg0: 0 RMS, 1 layer; arg1: norms side by side in a row */
     STEP_ANGLES,       /* cosines and sines, arg0 of each, of position · frequency: weight0 frequencies, weight1 axes, real0 factor → out0 */
     STEP_ROTARY,       /* queries in0, keys in1 → rotated; keys and values in2 into the cache; queries → out0. See plan_attention.c */
-    STEP_ATTENTION,    /* queries in0 over the cache → out0 */
+    STEP_ATTENTION,    /* queries in0 over the cache → out0; weight0 [heads][distances]: what is added by the distance to a key, the farthest first */
     STEP_COMBINE,      /* the parts of an attention of single tokens, brought together; follows its STEP_ATTENTION */
     STEP_CROSS,        /* queries in0 over static keys and values → out0. See plan_attention.c */
     STEP_LAST,         /* the last token's row of in0 → out0 */
@@ -34,6 +34,8 @@ typedef enum {
     STEP_MULTIPLY,     /* in0 · in1 (or · weight0) → out0 */
     STEP_LOOKUP,       /* row arg0 + position of table weight0 → out0; arg1: 1 for the entry's index instead of the position */
     STEP_SELECT,       /* in0 where the token's block is not 0, else in1 → out0 */
+    STEP_SEEN,         /* in0 where one of the token's numbers of further input arg0 is not 0, else 0 → out0 */
+    STEP_GREATER,      /* 1 where in0 > real0, else 0 → out0 */
     STEP_KINDS
 } StepKind;
 
@@ -61,6 +63,7 @@ typedef struct {
 typedef enum { BUFFER_FLOATS = 0, BUFFER_CODES, BUFFER_EMBEDS, BUFFER_LOGITS, BUFFER_INPUT, BUFFER_OUTPUT, BUFFER_BYTES, BUFFER_KINDS } BufferKind;
 
 /* `offset`: bytes from the arena's beginning, per token of the call. BUFFER_INPUT: `offset` is the number of a further input.
+ * BUFFER_INPUT, of a decoder: one with `width` floats per token.
  * `rows`: in the plan of a graph (plan_graph.h) the rows of an image; `offset` is then per image. */
 typedef struct {
     uint32_t kind, width, rows;
@@ -118,7 +121,7 @@ typedef struct {
     uint8_t *const *caches;   /* each [rows][heads][capacity][head size] */
     const size_t *cache_row_bytes;
     const uint8_t *const *inputs; /* further inputs, in the order of the file's */
-    const size_t *input_sizes;    /* STEP_CROSS: entries of static keys, per further input */
+    const size_t *input_sizes;    /* per further input: entries of static keys and of their mask, or numbers per token */
     /* Logits of every token, and all of it bit for bit as if the tokens were run one after another: attention takes them one by one,
      * and quantised products are the same for any number of rows. */
     bool each;
@@ -150,6 +153,10 @@ const char *plan_check(Plan *plan);
 
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
 size_t plan_stride(const PlanCall *call, PlanRef ref);
+/* 0, or −1 with the reason in `message`: the call's positions are not in a table, or its static inputs do not fit each other. */
+int plan_ready(const Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]);
+/* Which of all the call's tokens [rows · tokens] a row of a step's buffers is for. */
+size_t plan_token(const PlanCall *call, const PlanStep *step, size_t row);
 /* Valid entries of a row before the tokens that are computed now. */
 size_t plan_past(const PlanCall *call, size_t row);
 /* Whether attention takes each token by itself. */

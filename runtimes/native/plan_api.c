@@ -71,10 +71,12 @@ static int read_sizes(Call *c, size_t *rows_bytes) {
             }
             memcpy(c->caches[caches++], view->buf, (size_t)view->len);
         } else if (strcmp(info->name, "inputs_embeds") != 0 && strcmp(info->name, "total_sequence_length") != 0) {
-            const size_t axis = info->rank > 2 ? 2 : info->rank - 1;
-            c->entries[further] = (size_t)view->shape[axis];
-            fits = fits && (info->symbols[1] == NULL || strcmp(info->symbols[1], "sequence") != 0 ||
-                            (size_t)view->shape[0] * (size_t)view->shape[1] == c->run.rows * c->run.tokens);
+            const bool by_token = info->rank > 1 && info->symbols[1] != NULL && strcmp(info->symbols[1], "sequence") == 0;
+            c->entries[further] = (size_t)view->shape[info->rank > 2 ? 2 : info->rank - 1];
+            for (size_t d = 3; by_token && d < info->rank; d++) {
+                c->entries[further] *= (size_t)view->shape[d];
+            }
+            fits = fits && (!by_token || (size_t)view->shape[0] * (size_t)view->shape[1] == c->run.rows * c->run.tokens);
             c->further[further++] = view->buf;
         }
     }
@@ -193,7 +195,7 @@ PyObject *native_plan_step(PyObject *module, PyObject *args) {
 /* A name, the width and the seconds of each step, all threads together, since the last call. The first call begins to measure. */
 PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
     static const char *const names[] = {"",     "quantize", "matmul", "gated", "norm", "angles", "rotary", "attention", "combine", "cross",
-                                        "last", "unary",    "add",    "multiply", "lookup", "select"};
+                                        "last", "unary",    "add",    "multiply", "lookup", "select", "seen", "greater"};
     static const char *const graph_names[] = {"", "copy", "quantize", "matmul", "norm", "attention", "unary", "add", "multiply"};
     SessionCore *core = session_core_from_object(session);
     if (core == NULL) {

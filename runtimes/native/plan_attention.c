@@ -1,12 +1,14 @@
 /* Attention over the cache and over static keys: softmax(q · kᵀ) · v with the largest score and the sum carried along as keys are
  * read (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135), so that no more than a block of scores exists. */
 #include "plan_heads.h"
+#include "plan_sight.h"
 
 #include <math.h>
 #include <string.h>
 
 #define QUERIES 192   /* rows of queries that share a block of keys: tokens times the query heads of one key head */
 #define MOST_PARTS 8  /* of one token's keys, for threads to share */
+#define LOG2_E 1.44269504088896341f
 #define TILE 128      /* keys that one token's attention scores at a time */
 
 static CacheFormat cache_format(const Plan *plan, int32_t index) {
@@ -97,37 +99,9 @@ static void take_scores(const Kernels *kernels, float *scores, size_t count, flo
     *sum += kernels->exponentials(scores, count, *highest);
 }
 
-/* Which keys may be seen: all, those that `mask` [keys] names, or, causally, those up to a token's own and what shares its block. */
-typedef struct {
-    bool causal;
-    size_t window, past;
-    int mutual;            /* 1: tokens of a block see each other; 2: within the window */
-    const int64_t *blocks; /* of the row's new tokens, or NULL */
-    const int64_t *mask;   /* or NULL */
-} Sight;
-
-/* Keys that the token at `position` may not see become −∞. */
-static void hide(const Sight *sight, size_t position, size_t key, size_t count, float *scores) {
-    for (size_t i = 0; i < count; i++) {
-        const size_t at = key + i;
-        bool seen = sight->mask == NULL || sight->mask[at] != 0;
-        if (sight->causal) {
-            const bool near = sight->window == 0 || at + sight->window > position;
-            const int64_t *blocks = sight->blocks;
-            seen = at <= position && near;
-            if (blocks != NULL && at >= sight->past && blocks[position - sight->past] > 0 && blocks[at - sight->past] == blocks[position - sight->past]) {
-                seen = sight->mutual == 1 || near;
-            }
-        }
-        if (!seen) {
-            scores[i] = -INFINITY;
-        }
-    }
-}
-
 /* The keys [begin, end) for the query heads of one token that share a key head: sums, and what brings them to scale. */
-static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const float *queries, const uint8_t *keys, const uint8_t *values,
-                       size_t begin, size_t end, float *highest, float *sum, float *out, float *scores) {
+static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const float *queries, size_t position, const uint8_t *keys,
+                       const uint8_t *values, size_t begin, size_t end, float *highest, float *sum, float *out, float *scores) {
     for (size_t g = 0; g < h->group; g++) {
         highest[g] = -INFINITY;
         sum[g] = 0.0f;
@@ -138,13 +112,24 @@ static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sigh
         kernels->scores(queries, h->group, h->size, keys + key * h->entry_bytes, h->format, count, scores, TILE);
         for (size_t g = 0; g < h->group; g++) {
             soft_cap(kernels, cap, scores + g * TILE, count);
-            if (sight->mask != NULL) {
-                hide(sight, 0, key, count, scores + g * TILE);
+            sight_bias(sight, g, position, key, count, 1.0f, scores + g * TILE);
+            if (sight_hides(sight)) {
+                sight_hide(sight, position, key, count, scores + g * TILE);
             }
             take_scores(kernels, scores + g * TILE, count, &highest[g], &sum[g], out + g * h->size, h->size);
         }
         kernels->weighted(scores, TILE, h->group, h->size, values + key * h->entry_bytes, h->format, count, out);
     }
+}
+
+/* `sight` with the biases of the query heads of a key head, where the step has some. */
+static Sight with_bias(const PlanCall *call, const PlanStep *step, const Heads *h, size_t kv, Sight sight) {
+    if (step->weight[0] >= 0) {
+        const PanelMatrix *table = &call->plan->weights[step->weight[0]].matrix;
+        sight.distances = table->width;
+        sight.bias = (const float *)(const void *)table->data + kv * h->group * table->width;
+    }
+    return sight;
 }
 
 /* What a part leaves: per query head the sums, the largest score and the sum of weights. */
@@ -169,8 +154,8 @@ static void single_work(const PlanCall *call, const PlanStep *step, size_t item,
     const size_t at = batch * h.row_bytes + kv * h.head_bytes;
     const float *queries = plan_row(call, step->in[0], false, row) + kv * h.group * h.size;
     float *scores = (float *)(void *)scratch, *sums = scores + h.group * TILE, *highest = sums + h.group * h.size, *sum = highest + h.group;
-    const Sight sight = {.causal = true}; /* the range says it all */
-    attend_one(call->plan->kernels, &h, &sight, step->real[1], queries, h.keys + at, h.values + at, begin, end, highest, sum, sums, scores);
+    const Sight sight = with_bias(call, step, &h, kv, (Sight){0}); /* the range says what is seen */
+    attend_one(call->plan->kernels, &h, &sight, step->real[1], queries, length - 1, h.keys + at, h.values + at, begin, end, highest, sum, sums, scores);
     for (size_t g = 0; g < h.group; g++) {
         if (parts_of(length) == 1) {
             call->plan->kernels->scale(sums + g * h.size, 1.0f / sum[g], h.size, plan_row(call, step->out[0], false, row) + (kv * h.group + g) * h.size);
@@ -243,7 +228,9 @@ typedef struct {
 
 static void hide_row(const void *context, size_t row, size_t key, size_t count, float *scores) {
     const Rule *rule = context;
-    hide(&rule->sight, rule->position + row / rule->group, key, count, scores);
+    const size_t position = rule->position + row / rule->group;
+    sight_bias(&rule->sight, row % rule->group, position, key, count, LOG2_E, scores); /* of powers of two, in there */
+    sight_hide(&rule->sight, position, key, count, scores);
 }
 
 /* An item of several tokens. */
@@ -270,7 +257,8 @@ static void block_work(const PlanCall *call, const PlanStep *step, size_t index,
     const Heads h = heads_of(call, step);
     const Item item = item_of(call, &h, index);
     const size_t past = plan_past(call, item.row), window = (size_t)step->arg[ARG_WINDOW], first = past + item.first;
-    Rule rule = {.sight = {.causal = true, .window = window, .past = past, .mutual = step->arg[ARG_BLOCKS]}, .position = first, .group = h.group};
+    const Sight sight = {.causal = true, .window = window, .past = past, .mutual = step->arg[ARG_BLOCKS]};
+    Rule rule = {.sight = with_bias(call, step, &h, item.kv, sight), .position = first, .group = h.group};
     HeadAttention a = item_attention(call, step, &h, &item, scratch);
     /* Entries of half precision are those of weights in 4 or 8 bits, whose own error is some ten times that of bfloat16. */
     a.half = h.format == CACHE_FLOAT16;
@@ -286,6 +274,8 @@ static void block_work(const PlanCall *call, const PlanStep *step, size_t index,
         /* A block begins where it would for any other item. */
         a.begin = window > 0 && first + 1 > window ? (first + 1 - window) / FLASH_KEYS * FLASH_KEYS : 0;
         a.end = first + item.count;
+        a.hide = rule.sight.bias != NULL ? hide_row : NULL;
+        a.context = &rule;
     }
     call->plan->kernels->attention(&a);
 }
@@ -298,8 +288,9 @@ void attention_work(const PlanCall *call, const PlanStep *step, size_t item, uin
     }
 }
 
-/* Static keys and values [rows][kv heads][entries][size] of float32; a mask [rows][entries] of int64. */
-enum { ARG_MASK = 5 };
+/* Static keys and values [rows][kv heads][entries][size] of float32; a mask [rows][entries] of int64, and one [rows][tokens][images (· tiles)]
+ * of what each token sees of each image, entries / images entries of one after another. */
+enum { ARG_MASK = 5, ARG_CELLS, ARG_BLIND };
 
 static Heads cross_heads(const PlanCall *call, const PlanStep *step) {
     const int32_t *a = step->arg;
@@ -332,22 +323,34 @@ void cross_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_
     if (step->arg[ARG_MASK] >= 0) {
         sight.mask = (const int64_t *)(const void *)call->run->inputs[step->arg[ARG_MASK]] + item.row * entries;
     }
+    if (step->arg[ARG_CELLS] >= 0 && entries > 0) {
+        const size_t count = call->run->input_sizes[step->arg[ARG_CELLS]], token = plan_token(call, step, row_of(call, step, &item, 0));
+        sight.cells = (const int64_t *)(const void *)call->run->inputs[step->arg[ARG_CELLS]] + token * count;
+        sight.cell_count = count;
+        sight.cell_keys = entries / count;
+        sight.blind_sees_all = step->arg[ARG_BLIND] != 0;
+    }
     HeadAttention a = item_attention(call, step, &h, &item, scratch);
     if (!single) {
         const Rule rule = {.sight = sight, .group = h.group};
         a.scale = step->real[0];
         a.end = entries;
-        a.hide = sight.mask != NULL ? hide_row : NULL;
+        a.hide = sight_hides(&sight) ? hide_row : NULL;
         a.context = &rule;
         call->plan->kernels->attention(&a);
+        for (size_t t = 0; t < item.count; t++) {
+            if (!sight_sees(&sight, t, entries)) {
+                memset(a.out + t * a.out_stride, 0, h.group * h.size * sizeof *a.out);
+            }
+        }
         return;
     }
     const Kernels *kernels = call->plan->kernels;
     float *queries = (float *)(void *)scratch, *scores = queries + h.group * h.size, *sums = scores + h.group * TILE;
     float *highest = sums + h.group * h.size, *sum = highest + h.group;
     kernels->scale(a.queries, step->real[0], h.group * h.size, queries);
-    attend_one(kernels, &h, &sight, step->real[1], queries, h.keys + at, h.values + at, 0, entries, highest, sum, sums, scores);
+    attend_one(kernels, &h, &sight, step->real[1], queries, 0, h.keys + at, h.values + at, 0, entries, highest, sum, sums, scores);
     for (size_t g = 0; g < h.group; g++) {
-        kernels->scale(sums + g * h.size, 1.0f / sum[g], h.size, a.out + g * h.size);
+        kernels->scale(sums + g * h.size, sum[g] == 0.0f ? 0.0f : 1.0f / sum[g], h.size, a.out + g * h.size); /* 0: nothing was seen */
     }
 }

@@ -51,6 +51,12 @@ static bool norm_fits(const Plan *p, const PlanStep *s) {
            (s->in[1].buffer < 0 && s->weight[2] < 0 ? true : s->out[1].buffer >= 0) && optional_vector(p, s->weight[1], width / groups) && optional_vector(p, s->weight[2], width);
 }
 
+/* Whether an input is one of those that are numbered: none of those that every decoder has. */
+static bool is_further(const PlanValue *v) {
+    return strcmp(v->name, "inputs_embeds") != 0 && strcmp(v->name, "position_ids") != 0 && strcmp(v->name, "seqlens_k") != 0 &&
+           strcmp(v->name, "total_sequence_length") != 0 && strncmp(v->name, "past_key_values.", 16) != 0;
+}
+
 /* Whether cache number `index` is [batch, heads, capacity, size] of floats. */
 static bool cache_fits(const Plan *p, int32_t index, int32_t heads, int32_t size) {
     if (index < 0 || heads <= 0 || size <= 0 || size > HEAD_SIZE_MOST) {
@@ -78,22 +84,33 @@ static bool rotary_fits(const Plan *p, const PlanStep *s) {
            ref_fits(p, s->out[0], q, false) && s->width == q;
 }
 
+/* Further input number `index`, of that type, with numbers for each token: [batch, sequence, …]; `width` 0: any count of int64. */
+static bool token_input_fits(const Plan *p, int64_t index, uint32_t type, size_t width) {
+    for (uint32_t i = 0; i < p->input_count && index >= 0; i++) {
+        const PlanValue *v = &p->inputs[i];
+        if (is_further(v) && index-- == 0) {
+            const bool by_token = v->rank >= 3 && v->shape[0] < 0 && v->shape[1] < 0 && v->symbols[1] != NULL && strcmp(v->symbols[1], "sequence") == 0;
+            return v->type == type && by_token && (width == 0 || (v->rank == 3 && v->shape[2] == (int64_t)width));
+        }
+    }
+    return false;
+}
+
 static bool attention_fits(const Plan *p, const PlanStep *s) {
     const int32_t *a = s->arg; /* key cache, value cache, heads, kv heads, head size, window, blocks */
     if (!cache_fits(p, a[0], a[3], a[4]) || !cache_fits(p, a[1], a[3], a[4]) || a[2] <= 0 || a[2] % a[3] != 0 || a[5] < 0) {
         return false;
     }
     const size_t width = (size_t)a[2] * (size_t)a[4];
-    return s->width == width && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
+    return s->width == width && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false) &&
+           (s->weight[0] < 0 || weight_fits(p, s->weight[0], WEIGHT_VECTOR, (size_t)a[2], 0));
 }
 
 /* Further input number `index`, of that type and rank; `heads` not 0: [batch, heads, …, size]. */
 static bool input_fits(const Plan *p, int32_t index, uint32_t type, uint32_t rank, int64_t heads, int64_t size) {
     for (uint32_t i = 0; i < p->input_count && index >= 0; i++) {
         const PlanValue *v = &p->inputs[i];
-        const bool known = strcmp(v->name, "inputs_embeds") == 0 || strcmp(v->name, "position_ids") == 0 || strcmp(v->name, "seqlens_k") == 0 ||
-                           strcmp(v->name, "total_sequence_length") == 0 || strncmp(v->name, "past_key_values.", 16) == 0;
-        if (!known && index-- == 0) {
+        if (is_further(v) && index-- == 0) {
             return v->type == type && v->rank == rank && v->shape[0] < 0 && (heads == 0 || (v->shape[1] == heads && v->shape[rank - 1] == size));
         }
     }
@@ -101,9 +118,10 @@ static bool input_fits(const Plan *p, int32_t index, uint32_t type, uint32_t ran
 }
 
 static bool cross_fits(const Plan *p, const PlanStep *s) {
-    const int32_t *a = s->arg; /* keys, values, heads, kv heads, head size, mask */
+    const int32_t *a = s->arg; /* keys, values, heads, kv heads, head size, mask, what each token sees, whether those that see nothing see all */
     if (a[2] <= 0 || a[3] <= 0 || a[4] <= 0 || a[4] > HEAD_SIZE_MOST || a[2] % a[3] != 0 || !input_fits(p, a[0], 1, 4, a[3], a[4]) ||
-        !input_fits(p, a[1], 1, 4, a[3], a[4]) || (a[5] >= 0 && !input_fits(p, a[5], 7, 2, 0, 0))) {
+        !input_fits(p, a[1], 1, 4, a[3], a[4]) || (a[5] >= 0 && !input_fits(p, a[5], 7, 2, 0, 0)) ||
+        (a[6] >= 0 && !token_input_fits(p, a[6], 7, 0))) {
         return false;
     }
     const size_t width = (size_t)a[2] * (size_t)a[4];
@@ -133,6 +151,10 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
     case STEP_SELECT:
         return input_fits(p, p->block_input, 7, 2, 0, 0) && !s->last && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->in[1], width, false) &&
                ref_fits(p, s->out[0], width, false);
+    case STEP_SEEN:
+        return token_input_fits(p, s->arg[0], 7, 0) && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
+    case STEP_GREATER:
+        return ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
     case STEP_LAST:
         return s->last && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
     case STEP_UNARY:
@@ -181,7 +203,7 @@ static bool positions_fit(const Plan *p, const PlanStep *s) {
     return !reads || p->position_axes > 0;
 }
 
-/* Every place is a buffer's or none; nothing is written to the embeddings, and logits are of a row's last token. */
+/* Every place is a buffer's or none; nothing is written to what is given, and logits are of a row's last token. */
 static bool refs_fit(const Plan *p, const PlanStep *s) {
     for (size_t k = 0; k < STEP_INPUTS + STEP_OUTPUTS; k++) {
         const PlanRef ref = k < STEP_INPUTS ? s->in[k] : s->out[k - STEP_INPUTS];
@@ -192,7 +214,7 @@ static bool refs_fit(const Plan *p, const PlanStep *s) {
             return false;
         }
         const uint32_t kind = p->buffers[ref.buffer].kind;
-        if ((kind == BUFFER_EMBEDS && k >= STEP_INPUTS) || (kind == BUFFER_LOGITS && !s->last)) {
+        if (((kind == BUFFER_EMBEDS || kind == BUFFER_INPUT) && k >= STEP_INPUTS) || (kind == BUFFER_LOGITS && !s->last)) {
             return false;
         }
     }
@@ -208,6 +230,9 @@ const char *plan_check(Plan *p) {
         const uint64_t blocks = ((uint64_t)b->width + BLOCK - 1) / BLOCK;
         const uint64_t bytes = b->kind == BUFFER_FLOATS ? (uint64_t)b->width * 4 : b->kind == BUFFER_CODES ? blocks * (BLOCK + 8) : 0;
         const bool fixed = b->kind == BUFFER_EMBEDS ? b->width == p->hidden : b->kind == BUFFER_LOGITS ? b->width == p->vocab : true;
+        if (b->kind == BUFFER_INPUT && b->width > 0 && token_input_fits(p, (int64_t)b->offset, 1, b->width)) {
+            continue;
+        }
         if (b->kind >= BUFFER_INPUT || !fixed || b->width == 0 || b->offset % 64 != 0 || b->offset > p->token_bytes || bytes > p->token_bytes - b->offset) {
             return "a buffer lies outside the arena";
         }

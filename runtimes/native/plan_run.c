@@ -18,12 +18,22 @@ size_t plan_past(const PlanCall *call, size_t row) {
 
 size_t plan_stride(const PlanCall *call, PlanRef ref) { return call->plan->buffers[ref.buffer].width; }
 
+static size_t token_of(const PlanCall *call, bool last, size_t row) {
+    const bool picked = last && !call->run->each;
+    const size_t tokens = call->run->tokens, batch = picked ? row : row / call->tokens;
+    return batch * tokens + (picked ? tokens - 1 : call->first + row % call->tokens);
+}
+
+size_t plan_token(const PlanCall *call, const PlanStep *step, size_t row) { return token_of(call, step->last != 0, row); }
+
+/* Whether a buffer is an input of the call: its rows are [rows][tokens], of which this part of the tokens is used. */
+static bool is_given(const PlanBuffer *b) { return b->kind == BUFFER_EMBEDS || b->kind == BUFFER_INPUT; }
+
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row) {
     const PlanBuffer *b = &call->plan->buffers[ref.buffer];
-    if (b->kind == BUFFER_EMBEDS) {
-        const bool picked = last && !call->run->each;
-        const size_t tokens = call->run->tokens, batch = picked ? row : row / call->tokens, token = picked ? tokens - 1 : call->first + row % call->tokens;
-        return (float *)(uintptr_t)call->run->embeds + (batch * tokens + token) * b->width + ref.column;
+    if (is_given(b)) {
+        const float *rows = b->kind == BUFFER_EMBEDS ? call->run->embeds : (const float *)(const void *)call->run->inputs[b->offset];
+        return (float *)(uintptr_t)rows + token_of(call, last, row) * b->width + ref.column;
     }
     if (b->kind == BUFFER_LOGITS) {
         return call->run->logits + row * b->width + ref.column;
@@ -55,9 +65,9 @@ static void panel_product(const PlanCall *call, const PlanStep *step, const Plan
         (m->format == WEIGHT_INT4 ? kernels->int4 : kernels->int8)(m, data, &x, first, rows, out, stride);
         return;
     }
-    /* Rows of the embeddings follow each other only within a row of the batch: one at a time there. So they are where each token is to
+    /* Rows of what is given follow each other only within a row of the batch: one at a time there. So they are where each token is to
      * come out as if it were alone: the kernels add up several rows of floats in another order than one. */
-    const bool split = call->run->each || call->plan->buffers[step->in[0].buffer].kind == BUFFER_EMBEDS;
+    const bool split = call->run->each || is_given(&call->plan->buffers[step->in[0].buffer]);
     for (size_t row = 0; row < rows; row += split ? 1 : rows) {
         const float *x = plan_row(call, step->in[0], step->last, first + row);
         const size_t some = split ? 1 : rows;
@@ -212,9 +222,26 @@ static void row_work(const PlanCall *call, const PlanStep *step, size_t row) {
         lookup_row(call, step, row);
         break;
     case STEP_SELECT: {
-        const size_t token = row / call->tokens * call->run->tokens + call->first + row % call->tokens;
-        const bool inside = ((const int64_t *)(const void *)call->run->inputs[call->plan->block_input])[token] != 0;
+        const bool inside = ((const int64_t *)(const void *)call->run->inputs[call->plan->block_input])[plan_token(call, step, row)] != 0;
         memcpy(plan_row(call, step->out[0], false, row), plan_row(call, step->in[inside ? 0 : 1], false, row), width * sizeof(float));
+        break;
+    }
+    case STEP_SEEN: {
+        const size_t count = call->run->input_sizes[step->arg[0]];
+        const int64_t *numbers = (const int64_t *)(const void *)call->run->inputs[step->arg[0]] + plan_token(call, step, row) * count;
+        bool seen = false;
+        for (size_t i = 0; i < count; i++) {
+            seen = seen || numbers[i] != 0;
+        }
+        kernels->scale(plan_row(call, step->in[0], step->last, row), seen ? 1.0f : 0.0f, width, plan_row(call, step->out[0], step->last, row));
+        break;
+    }
+    case STEP_GREATER: {
+        const float *x = plan_row(call, step->in[0], step->last, row), least = step->real[0];
+        float *out = plan_row(call, step->out[0], step->last, row);
+        for (size_t i = 0; i < width; i++) {
+            out[i] = x[i] > least ? 1.0f : 0.0f;
+        }
         break;
     }
     default:
@@ -295,27 +322,6 @@ static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
     return -1;
 }
 
-/* Tables are read at the tokens' positions or at their entries' indices: all of them must be there. */
-static int check_positions(const Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
-    for (uint32_t i = 0; i < plan->step_count; i++) {
-        const PlanStep *step = &plan->steps[i];
-        const bool lookup = step->kind == STEP_LOOKUP, rotary = step->kind == STEP_ROTARY && (step->arg[7] == 1 || step->arg[7] == 2);
-        if (!lookup && !rotary) {
-            continue;
-        }
-        const bool by_index = lookup ? step->arg[1] != 0 : step->arg[7] == 2;
-        const int64_t shift = lookup ? step->arg[0] : 0, rows = (int64_t)plan->weights[step->weight[0]].matrix.depth;
-        for (size_t k = 0; k < (by_index ? run->rows : run->rows * run->tokens); k++) {
-            const int64_t at = (by_index ? run->seqlens[k] : run->positions[k]) + shift;
-            if (at < 0 || at >= rows) {
-                return fail(message, "position %lld is outside the table of %lld", (long long)(at - shift), (long long)rows);
-            }
-        }
-        return 0; /* one table's positions are all tables' */
-    }
-    return 0;
-}
-
 static uint8_t *grown(uint8_t *memory, size_t *have, size_t bytes) {
     if (bytes <= *have) {
         return memory;
@@ -355,25 +361,11 @@ static bool has_blocks(const Plan *plan, const PlanRun *run) {
     return false;
 }
 
-/* Keys, values and masks that belong together have as many entries each. */
-static int check_static(const Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
-    for (uint32_t i = 0; i < plan->step_count; i++) {
-        const PlanStep *step = &plan->steps[i];
-        if (step->kind == STEP_CROSS) {
-            const size_t entries = run->input_sizes[step->arg[0]];
-            if (run->input_sizes[step->arg[1]] != entries || (step->arg[5] >= 0 && run->input_sizes[step->arg[5]] != entries)) {
-                return fail(message, "static keys, values and their mask have unlike lengths");
-            }
-        }
-    }
-    return 0;
-}
-
 int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
     if (plan->graph) {
         return fail(message, "this plan is no decoder's");
     }
-    if (check_positions(plan, run, message) != 0 || check_static(plan, run, message) != 0) {
+    if (plan_ready(plan, run, message) != 0) {
         return -1;
     }
     const size_t chunk = run->each || run->rows > 1 || has_blocks(plan, run) || run->tokens < CHUNK ? run->tokens : CHUNK;

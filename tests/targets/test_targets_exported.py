@@ -39,10 +39,6 @@ def bundle(portable_bundle: Callable[[str], Path], tmp_path: Path) -> Callable[[
     return make
 
 
-ROTATED_OUTSIDE = ("aya_vision", "cohere2_vision")
-"""Cohere 2 rotates neighbouring numbers of a head, which no pass puts into the fused attention yet."""
-
-
 def operators(graph: ir.Graph) -> list[str]:
     """Of a graph and of the branches in it."""
     return [node.op_type for node in graph.all_nodes()]
@@ -69,7 +65,7 @@ def test_full_precision(bundle, name):
     assert operators(lowered).count("GroupQueryAttention") == cached
     outside = [node.op_type for node in lowered]
     assert "Attention" not in outside, "only the branch of a step with blocks has one"
-    if contract.memory is None and isinstance(contract.positions, SequentialPositions) and name not in ROTATED_OUTSIDE:
+    if contract.memory is None and isinstance(contract.positions, SequentialPositions):
         assert "Transpose" not in outside, "heads are never rearranged"
 
 

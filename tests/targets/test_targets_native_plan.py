@@ -12,7 +12,7 @@ import pytest
 from vlm_edge.targets.native.compile import Compiler
 from vlm_edge.targets.native.errors import NotExpressible
 from vlm_edge.targets.native.panels import Quantised, quantised
-from vlm_edge.targets.native.plan_file import Kind, place, write
+from vlm_edge.targets.native.plan_file import BufferKind, Kind, place, write
 from vlm_edge.targets.native.session import PlanSession
 from vlm_edge.targets.pipeline import lower_decoder
 from vlm_edge.targets.samples import Samples, run_graph, session
@@ -22,9 +22,9 @@ from vlm_edge_runtime import _native
 from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.errors import DeviceError
 
-LONG = ((1, 70, 90, 0), (1, 150, 3, 0), (1, 1, 230, 0))
-"""More tokens than a block of queries, more keys than a block of them, keys in several parts."""
-NAMES = ["tiny-llava", "qwen2_vl", "paligemma", "florence2"]
+LONG = ((1, 70, 90, 0), (1, 150, 3, 0), (1, 1, 230, 0), (2, 5, 7, 3), (3, 3, 0, 0))
+"""More tokens than a block of queries, more keys than a block of them, keys in several parts; several tokens of several rows."""
+NAMES = ["tiny-llava", "qwen2_vl", "paligemma", "florence2", "idefics", "blip2-t5", "qwen3_vl"]
 MORE = [
     "llava-gpt2",
     "llava-opt",
@@ -41,6 +41,18 @@ MORE = [
     "vit-bart",
     "blip-caption",
     "coca",
+    "mllama",
+    "idefics-plain",
+    "instructblip-t5",
+    "pix2struct",
+    "aya_vision",
+    "cohere2_vision",
+    "chameleon",
+    "cm3leon",
+    "vit-bert",
+    "deit-roberta",
+    "vit-trocr-sines",
+    "visual_gpt",
 ]
 
 
@@ -69,12 +81,14 @@ def steps(path: Path):
 
 
 def exact(path: Path, out: Path) -> None:
-    plan = PlanSession(planned(path, out))
-    difference = Difference()
+    planned(path, out)
+    plans = {kernels or "best": PlanSession(out, kernels=kernels) for kernels in ("scalar", None)}
+    differences = {name: Difference() for name in plans}
     for portable, feeds, wanted in steps(path):
-        for _, got, expected in laid_beside(run_graph(plan, feeds), wanted, portable):
-            difference.add(got, expected)
-    assert difference.relative < FP32_TOLERANCE
+        for name, plan in plans.items():
+            for _, got, expected in laid_beside(run_graph(plan, feeds), wanted, portable):
+                differences[name].add(got, expected)
+    assert all(one.relative < FP32_TOLERANCE for one in differences.values()), differences
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,6 +157,51 @@ def test_tokens_of_a_block_see_each_other(portable_bundle, tmp_path):
     assert np.abs(run_graph(seeing, feeds)["logits"] - run_graph(blind, feeds)["logits"]).max() > 1e-3
 
 
+def sees_every_image(plan):
+    for step in plan.steps:
+        if step.kind == Kind.CROSS:
+            step.arguments[6] = -1
+
+
+def blind_tokens_see_otherwise(plan):
+    for step in plan.steps:
+        if step.kind == Kind.CROSS:
+            step.arguments[7] ^= 1
+
+
+def forgets_distances(plan):
+    for step in plan.steps:
+        if step.kind == Kind.ATTENTION:
+            step.weights = []
+
+
+def mixes_up_inputs(plan):
+    given = [one for one in plan.buffers if one.kind == BufferKind.INPUT]
+    given[0].offset, given[1].offset = given[1].offset, given[0].offset
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("idefics", sees_every_image),
+        ("blip2-t5", forgets_distances),
+        ("qwen3_vl", mixes_up_inputs),
+        pytest.param("mllama", blind_tokens_see_otherwise, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistake_in_what_tokens_see_shows(portable_bundle, tmp_path, name, spoil):
+    plan = Compiler(lowered(portable_bundle(name), "fp32", "fp32"), cache=ir.DataType.FLOAT).compile()
+    write(plan, tmp_path / "right.plan")
+    spoil(plan)
+    write(plan, tmp_path / "wrong.plan")
+    right, wrong = PlanSession(tmp_path / "right.plan"), PlanSession(tmp_path / "wrong.plan")
+    apart = [
+        np.abs(run_graph(right, feeds)["logits"] - run_graph(wrong, feeds)["logits"]).max()
+        for _, feeds, _ in itertools.islice(steps(portable_bundle(name)), 4)
+    ]
+    assert max(apart) > 1e-3
+
+
 def test_an_unknown_operation_is_named(portable_bundle):
     model = lowered(portable_bundle("tiny-llava"), "fp32", "fp32")
     node = next(node for node in model.graph if node.op_type == "Sigmoid")
@@ -198,13 +257,14 @@ def test_damaged_plans_are_refused(portable_bundle, tmp_path, part):
         _native.Session(str(path), "decoder", plan=True)
 
 
-def test_no_single_wrong_byte_makes_a_plan_read_beyond_its_memory(portable_bundle, tmp_path):
+@pytest.mark.parametrize("name", ["tiny-llava", "idefics", "blip2-t5", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
+def test_no_single_wrong_byte_makes_a_plan_read_beyond_its_memory(portable_bundle, tmp_path, name):
     """Refused, or it runs (a wrong number in it may only give wrong numbers): `make asan` watches."""
-    path = planned(portable_bundle("tiny-llava"), tmp_path / "decoder.plan", "int4")
+    path = planned(portable_bundle(name), tmp_path / "decoder.plan", "int4")
     data = path.read_bytes()
     size = int.from_bytes(data[12:16], "little")
     generator = np.random.default_rng(0)
-    feeds = next(feeds for _, feeds, _ in steps(portable_bundle("tiny-llava")))
+    feeds = next(feeds for _, feeds, _ in steps(portable_bundle(name)))
     opened = 0
     for place_ in generator.integers(16, 16 + size, 150):
         changed = bytearray(data)

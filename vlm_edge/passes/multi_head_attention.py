@@ -37,15 +37,19 @@ class LowerToMultiHeadAttention(GraphPass):
     over as they are: rearranging them would cost more than the attention (0.6-2 ms instead of 0.06-0.1 ms at 577-1,024
     entries, 12 heads of 64, one query). Fewer KV heads than query heads: the queries of a group become further queries of its
     one head (one query, 32 heads on 8 of 128, 1,024 entries, one thread: 0.40 ms; the standard operator 0.74, repeated keys 4.3).
-    Boolean masks, soft-capping and grouped heads in self-attention stay with the standard operator.
+    Boolean masks, soft-capping and grouped heads in self-attention stay with the standard operator; with `grouped` False all
+    grouped heads do.
     """
 
     name: ClassVar[str] = "multi_head_attention"
 
+    def __init__(self, *, grouped: bool = True) -> None:
+        self.grouped = grouped
+
     def apply(self, model: ir.Model) -> Changes:
         changes = Changes(self.name)
         for node in [n for n in model.graph if n.op_type == "Attention" and not n.domain]:
-            reason = _reason(node)
+            reason = _reason(node, self.grouped)
             if reason is not None:
                 changes.note(f"{node.name or node.outputs[0].name}: Attention stays: {reason}")
                 continue
@@ -57,7 +61,7 @@ class LowerToMultiHeadAttention(GraphPass):
         return changes
 
 
-def _reason(node: ir.Node) -> str | None:
+def _reason(node: ir.Node, grouped: bool) -> str | None:
     query, key, value = node.inputs[:3]
     if any(v is not None for v in node.inputs[4:]):
         return "it has a past"
@@ -76,7 +80,7 @@ def _reason(node: ir.Node) -> str | None:
     if rank(value) == 4 and fixed_dim(value, 3) is None:
         return "the head size is not fixed"
     if heads != kv_heads:
-        if not (_stored_by_head(key) and _stored_by_head(value)) or rank(query) != 4:
+        if not grouped or not (_stored_by_head(key) and _stored_by_head(value)) or rank(query) != 4:
             return "grouped heads"
         if heads % kv_heads or attribute_int(node, "is_causal", 0) or (mask is not None and fixed_dim(mask, 1) != 1):
             return "grouped heads with a mask of their own"

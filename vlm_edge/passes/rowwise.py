@@ -36,6 +36,9 @@ def is_rowwise(node: ir.Node, ranks: Sequence[int] = (3,)) -> bool:
     if node.op_type in _NORMS:
         size = rank(node.inputs[0])
         return attribute_int(node, "axis", -1) in (-1, (size or 0) - 1)
+    if node.op_type == "Concat":
+        size = rank(node.outputs[0])
+        return len(computed) == len(node.inputs) and attribute_int(node, "axis", 0) in (-1, (size or 0) - 1)
     if node.op_type == "MatMul":
         return len(computed) == 1 and computed[0] is node.inputs[0] and rank(node.inputs[1]) == 2
     return False

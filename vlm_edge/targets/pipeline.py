@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from vlm_edge.passes.base import Changes, GraphPass, run_passes
 from vlm_edge.passes.block_attention import BlockAttention
+from vlm_edge.passes.centred_norm import FuseCentredNorm
 from vlm_edge.passes.cleanup import Cleanup
 from vlm_edge.passes.flatten import Unflatten
 from vlm_edge.passes.fuse_rotary import FuseRotaryEmbedding
@@ -66,16 +67,18 @@ def lower_decoder(
     """Portable decoder → GroupQueryAttention on a shared KV buffer, last-token logits, weights in `precision`.
 
     `precision` and `head` (the logits' product) are fp32, int8 or int4, weights only. Without `branches`, attention in which the
-    tokens of a block see each other stays one operator, told by its metadata: for a plan, not for ONNX Runtime. Raises
+    tokens of a block see each other stays one operator, told by its metadata, and cross-attention with fewer key heads than query
+    heads the standard one: for a plan, not for ONNX Runtime. Raises
     TargetError for a decoder that the target cannot run (see LowerToGroupQueryAttention).
     """
     options = options or Options()
     steps: list[GraphPass] = [
         Cleanup(),
         GemmToMatMul(),
-        RecomposeRotary(),
+        FuseCentredNorm(),
+        RecomposeRotary(interleaved=True),
         LowerToGroupQueryAttention(context_length),
-        LowerToMultiHeadAttention(),
+        LowerToMultiHeadAttention(grouped=branches),
         Unflatten(),
         CancelLayout(),
         FuseRotaryEmbedding(context_length),

@@ -141,8 +141,8 @@ def test_a_model_without_decoder_is_built_as_ever(portable_bundle, tmp_path):
 
 @pytest.mark.slow
 def test_a_decoder_that_has_no_plan_stays_with_onnx_runtime_and_says_why(portable_bundle, tmp_path):
-    shutil.copytree(portable_bundle("blip2-t5"), tmp_path / "t5.vlm")
-    made = build(tmp_path / "t5.vlm", target("cpu-fp32", "native"))
+    shutil.copytree(portable_bundle("janus"), tmp_path / "janus.vlm")
+    made = build(tmp_path / "janus.vlm", target("cpu-fp32", "native"))
     assert str(made.options["decoder.kernels"]).startswith("onnxruntime: no native kernel for ")
     assert made.graphs["decoder"].format == "onnx"
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_edge.passes.attention_mask import mask_rule
-from vlm_edge.passes.graph import attribute_float, attribute_int, fixed_dim, is_weight, producer
+from vlm_edge.passes.graph import attribute_float, attribute_int, fixed_dim, is_weight, producer, rank
 
 from .angles import rotary_angles
 from .builder import Context, Rows
@@ -14,38 +14,68 @@ from .errors import NotExpressible
 from .panels import integers, vector
 from .plan_file import Kind, Ref, Weight
 from .probe import hides_where_zero
-
-SOURCE_MASK = "encoder_attention_mask"
+from .token_masks import SOURCE_MASK, TOKEN_MASK, MaskRule, mask_rule_of
 
 
 def cross_attention(c: Context, node: ir.Node) -> None:
+    """MultiHeadAttention over static keys and values, [batch, heads, source, size]."""
     inputs = [*node.inputs, *[None] * 10]
-    query, key, value = c.made.rows(inputs[0]), inputs[1], inputs[2]
+    if any(one is not None for one in (inputs[3], inputs[4], *inputs[6:])) or attribute_int(node, "unidirectional", 0):
+        raise NotExpressible("attention over other than static keys and values")
+    _cross(c, node, attribute_int(node, "num_heads", 0), inputs[5])
+
+
+def static_attention(c: Context, node: ir.Node) -> None:
+    """The standard operator over static keys and values: fewer key heads than query heads, soft-capping."""
+    inputs = [*node.inputs, *[None] * 6]
+    if any(one is not None for one in inputs[4:]) or attribute_int(node, "is_causal", 0):
+        raise NotExpressible("attention over other than static keys and values")
+    if any(out.uses() for out in node.outputs[1:]):
+        raise NotExpressible("attention that gives its scores")
+    four = rank(inputs[0]) == 4
+    if four != (inputs[0] in c.by_head):
+        raise NotExpressible("attention of queries that are not laid out by head")
+    heads = (fixed_dim(inputs[0], 1) or 0) if four else attribute_int(node, "q_num_heads", 0)
+    _cross(c, node, heads, inputs[3])
+    if four:
+        c.by_head.add(node.outputs[0])
+
+
+def _cross(c: Context, node: ir.Node, heads: int, mask: ir.Value | None) -> None:
+    query, key, value = c.made.rows(node.inputs[0]), node.inputs[1], node.inputs[2]
     names = [str(one.name) if one is not None else "" for one in (key, value)]
-    heads = attribute_int(node, "num_heads", 0)
-    if any(name not in c.further for name in names) or any(one is not None for one in (inputs[3], inputs[4], *inputs[6:])):
+    if any(name not in c.further for name in names):
         raise NotExpressible("attention over other than static keys and values")
     size, kv_heads = fixed_dim(key, -1) or 0, fixed_dim(key, 1) or 0
-    mask = -1
-    if inputs[5] is not None:
-        if SOURCE_MASK not in c.further or not hides_where_zero(c.model, inputs[5], SOURCE_MASK):
-            raise NotExpressible("a cross-attention mask that is not encoder_attention_mask's")
-        mask = c.further.index(SOURCE_MASK)
-    if not size or heads != kv_heads or heads * size != query.width:
+    if not size or not kv_heads or heads % kv_heads or heads * size != query.width or fixed_dim(value, -1) != size:
         raise NotExpressible("cross-attention whose heads are not those of its keys")
+    rule = _static_mask(c, mask) if mask is not None else MaskRule(padding=False, cells=False)
     out = c.made.floats(query.width)
-    arguments = [c.further.index(names[0]), c.further.index(names[1]), heads, kv_heads, size, mask]
-    reals = [attribute_float(node, "scale", 0.0) or size**-0.5, 0.0]
+    arguments = [c.further.index(names[0]), c.further.index(names[1]), heads, kv_heads, size]
+    arguments += [c.further.index(SOURCE_MASK) if rule.padding else -1, c.further.index(TOKEN_MASK) if rule.cells else -1]
+    arguments.append(int(rule.blind_sees_all))
+    reals = [attribute_float(node, "scale", 0.0) or size**-0.5, attribute_float(node, "softcap", 0.0)]
     c.made.add(Kind.CROSS, query.width, query.last, [query.ref], [out], [], arguments, reals)
     c.made.define(node.outputs[0], out, query.width, query.last)
+
+
+def _static_mask(c: Context, mask: ir.Value) -> MaskRule:
+    if mask not in c.masks:
+        if TOKEN_MASK in c.further:
+            c.masks[mask] = mask_rule_of(c.model, mask)
+        elif SOURCE_MASK in c.further and hides_where_zero(c.model, mask, SOURCE_MASK):
+            c.masks[mask] = MaskRule(padding=True, cells=False)
+        else:
+            raise NotExpressible("a cross-attention mask that is not encoder_attention_mask's")
+    return c.masks[mask]
 
 
 def self_attention(c: Context, node: ir.Node) -> None:
     inputs = [*node.inputs, *[None] * 12]
     heads, kv_heads = attribute_int(node, "num_heads", 0), attribute_int(node, "kv_num_heads", 0)
     size, rule = fixed_dim(inputs[3], -1) or 0, mask_rule(node)
-    if any(one is not None for one in inputs[10:]):
-        raise NotExpressible("an attention bias, sinks or a quantised cache in GroupQueryAttention")
+    if any(one is not None for one in inputs[11:]):
+        raise NotExpressible("sinks or a quantised cache in GroupQueryAttention")
     if attribute_int(node, "smooth_softmax", 0) or len(node.outputs) > 3:
         raise NotExpressible("GroupQueryAttention with a smooth softmax or scores")
     cache = [c.caches.index(str(one.name)) for one in inputs[3:5] if one is not None]
@@ -62,9 +92,26 @@ def self_attention(c: Context, node: ir.Node) -> None:
     window = attribute_int(node, "local_window_size", -1)
     numbers = [*arguments, max(window, 0), mutual]
     reals = [0.0, attribute_float(node, "softcap", 0.0)]
-    c.made.add(Kind.ATTENTION, width, last, [turned], [out], [], numbers, reals)
+    bias: list[Weight | None] = [] if inputs[10] is None else [_distance_bias(c, inputs[10], heads)]
+    if bias and (mutual or reals[1]):
+        raise NotExpressible("an attention bias with blocks or soft-capping")
+    c.made.add(Kind.ATTENTION, width, last, [turned], [out], bias, numbers, reals)
     c.made.add(Kind.COMBINE, width, last, [turned], [out], [], numbers, reals)
     c.made.define(node.outputs[0], out, width, last)
+
+
+def _distance_bias(c: Context, value: ir.Value, heads: int) -> Weight:
+    """What is added by the distance to a key, as `position_bias.bias_of_rows` looks it up: [heads][distances], farthest first."""
+    turned = producer(value, "Transpose")
+    looked_up = producer(turned.inputs[0], "Gather") if turned is not None else None
+    table = looked_up.inputs[0] if looked_up is not None else None
+    inside = producer(looked_up.inputs[1], "Clip") if looked_up is not None else None
+    tensor = table.const_value if is_weight(table) and table is not None else None
+    if tensor is None or table is None or inside is None or len(tensor.shape) != 2 or tensor.shape[1] != heads:
+        raise NotExpressible("an attention bias that is not one of distances")
+    if table not in c.vectors:
+        c.vectors[table] = vector(np.asarray(tensor.numpy(), np.float32)[::-1].T)
+    return c.vectors[table]
 
 
 def _rotated(

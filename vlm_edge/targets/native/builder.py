@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from .errors import NotExpressible
 from .plan_file import Buffer, BufferKind, Kind, Ref, Step, Weight
+from .token_masks import MaskRule
 
 PAST = "past_key_values."
 _KNOWN = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length")
@@ -73,7 +76,8 @@ class Context:
     """A decoder that is being translated: its inputs by name, and the steps so far.
 
     `caches`: names of its cache inputs, `further`: of those that are neither caches nor the usual ones; both in the graph's
-    order, by which the steps number them.
+    order, by which the steps number them. `by_head`: values [batch, heads, sequence, size]; their rows lie token by token all the
+    same. `rows_of_all`: values that are one stored row for every token.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -83,4 +87,7 @@ class Context:
         self.caches = [name for name in self.inputs if name.startswith(PAST)]
         self.further = [name for name in self.inputs if name not in _KNOWN and not name.startswith(PAST)]
         self.vectors: dict[ir.Value, Weight] = {}
+        self.masks: dict[ir.Value, MaskRule] = {}
+        self.by_head: set[ir.Value] = set()
+        self.rows_of_all: dict[ir.Value, npt.NDArray[np.float32]] = {}
         self.tables: dict[tuple[ir.Value, ir.Value], Ref] = {}

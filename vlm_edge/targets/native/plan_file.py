@@ -36,6 +36,8 @@ class Kind(IntEnum):
     MULTIPLY = 13
     LOOKUP = 14
     SELECT = 15
+    SEEN = 16
+    GREATER = 17
 
 
 class GraphKind(IntEnum):
