@@ -96,7 +96,8 @@ typedef struct {
     float scale, cap;            /* cap: scores become cap · tanh(score / cap); 0: none */
     const float *bias;           /* [rows][bias_stride], from key 0 on, added to the scores; or NULL */
     size_t bias_stride;
-    /* Writes −∞ to the scores of the keys [key, key + count) that a row may not see; NULL: all are seen. A row that sees none of all is NaN. */
+    /* Writes −∞ to the scores of the keys [key, key + count) that a row may not see; NULL: all are seen. A row that sees none of all is NaN.
+     * The scores are exponents of 2: what is added here is natural ones times log2(e). */
     void (*hide)(const void *context, size_t row, size_t key, size_t count, float *scores);
     const void *context;
     float *out;                  /* [tokens][out_stride], query heads side by side */
