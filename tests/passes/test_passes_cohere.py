@@ -21,7 +21,8 @@ TURNED = """
 <ir_version: 10, opset_import: ["" : 23]>
 g (float[batch,4,sequence,16] x, float[batch,sequence,8] angles) => (float[batch,4,sequence,16] y)
 <float[batch,sequence,8,2] twice, int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] three = {3},
- int64[1] end = {1000}, int64[1] last = {-1}, int64[4] pair = {1, 1, 1, 2}, int64[3] flat = {0, 0, 16}, int64[4] merged = {0, 0, 0, 16}>
+ int64[1] end = {1000}, int64[1] last = {-1},
+ int64[4] pair = {1, 1, 1, 2}, int64[3] flat = {0, 0, 16}, int64[4] merged = {0, 0, 0, 16}>
 {
     column = Unsqueeze (angles, three)
     twice = Expand (column, pair)
