@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from vlm_edge.targets import targets
+from vlm_edge.targets.target import load_target
 from vlm_edge_runtime.bundle.manifest import Build
 from vlm_edge_runtime.bundle.reader import read_manifest
 
@@ -68,6 +69,11 @@ def _built(bundle: Path, target: str) -> dict[str, Any]:
     }
 
 
+def _engineless(target: str) -> bool:
+    """Whether ONNX Runtime runs the target's graphs, without engines."""
+    return load_target(target).backend.startswith("ort-")
+
+
 def _row(target: str, found: dict[str, Any]) -> tuple[str, ...]:
     time_taken = f"{found['seconds']} s"
     if "failed" in found:
@@ -79,7 +85,8 @@ def _row(target: str, found: dict[str, Any]) -> tuple[str, ...]:
         for one in engines
     )
     made = "engines" if engines else "checked graphs"
-    row = (target, made, str(len(found["graphs"])), listed or "on the device", ", ".join(map(str, sms)) or "–")
+    there = listed or ("–" if _engineless(target) else "on the device")
+    row = (target, made, str(len(found["graphs"])), there, ", ".join(map(str, sms)) or "–")
     return (*row, f"{found['bytes'] / 2**20:.0f} MiB", found["agreement"], time_taken)
 
 
