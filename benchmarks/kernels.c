@@ -19,6 +19,11 @@ typedef struct {
     QuantRows codes;
     const float *x;
     float *out;
+    ByteMatrix bytes_matrix;
+    ByteRows byte_rows;
+    size_t heads, group;
+    bool causal, half;
+    void *scratch[POOL_MAX_THREADS];
     uint64_t sink[POOL_MAX_THREADS * 8];
 } Bench;
 
@@ -168,7 +173,7 @@ __attribute__((target("avx2,fma"))) static void peak2_float(void *context, size_
 /* Operations a second that the multipliers can do, in 8 bits or in floats; 0 where nobody wrote that loop. */
 double bench_peak(Bench *b, int floats) {
     const double items = (double)(pool_threads(b->pool) * PIECES) * LOOPS;
-    if (strcmp(b->kernels->name, "avx512") == 0) {
+    if (strncmp(b->kernels->name, "avx512", 6) == 0) {
         return items * 12 * (floats ? 32 : 128) / run(b, floats ? peak512_float : peak512_int8);
     }
     if (strcmp(b->kernels->name, "avx2") == 0) {
@@ -226,5 +231,84 @@ double bench_product(Bench *b, int format, size_t depth, size_t width, size_t bl
     free(b->codes.codes);
     free(b->codes.scales);
     free(b->codes.offsets);
+    return seconds;
+}
+
+static void bytes_work(void *context, size_t step, size_t item, size_t thread) {
+    Bench *b = context;
+    /* Four panels at a time, so that a row is read once for all of them. */
+    const size_t panels = b->bytes_matrix.width / PANEL, fours = (panels + 3) / 4, count = pool_threads(b->pool) * PIECES;
+    const size_t begin = item * fours / count * 4, last = (item + 1) * fours / count * 4, end = last < panels ? last : panels;
+    (void)step;
+    (void)thread;
+    if (end > begin) {
+        b->kernels->bytes(&b->bytes_matrix, begin, end - begin, &b->byte_rows, 0, b->rows, UNARY_IDENTITY, false, b->out + begin * PANEL, b->bytes_matrix.width);
+    }
+}
+
+/* The same with one scale per row and output; `data` holds codes. */
+double bench_bytes(Bench *b, size_t depth, size_t width, const uint8_t *data, size_t rows, const float *x) {
+    const size_t stride = byte_stride(depth);
+    float *scales = calloc(width, sizeof *scales);
+    int32_t *sums = calloc(width, sizeof *sums);
+    b->bytes_matrix = (ByteMatrix){.depth = depth, .width = width, .codes = (const int8_t *)data, .scales = scales, .sums = sums};
+    b->byte_rows = (ByteRows){.codes = malloc(rows * stride), .scales = malloc(rows * 4), .zeros = malloc(rows * 4), .stride = stride};
+    b->rows = rows;
+    b->out = malloc(width * rows * sizeof(float));
+    memset(b->out, 0, width * rows * sizeof(float));
+    const double begin = now(b);
+    for (size_t row = 0; row < rows; row++) {
+        b->kernels->quantize_bytes(x + row * depth, depth, &b->byte_rows, row);
+    }
+    const double seconds = now(b) - begin + run(b, bytes_work);
+    free(b->out);
+    free(b->byte_rows.codes);
+    free(b->byte_rows.scales);
+    free(b->byte_rows.zeros);
+    free(scales);
+    free(sums);
+    return seconds;
+}
+
+#define ATTENTION_ROWS 192 /* of an item: tokens times the query heads that share keys */
+
+static size_t attention_pieces(void *context, size_t step, bool *small) {
+    const Bench *b = context;
+    (void)step;
+    *small = false;
+    const size_t each = ATTENTION_ROWS / b->group;
+    return b->heads / b->group * ((b->rows + each - 1) / each);
+}
+
+static void attention_piece(void *context, size_t step, size_t item, size_t thread) {
+    Bench *b = context;
+    const size_t size = 64, kv = b->heads / b->group, each = ATTENTION_ROWS / b->group, head = item % kv, first = item / kv * each;
+    const size_t tokens = b->rows - first < each ? b->rows - first : each;
+    const float *query = b->x, *key = query + b->rows * b->heads * size, *value = key + b->rows * kv * size;
+    b->kernels->attention(&(HeadAttention){.size = size, .group = b->group, .rows = tokens * b->group, .queries = query + (first * b->heads + head * b->group) * size,
+                                           .query_stride = b->heads * size, .keys = key + head * size, .values = value + head * size, .key_stride = kv * size,
+                                           .value_stride = kv * size, .format = CACHE_FLOAT32, .end = b->causal ? first + tokens : b->rows, .half = b->half,
+                                           .causal = b->causal, .position = first, .scale = 0.125f, .out = b->out + (first * b->heads + head * b->group) * size,
+                                           .out_stride = b->heads * size, .scratch = b->scratch[thread]});
+    (void)step;
+}
+
+/* Seconds for attention over `tokens`, `heads` heads of 64 of which `group` share keys; x: queries, keys, values [tokens][heads · 64]. */
+double bench_attention(Bench *b, size_t tokens, size_t heads, size_t group, int causal, int half, const float *x) {
+    b->rows = tokens;
+    b->heads = heads;
+    b->group = group;
+    b->causal = causal != 0;
+    b->half = half != 0;
+    b->x = x;
+    b->out = malloc(tokens * heads * 64 * sizeof(float));
+    memset(b->out, 0, tokens * heads * 64 * sizeof(float));
+    for (size_t i = 0; i < pool_threads(b->pool) && b->scratch[i] == NULL; i++) {
+        b->scratch[i] = aligned_alloc(64, (attention_bytes(ATTENTION_ROWS, 64) + 63) / 64 * 64);
+    }
+    const double begin = now(b);
+    pool_run(b->pool, &(PoolJob){.steps = 1, .items = attention_pieces, .work = attention_piece, .context = b});
+    const double seconds = now(b) - begin;
+    free(b->out);
     return seconds;
 }

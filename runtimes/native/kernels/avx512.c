@@ -93,7 +93,7 @@ INLINE void quantize_block(const float *x, size_t count, int8_t *codes, float *s
     _mm_storeu_si128((__m128i *)(void *)codes, _mm512_cvtsepi32_epi8(i0));
     _mm_storeu_si128((__m128i *)(void *)(codes + 16), _mm512_cvtsepi32_epi8(i1));
     *scale = tiny ? 0.0f : most / 127.0f;
-    *offset = -8 * _mm512_reduce_add_epi32(_mm512_add_epi32(i0, i1)); /* of NaN anything: the scale says it */
+    *offset = (int32_t)(-8u * (uint32_t)_mm512_reduce_add_epi32(_mm512_add_epi32(i0, i1))); /* of NaN anything: the scale says it */
 }
 
 /* One of 16 vectors each into the lanes of one: the maximum, or the sum, across their lanes. */

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 NATIVE = ROOT / "runtimes" / "native"
 TESTS = Path(__file__).parent / "kernels"
-NAMES = ("scalar", "avx2", "avx512", "neon")
+NAMES = ("scalar", "avx2", "avx512", "avx512-bf16", "neon")
 SANITIZED = "VLM_EDGE_SANITIZED" in os.environ
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None or os.name == "nt", reason="needs gcc")
