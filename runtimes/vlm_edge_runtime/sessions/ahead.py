@@ -80,8 +80,8 @@ class Ahead(Session):
         done; `watch` does just that. `instruction`: the prompt's text, for models whose features depend on it (with another one
         they are encoded again). What is wrong with the inputs is raised where they are used.
 
-        Both parts share the machine: give each threads of its own, `load(threads=…, encoder_threads=…)`. Raises DeviceError when
-        closed, PromptError for a kind that the model does not take.
+        Both parts share the machine's cores: see `encoder_threads` and `spin` of `load`. Raises DeviceError when closed,
+        PromptError for a kind that the model does not take.
         """
         self._check_open()
         return self._prefetcher.start(kind, lambda: inputs, instruction)

@@ -50,8 +50,9 @@ def load(
     - `build`: a build's name, or "portable" for the reference graphs; by default the first build for the device.
     - `threads`: CPU threads, 0 for the number of physical cores.
     - `encoder_threads`: those of the graphs that are not the decoder's (vision encoder, projector …); 0 for as many as `threads`.
-      Where images are encoded while an answer is decoded (`prefetch`, `watch`), the two together should be the number of cores:
-      on 2 cores `threads=1, encoder_threads=1`, on 4 `threads=2, encoder_threads=2`.
+      Where images are encoded while an answer is decoded (`prefetch`, `watch`), both want the same cores: with `spin=False`, or,
+      where there are enough of them, each with its share (`threads=2, encoder_threads=2` on 4). `python -m benchmarks.ahead`
+      measures which pays on a machine.
     - `spin`: idle threads wait for the next piece of work without sleeping. Fastest on a machine of one's own; beside other
       busy processes switch it off, or every step waits for a thread that is not scheduled.
     - `context_length`: most tokens of prompt and answer together; by default what the model has.
