@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from vlm_edge.targets.backend import CompileOptions
 from vlm_edge.targets.build import build
+from vlm_edge.targets.examine import examine
 from vlm_edge.targets.precision import nearest, parse_precision, replaced, resolve_precision, stored_as
 from vlm_edge.targets.prompts import PROMPTS, decoder_feeds, drawn_pictures
 from vlm_edge.targets.samples import PAST
@@ -234,3 +235,10 @@ def test_engines_of_an_int8_decoder_have_int8_products(portable_bundle, tmp_path
     assert engine.sm == list(SMS) and not [detail for detail in seen.engines().values() if "remark" in detail]
     products = 7 * open_bundle(path).manifest.contract.kv.layers
     assert f"{products} products in 8 bits" in seen.engines()["decoder.c64"]
+
+
+def test_preflight_means_the_same_by_one_word(portable_bundle):
+    seen = Remembered()
+    found = examine(portable_bundle("tiny-llava"), "rtx-40", precision="int8", context=64, progress=seen)
+    assert "vision_encoder is fp16" in seen.steps["precision int8"] and not found.problems
+    assert {"examine vision_encoder (fp16)", "examine decoder (int8)"} <= seen.steps.keys()

@@ -22,7 +22,7 @@ from vlm_edge_runtime.bundle.writer import BuildWriter
 from vlm_edge_runtime.errors import TargetError
 
 from .pipeline import Inputs, Lowered
-from .precision import Kind
+from .precision import Kind, replaced, stored_as
 from .samples import Feeds, Samples, modality_feeds
 from .selfcheck import FP32_TOLERANCE, Difference, check_decoder, check_encoder
 from .steps import is_shared
@@ -88,6 +88,26 @@ class Job:
             yield from modality_feeds(self.bundle, role, self.pictures)
 
         return inputs
+
+
+def settle_one_word(job: Job, precision: str | Mapping[str, str] | None) -> None:
+    """Says which graphs got another precision than the one word that was given for all (see `parse_precision`).
+
+    To those belong, on TensorRT, encoders whose activations nothing can be seen of: no pictures were named, or none passes
+    through; they are fp16.
+    """
+    if not isinstance(precision, str) or "=" in precision:
+        return
+    for role, kind in job.kinds.items():
+        calibrated = job.words[role] in ("int8", "fp8") and stored_as(kind, job.words[role], job.target.backend)[-1] != "w"
+        if kind == "encoder" and calibrated and "int8w" in job.target.words["decoder"] and job.calibration(role) is None:
+            job.words[role] = "fp16"
+    others = replaced(precision, job.words, job.kinds)
+    if others:
+        step = f"precision {precision.strip()}"
+        job.progress.start(step)
+        job.progress.done(step, "; ".join(f"{role} is {word}" for role, word in others.items()))
+        job.options |= {f"{role}.asked": precision.strip() for role in others}
 
 
 class Backend(ABC):

@@ -19,10 +19,10 @@ from vlm_edge_runtime.bundle.reader import PORTABLE, open_bundle
 from vlm_edge_runtime.bundle.writer import BuildWriter, now
 from vlm_edge_runtime.errors import BundleError, TargetError
 
-from .backend import Backend, CompileOptions, Job, Option, backend_of, checked
+from .backend import Backend, CompileOptions, Job, Option, backend_of, checked, settle_one_word
 from .examine import Examination
 from .pipeline import Lowered
-from .precision import bundle_roles, replaced, resolve_precision, stored_as
+from .precision import bundle_roles, resolve_precision, stored_as
 from .samples import Samples
 from .target import Target, load_target
 
@@ -74,7 +74,7 @@ def build(
         compiling=compiling or CompileOptions(),
         progress=progress or Silent(),
     )
-    _settle_one_word(job, precision)
+    settle_one_word(job, precision)
     there = opened.manifest.builds.get(label)
     given = {"precision": precision, "block_size": block_size, "calibration": calibration}
     try:
@@ -88,26 +88,6 @@ def build(
         if error.errno == errno.ENOSPC:
             raise BundleError(f"no space left while building {label} in {opened.path}: free some; nothing was kept.") from error
         raise
-
-
-def _settle_one_word(job: Job, precision: str | dict[str, str] | None) -> None:
-    """Says which graphs got another precision than the one word that was given for all (see `parse_precision`).
-
-    To those belong, on TensorRT, encoders whose activations nothing can be seen of: no pictures were named, or none passes
-    through; they are fp16.
-    """
-    if not isinstance(precision, str) or "=" in precision:
-        return
-    for role, kind in job.kinds.items():
-        calibrated = job.words[role] in ("int8", "fp8") and stored_as(kind, job.words[role], job.target.backend)[-1] != "w"
-        if kind == "encoder" and calibrated and "int8w" in job.target.words["decoder"] and job.calibration(role) is None:
-            job.words[role] = "fp16"
-    others = replaced(precision, job.words, job.kinds)
-    if others:
-        step = f"precision {precision.strip()}"
-        job.progress.start(step)
-        job.progress.done(step, "; ".join(f"{role} is {word}" for role, word in others.items()))
-        job.options |= {f"{role}.asked": precision.strip() for role in others}
 
 
 def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:

@@ -14,7 +14,7 @@ from vlm_edge_runtime.bundle.engine_profile import EngineProfile, ShapeRange
 from vlm_edge_runtime.bundle.manifest import FileRef, GenerativeContract, GraphEntry, KVLayout, TensorSpec
 from vlm_edge_runtime.bundle.reader import open_bundle
 
-from .backend import CompileOptions, Job, backend_of
+from .backend import CompileOptions, Job, backend_of, settle_one_word
 from .memory_plan import GraphMemory, MemoryPlan, gib, graph_memory, memory_plan, refuse_memory
 from .precision import bundle_roles, resolve_precision, stored_as
 from .preflight import Problem, preflight, refuse
@@ -147,6 +147,7 @@ def examine(
     )
     if chosen.backend.startswith("tensorrt"):
         job.compiling = CompileOptions(context=(context,) if context else None, max_batch=batch, make=False)
+    settle_one_word(job, precision)
     backend.check(job)
     found = Examination(job, context=context, batch=batch)
     for role in opened.graphs:

@@ -125,11 +125,13 @@ def test_captures_are_counted_and_serve_the_next_state_on_the_cpu_provider(engin
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-smolvlm"])
 def test_answers_of_the_trained_models_on_the_cpu_provider(name, portable_bundle, scene, tmp_path, place) -> None:
+    from graph_targets import graph_target
+
     from vlm_edge.targets.build import build
 
     path = tmp_path / f"{name}.vlm"
     shutil.copytree(portable_bundle(name), path)
-    build(path, "cpu-fp32", overrides={"options": {"kernels": "onnxruntime"}})
+    build(path, graph_target("cpu-fp32"))
     picture, _ = scene
     bundle = open_bundle(path, build="cpu-fp32")
     engines = [open_engine(bundle, "cpu", OPTIONS), OrtCudaEngine(bundle, OPTIONS, _place=place())]
