@@ -147,12 +147,6 @@ def graph_run(session: Session, inputs: Mapping[str, Buffer], outputs: Mapping[s
     Raises DeviceError for arrays that are missing or of other sizes, TypeError and ValueError for other types and ranks.
     """
 
-def graph_run(session: Session, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-    """Runs the plan of a graph that is no decoder; fills the output arrays, which are given, each [images, …] as the inputs are.
-
-    Raises DeviceError for arrays that are missing or of other sizes, TypeError and ValueError for other types and ranks.
-    """
-
 def plan_seconds(session: Session) -> list[tuple[str, int, float]]:
     """(kind, width, seconds of all threads together) of each step of a plan since the last call; the first begins to measure."""
 
