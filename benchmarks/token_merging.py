@@ -71,7 +71,7 @@ def measure(bundle: Path, examples: Sequence[scenes.Example]) -> dict[str, Any]:
 
 def rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[tuple[str, ...]]:
     """One line of the table for each model and share; the loss in points of exact match against nothing merged."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for model, found in results.items():
         whole = found["0"]["exact_match"]
         for share, one in found.items():
