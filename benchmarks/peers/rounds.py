@@ -18,7 +18,7 @@ from .worker import MARK
 
 QUIET_SHARE = 0.10
 """Cores' worth of other processes (or of the hypervisor) beyond which a round is called disturbed."""
-TIMEOUT_S = 1200.0
+TIMEOUT_S = 600.0
 Row = dict[str, Any]
 
 
