@@ -24,10 +24,11 @@ def native_encoders(job: Job, writer: BuildWriter, build: Build) -> None:
     """Compiles every encoder of a build that is being made into a plan, compares it with the portable graph, and lets it take
 
     the place of the lowered one. A graph with something that no step does stays with ONNX Runtime as a whole; the build's
-    option "ROLE.kernels" says why. Raises TargetError when a plan computes something else than its graph.
+    option "ROLE.kernels" says why. Graphs that no pass changes are none of the build's. Raises TargetError when a plan computes
+    something else than its graph.
     """
     for role in job.bundle.graphs:
-        if job.kinds[role] == "encoder":
+        if job.kinds[role] == "encoder" and role in build.graphs:
             _native_encoder(job, writer, build, role)
 
 
@@ -47,10 +48,10 @@ def _native_encoder(job: Job, writer: BuildWriter, build: Build, role: str) -> N
     except TargetError as error:
         job.progress.failed(step, str(error))
         raise
-    old = build.graphs.get(role)
-    for ref in () if old is None else (old.model, *old.data):
+    old = build.graphs[role]
+    for ref in (old.model, *old.data):
         (writer.path / Path(ref.file).name).unlink()
-    build.graphs[role] = _entry(old or job.bundle.graphs[role], plan, writer, path, word)
+    build.graphs[role] = _entry(old, plan, writer, path, word)
     build.options |= {
         option: "native",
         f"{role}.max_abs": difference.max_abs,
