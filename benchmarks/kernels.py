@@ -118,7 +118,7 @@ def ort_attention(tokens: int, heads: int, group: int, causal: bool, threads: in
         stored = [numpy_helper.from_array(np.array([tokens - 1], np.int32), "last")]
         stored += [numpy_helper.from_array(np.array(tokens, np.int32), "all")]
         outputs += ["present_key", "present_value"]
-        options = {"num_heads": heads, "kv_num_heads": heads // group}
+        options: dict[str, Any] = {"num_heads": heads, "kv_num_heads": heads // group}
         node = helper.make_node(
             "GroupQueryAttention", [*widths, "", "", "last", "all"], outputs, domain="com.microsoft", **options
         )
