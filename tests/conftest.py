@@ -43,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _TURNS.get(item.path.relative_to(ROOT / "tests").parts[0], 1))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here, not beside the tests that read it, so that a run of all tests can have it too."""
+    parser.addoption("--write-coverage", action="store_true", help="Write what is found into vlm_edge/families/coverage.json.")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     """Torch takes every core otherwise, and the tests share the machine."""

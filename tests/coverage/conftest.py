@@ -15,10 +15,6 @@ from vlm_edge.families import coverage
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "tests"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-coverage", action="store_true", help="Write what is found into vlm_edge/families/coverage.json.")
-
-
 @pytest.fixture(scope="session")
 def built_bundle(portable_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`built_bundle(name)` → a copy of the checkpoint's bundle with the three CPU builds."""
