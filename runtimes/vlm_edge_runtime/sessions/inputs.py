@@ -36,7 +36,7 @@ def as_list(kind: str, value: Any) -> list[Any]:
         return []
     if isinstance(value, (Medium, Prefetched)):
         return unwrapped([value])
-    if isinstance(value, (list, tuple)) and any(isinstance(each, (Medium, Prefetched)) for each in value):
+    if isinstance(value, (list, tuple)) and (not value or any(isinstance(each, (Medium, Prefetched)) for each in value)):
         return unwrapped(value)
     if _IS_ONE[kind](value):
         return [value]

@@ -148,7 +148,9 @@ def test_a_streamed_search_comes_in_one_piece(session) -> None:
     stream = vlm.stream("what is it?", images=image, num_beams=3, max_new_tokens=NEW)
     pieces = list(stream)
     assert pieces == ([whole.text] if whole.text else [])
-    assert stream.result.tokens == whole.tokens and stream.result.score == whole.score
+    assert stream.result.tokens == whole.tokens
+    # The second search finds the prompt in the prefix cache and runs its last token alone: other sums, rounded elsewhere.
+    assert stream.result.score == pytest.approx(whole.score, rel=1e-5)
     assert stream.finish_reason == whole.finish_reason
 
 
