@@ -151,6 +151,9 @@ void mapped_close(void *file, size_t bytes);
 /* What is wrong with a plan that was read, or NULL. Also counts its caches and sizes its threads' memory. */
 const char *plan_check(Plan *plan);
 
+/* At least `bytes` of memory, aligned to 64; what was in it is lost. NULL, with nothing kept, when there is none. */
+uint8_t *plan_grown(uint8_t *memory, size_t *have, size_t bytes);
+
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
 size_t plan_stride(const PlanCall *call, PlanRef ref);
 /* 0, or −1 with the reason in `message`: the call's positions are not in a table, or its static inputs do not fit each other. */

@@ -347,20 +347,6 @@ static void step_work(void *context, size_t index, size_t item, size_t thread) {
     }
 }
 
-static uint8_t *grown(uint8_t *memory, size_t *have, size_t bytes) {
-    if (bytes <= *have) {
-        return memory;
-    }
-    free(memory);
-#ifdef _WIN32
-    memory = _aligned_malloc(bytes, 64);
-#else
-    memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-#endif
-    *have = memory != NULL ? bytes : 0;
-    return memory;
-}
-
 size_t graph_scratch(const PlanStep *step) {
     size_t bytes = GRAPH_TILE * GRAPH_UNIT * PANEL * sizeof(float);
     if (step->kind == GRAPH_NORM) {
@@ -377,8 +363,8 @@ int graph_run(Plan *plan, const GraphRun *run, char message[PLAN_MESSAGE_SIZE]) 
         rows = plan->buffers[i].kind != BUFFER_INPUT && plan->buffers[i].rows > rows ? plan->buffers[i].rows : rows;
     }
     const size_t together = rows < TOGETHER ? TOGETHER / rows : 1, most = together < run->images ? together : run->images;
-    plan->arena = grown(plan->arena, &plan->arena_bytes, plan->token_bytes * most + 64);
-    plan->scratch = grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * pool_threads(plan->pool) + 64);
+    plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan->token_bytes * most + 64);
+    plan->scratch = plan_grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * pool_threads(plan->pool) + 64);
     if (plan->arena == NULL || plan->scratch == NULL) {
         snprintf(message, PLAN_MESSAGE_SIZE, "out of memory for %zu images at once", most);
         return -1;

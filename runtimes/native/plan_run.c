@@ -322,7 +322,7 @@ static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
     return -1;
 }
 
-static uint8_t *grown(uint8_t *memory, size_t *have, size_t bytes) {
+uint8_t *plan_grown(uint8_t *memory, size_t *have, size_t bytes) {
     if (bytes <= *have) {
         return memory;
     }
@@ -344,9 +344,9 @@ static int reserve(Plan *plan, const PlanCall *call, char message[PLAN_MESSAGE_S
         const size_t needed = s->kind == STEP_ATTENTION ? call->rows * (size_t)s->arg[2] * call->parts * ((size_t)s->arg[4] + 2) : 0;
         parts = needed > parts ? needed : parts;
     }
-    plan->arena = grown(plan->arena, &plan->arena_bytes, plan->token_bytes * call->rows + 64);
-    plan->scratch = grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * threads + 64);
-    plan->parts = (float *)(void *)grown((uint8_t *)plan->parts, &plan->parts_room, parts * sizeof(float) + 64);
+    plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan->token_bytes * call->rows + 64);
+    plan->scratch = plan_grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * threads + 64);
+    plan->parts = (float *)(void *)plan_grown((uint8_t *)plan->parts, &plan->parts_room, parts * sizeof(float) + 64);
     return plan->arena == NULL || plan->scratch == NULL || plan->parts == NULL ? fail(message, "out of memory for %zu tokens at once", call->rows) : 0;
 }
 
