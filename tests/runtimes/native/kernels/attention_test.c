@@ -119,3 +119,49 @@ void test_head_attention(const Kernels *k) {
     check("attention: beside NaN", out[1], 2.0, 1e-2);
     release(a.scratch, 0);
 }
+
+/* Its parts, for one query: the dot products with keys, and the weighted sum of values. */
+void test_attention(const Kernels *k) {
+    for (size_t round = 0; round < 80; round++) {
+        const size_t dim = (size_t[]){64, 16, 80, 7, 1, 128}[round % 6], keys = below(70), count = 1 + below(5), stride = keys + below(3);
+        const CacheFormat format = round % 2 ? CACHE_FLOAT16 : CACHE_FLOAT32;
+        const size_t element = format == CACHE_FLOAT16 ? 2 : 4;
+        float *values = floats(keys * dim, 1.0f, 0), *queries = floats(count * dim, 1.0f, 1), *out = memory(count * stride * sizeof *out, 4);
+        uint8_t *entries = memory(keys * dim * element, element);
+        if (format == CACHE_FLOAT16) {
+            k->to_half(values, keys * dim, (uint16_t *)(void *)entries);
+            k->to_float((uint16_t *)(void *)entries, keys * dim, values);
+        } else {
+            memcpy(entries, values, keys * dim * element);
+        }
+        k->scores(queries, count, dim, entries, format, keys, out, stride);
+        for (size_t q = 0; q < count; q++) {
+            for (size_t key = 0; key < keys; key++) {
+                double want = 0;
+                for (size_t d = 0; d < dim; d++) {
+                    want += (double)queries[q * dim + d] * values[key * dim + d];
+                }
+                check("scores", out[q * stride + key], want, 1e-5 * (double)dim);
+            }
+        }
+        float *weights = floats(count * stride, 1.0f, 1), *sums = floats(count * dim, 1.0f, 1), *before = malloc(count * dim * sizeof *sums);
+        memcpy(before, sums, count * dim * sizeof *sums);
+        k->weighted(weights, stride, count, dim, entries, format, keys, sums);
+        for (size_t q = 0; q < count; q++) {
+            for (size_t d = 0; d < dim; d++) {
+                double want = before[q * dim + d];
+                for (size_t key = 0; key < keys; key++) {
+                    want += (double)weights[q * stride + key] * values[key * dim + d];
+                }
+                check("weighted", sums[q * dim + d], want, 1e-5 * (double)(keys + 1));
+            }
+        }
+        free(before);
+        release(values, 0);
+        release(queries, 4);
+        release(out, 4);
+        release(entries, element);
+        release(weights, 4);
+        release(sums, 4);
+    }
+}

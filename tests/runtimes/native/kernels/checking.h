@@ -53,8 +53,19 @@ static inline void check(const char *what, double got, double want, double toler
 /* Relative error of the products of an attention: of float32, or, where its factors are bfloat16, of theirs. */
 static inline double attention_error(const Kernels *k, bool half) { return half && strstr(k->name, "bf16") != NULL ? 0x1p-8 : 3e-6; }
 
+/* products_test.c */
+void test_quantize(const Kernels *k);
+void test_integer_products(const Kernels *k);
+void test_float_products(const Kernels *k);
+void time_products(const Kernels *k);
+/* numbers_test.c */
+void test_elementwise(const Kernels *k);
+void test_norms(const Kernels *k);
+void test_softmax(const Kernels *k);
+void test_halves(const Kernels *k);
 /* attention_test.c and bytes_test.c */
-void test_bytes(const Kernels *k);
+void test_attention(const Kernels *k);
 void test_head_attention(const Kernels *k);
+void test_bytes(const Kernels *k);
 
 #endif
