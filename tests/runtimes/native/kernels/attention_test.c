@@ -25,7 +25,7 @@ static void test_one(const Kernels *k, size_t round) {
     const size_t past = below(round % 10 == 1 ? 400 : 90), keys = past + tokens, extra = below(3);
     const CacheFormat format = round % 2 ? CACHE_FLOAT16 : CACHE_FLOAT32;
     const size_t element = format == CACHE_FLOAT16 ? 2 : 4, query_stride = group * size + below(3), stride = size + below(5);
-    const float large = round % 6 == 5 ? 30.0f : 1.0f;
+    const float large = (float[]){1.0f, 1.0f, 1e-20f, 1.0f, 1.0f, 30.0f}[round % 6]; /* products of 1e-40 too */
     float *queries = floats(tokens * query_stride, large, 1), *key = floats(keys * stride, large, 1), *value = floats(keys * stride, 1.0f, 1);
     float *out = memory(tokens * (group * size + extra) * sizeof *out, 4), *bias = floats(rows * keys, 3.0f, 1);
     void *held[2] = {key, value};
@@ -118,6 +118,21 @@ void test_head_attention(const Kernels *k) {
     check("attention: NaN", out[0], NAN, 0);
     check("attention: beside NaN", out[1], 2.0, 1e-2);
     release(a.scratch, 0);
+    /* Without keys there is nothing to take a mean of, and without queries nothing is written. */
+    float kept[2] = {7.0f, 7.0f};
+    a.scratch = memory(attention_bytes(2, 1), 0);
+    a.end = 0;
+    a.rows = 1;
+    a.out = kept;
+    k->attention(&a);
+    check("attention: no keys", kept[0], NAN, 0);
+    kept[0] = 7.0f;
+    a.end = 3;
+    a.rows = 0;
+    k->attention(&a);
+    check("attention: no queries", kept[0], 7.0, 0);
+    check("attention: the row behind", kept[1], 7.0, 0);
+    release(a.scratch, 0);
 }
 
 /* Its parts, for one query: the dot products with keys, and the weighted sum of values. */
@@ -126,7 +141,8 @@ void test_attention(const Kernels *k) {
         const size_t dim = (size_t[]){64, 16, 80, 7, 1, 128}[round % 6], keys = below(70), count = 1 + below(5), stride = keys + below(3);
         const CacheFormat format = round % 2 ? CACHE_FLOAT16 : CACHE_FLOAT32;
         const size_t element = format == CACHE_FLOAT16 ? 2 : 4;
-        float *values = floats(keys * dim, 1.0f, 0), *queries = floats(count * dim, 1.0f, 1), *out = memory(count * stride * sizeof *out, 4);
+        const double large = (double[]){1, 1e-38, 1e15, 1}[round / 2 % 4]; /* of the queries, and of the weights */
+        float *values = floats(keys * dim, 1.0f, 0), *queries = floats(count * dim, (float)large, 1), *out = memory(count * stride * sizeof *out, 4);
         uint8_t *entries = memory(keys * dim * element, element);
         if (format == CACHE_FLOAT16) {
             k->to_half(values, keys * dim, (uint16_t *)(void *)entries);
@@ -141,10 +157,10 @@ void test_attention(const Kernels *k) {
                 for (size_t d = 0; d < dim; d++) {
                     want += (double)queries[q * dim + d] * values[key * dim + d];
                 }
-                check("scores", out[q * stride + key], want, 1e-5 * (double)dim);
+                check("scores", out[q * stride + key], want, (1e-6 * large + 1e-44) * (double)dim);
             }
         }
-        float *weights = floats(count * stride, 1.0f, 1), *sums = floats(count * dim, 1.0f, 1), *before = malloc(count * dim * sizeof *sums);
+        float *weights = floats(count * stride, (float)large, 1), *sums = floats(count * dim, (float)large, 1), *before = malloc(count * dim * sizeof *sums);
         memcpy(before, sums, count * dim * sizeof *sums);
         k->weighted(weights, stride, count, dim, entries, format, keys, sums);
         for (size_t q = 0; q < count; q++) {
@@ -153,7 +169,7 @@ void test_attention(const Kernels *k) {
                 for (size_t key = 0; key < keys; key++) {
                     want += (double)weights[q * stride + key] * values[key * dim + d];
                 }
-                check("weighted", sums[q * dim + d], want, 1e-5 * (double)(keys + 1));
+                check("weighted", sums[q * dim + d], want, (1e-6 * large + 1e-44) * (double)(keys + 1));
             }
         }
         free(before);

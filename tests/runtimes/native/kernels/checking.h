@@ -58,7 +58,8 @@ void test_quantize(const Kernels *k);
 void test_integer_products(const Kernels *k);
 void test_float_products(const Kernels *k);
 void time_products(const Kernels *k);
-/* numbers_test.c */
+/* numbers_test.c; the first: what an activation is */
+double unary_of(Unary kind, double x);
 void test_elementwise(const Kernels *k);
 void test_norms(const Kernels *k);
 void test_softmax(const Kernels *k);
