@@ -21,6 +21,7 @@ from vlm_edge_runtime.errors import BundleError, TargetError
 
 from .backend import Backend, CompileOptions, Job, Option, backend_of, checked, settle_one_word
 from .examine import Examination
+from .native.build import save_plan
 from .pipeline import Lowered
 from .precision import bundle_roles, resolve_precision, stored_as
 from .samples import Samples
@@ -47,9 +48,10 @@ def build(
     have; what is not that word is said to `progress` and kept in the build's options as `ROLE.asked`); `block_size` is the
     number of weights per scale of weight-only graphs (None: what the backend takes by itself); `calibration` are pictures for
     static int8 activation ranges (none: dynamic ranges on CPUs; a decoder on TensorRT answers prompts about drawn pictures);
-    `compiling`: what is compiled, for targets with compiled engines. Every built graph is run against its portable one: fp32
-    graphs must agree to 1e-4, for others the distance is recorded in the build's options. Graphs that no pass changes are not
-    copied; the runtime takes them from `portable/`.
+    `compiling`: what is compiled, for targets with compiled engines. A graph that native kernels can run becomes a plan at once
+    (targets/native) and is not lowered; calibration pictures are of no use to it, its ranges are measured while it runs. Every
+    built graph is run against its portable one: fp32 graphs must agree to 1e-4, for others the distance is recorded in the
+    build's options. Graphs that no pass changes are not copied; the runtime takes them from `portable/`.
 
     A build with engines that is there already is gone on with: what is missing or stale is compiled, nothing is lowered again.
     Raises TargetError (unknown target or precision, a graph that the target cannot run), BundleError (damage, the name is
@@ -112,11 +114,18 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
                         examination.add(role, name, lowered.model)
                     if lowered.changed:
                         stored = stored_as(job.kinds[role], job.words[role], job.target.backend)
-                        graphs[name] = _save(lowered.model, writer, role, name, stored, shared)
-                        shared = shared or writer.path / f"{name}.onnx"
+                        if lowered.plan is not None:
+                            graphs[name] = save_plan(lowered.plan, writer, role, stored, _parameters(lowered.model))
+                        else:
+                            graphs[name] = _save(lowered.model, writer, role, name, stored, shared)
+                            shared = shared or writer.path / f"{name}.onnx"
                         said, detail = _compared(job, backend, role, name, graphs[name], writer)
                         options |= said
                     report[name] = _report(lowered)
+                    if lowered.kernels:
+                        options[f"{name}.kernels"] = lowered.kernels
+                    if lowered.kernels.partition(": ")[2]:
+                        detail = f"{detail}; {lowered.kernels}"
             except BaseException as error:
                 job.progress.failed(step, str(error))
                 raise
@@ -157,14 +166,16 @@ def _compared(
     job: Job, backend: Backend, role: str, name: str, entry: GraphEntry, writer: BuildWriter
 ) -> tuple[dict[str, Option], str]:
     """The distance of a written graph to its portable one, as the build's options and as its progress line say it."""
-    difference = checked(backend.compare(job, role, writer.path / f"{name}.onnx"), job, role, exact=backend.is_exact(job, role))
+    built = writer.path / Path(entry.model.file).name
+    difference = checked(backend.compare(job, role, built), job, role, exact=backend.is_exact(job, role))
     options: dict[str, Option] = {
         f"{name}.max_abs": difference.max_abs,
         f"{name}.relative": difference.relative,
         f"{name}.cosine": difference.cosine,
     }
     more, remark = backend.describe(job, role, entry)
-    detail = f"{entry.nodes} nodes, cosine {difference.cosine:.5f} to portable"
+    count = f"{entry.nodes} {'steps' if entry.format == 'plan' else 'nodes'}"
+    detail = f"{count}, cosine {difference.cosine:.5f} to portable"
     return options | more, f"{detail}; {remark}" if remark else detail
 
 
@@ -187,7 +198,6 @@ def _save(model: ir.Model, writer: BuildWriter, role: str, name: str, precision:
         _share_weights(model, ir.load(like))
         ir.save(model, writer.path / file)
     refs: list[FileRef] = [writer.ref(data)] if (writer.path / data).is_file() else []
-    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     return GraphEntry(
         role=role,
         model=writer.ref(file),
@@ -196,8 +206,13 @@ def _save(model: ir.Model, writer: BuildWriter, role: str, name: str, precision:
         outputs=[_spec(value) for value in model.graph.outputs],
         precision=precision,
         nodes=sum(1 for _ in model.graph),
-        parameters=sum(tensor.size for tensor in tensors if tensor.dtype.is_floating_point() or tensor.size > 64),
+        parameters=_parameters(model),
     )
+
+
+def _parameters(model: ir.Model) -> int:
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return sum(tensor.size for tensor in tensors if tensor.dtype.is_floating_point() or tensor.size > 64)
 
 
 def _share_weights(model: ir.Model, written: ir.Model) -> None:

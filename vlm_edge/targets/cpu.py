@@ -1,43 +1,73 @@
-"""ONNX Runtime on the CPU: fused kernels, 4- and 8-bit weights, integer activations."""
+"""The CPU: plans for native kernels, ONNX Runtime for what they cannot express; 4- and 8-bit weights, integer activations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
 import onnx_ir as ir
 
-from vlm_edge_runtime.bundle.manifest import Build, GenerativeContract
-from vlm_edge_runtime.bundle.writer import BuildWriter
+from vlm_edge_runtime.bundle.manifest import GenerativeContract, GraphEntry, KVLayout
 from vlm_edge_runtime.errors import TargetError
 
-from .backend import Backend, Job
-from .native.build import native_decoder
-from .native.encoder_build import native_encoders
+from .backend import Backend, Job, Option
+from .native.build import planned
+from .native.errors import NotExpressible
 from .pipeline import Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder, lower_recurrent_decoder
 from .precision import stored_as
+from .samples import PAST
 
 
 class CpuBackend(Backend):
-    """GroupQueryAttention on a shared KV buffer where a decoder allows it, MatMulNBits and integer products."""
+    """Plans where the target wants native kernels and they express a graph; else GroupQueryAttention on a shared KV buffer where
+
+    a decoder allows it, MatMulNBits and integer products.
+    """
 
     def lower(self, job: Job, role: str) -> Mapping[str, Lowered]:
-        """See `Backend.lower`; every portable graph becomes one."""
-        model = ir.load(job.bundle.graph_path(role))
-        kind, word, options = job.kinds[role], job.words[role], job.target.options
-        if kind == "decoder":
-            return {role: _decoder(job, model)}
-        if kind == "embedding":
-            return {role: lower_embedding(model, precision=word, block_size=job.block_size)}  # type: ignore[arg-type]
-        stored = stored_as(kind, word)
-        calibration = job.calibration(role)
-        return {role: lower_encoder(model, precision=stored, block_size=job.block_size, options=options, calibration=calibration)}
+        """See `Backend.lower`; every portable graph becomes one graph or one plan."""
+        kind, options = job.kinds[role], job.target.options
+        wanted = {"decoder": options.kernels, "encoder": options.encoder_kernels}.get(kind, "")
+        why = ""
+        if wanted == "native":
+            try:
+                found = planned(job, role)
+            except NotExpressible as error:
+                why = f"onnxruntime: no native kernel for {error}"
+            else:
+                found.kernels = "native"
+                return {role: found}
+        lowered = _lowered(job, role)
+        lowered.kernels = why
+        return {role: lowered}
 
-    def finish(self, job: Job, writer: BuildWriter, build: Build) -> None:
-        """See `Backend.finish`; decoder and encoders become plans where the target wants native kernels."""
-        if job.target.options.kernels == "native" and "decoder" in build.graphs:
-            native_decoder(job, writer, build, exact=self.is_exact(job, "decoder"))
-        if job.target.options.encoder_kernels == "native":
-            native_encoders(job, writer, build)
+    def describe(self, job: Job, role: str, entry: GraphEntry) -> tuple[dict[str, Option], str]:
+        """See `Backend.describe`; where calibration pictures are given, says of a plan that it has no use for them."""
+        options, remark = super().describe(job, role, entry)
+        if entry.format == "plan" and job.words[role] == "int8" and job.calibration(role) is not None:
+            options |= {f"{role}.calibration": "none: ranges are measured while it runs"}
+            remark = "its ranges are measured while it runs, not on the calibration pictures"
+        return options, remark
+
+    def kv(self, job: Job, graphs: Mapping[str, GraphEntry]) -> KVLayout | None:
+        """See `Backend.kv`; a plan keeps its cache in what its inputs say."""
+        layout, decoder = super().kv(job, graphs), graphs.get("decoder")
+        if layout is None or decoder is None or decoder.format != "plan":
+            return layout
+        dtype = next(spec.dtype for spec in decoder.inputs if spec.name.startswith(PAST))
+        return msgspec.structs.replace(layout, dtype=dtype)
+
+
+def _lowered(job: Job, role: str) -> Lowered:
+    """A portable graph as ONNX Runtime runs it."""
+    model = ir.load(job.bundle.graph_path(role))
+    kind, word, options = job.kinds[role], job.words[role], job.target.options
+    if kind == "decoder":
+        return _decoder(job, model)
+    if kind == "embedding":
+        return lower_embedding(model, precision=word, block_size=job.block_size)  # type: ignore[arg-type]
+    stored = stored_as(kind, word)
+    return lower_encoder(model, precision=stored, block_size=job.block_size, options=options, calibration=job.calibration(role))
 
 
 def _decoder(job: Job, model: ir.Model) -> Lowered:

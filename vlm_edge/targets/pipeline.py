@@ -30,6 +30,7 @@ from vlm_edge.quantize.embedding import EmbeddingStorage
 from vlm_edge.quantize.static import StaticInt8MatMul, calibrated_inputs
 from vlm_edge.quantize.weight_only import WeightOnlyMatMul
 
+from .native.plan_file import Plan
 from .target import Options
 
 Inputs = Callable[[], Iterable[Mapping[str, npt.NDArray[Any]]]]
@@ -38,15 +39,21 @@ Inputs = Callable[[], Iterable[Mapping[str, npt.NDArray[Any]]]]
 
 @dataclass(slots=True)
 class Lowered:
-    """One graph after its passes."""
+    """One graph after its passes.
+
+    `plan`: what native kernels run in its place. `kernels`: what runs it, and why, where the target leaves a choice: "native" or
+    "onnxruntime: the reason".
+    """
 
     model: ir.Model
     changes: list[Changes] = field(default_factory=list)
+    plan: Plan | None = None
+    kernels: str = ""
 
     @property
     def changed(self) -> bool:
-        """Whether the graph is worth keeping beside the portable one: more than cleaning up was done."""
-        return any(change for change in self.changes if change.name != Cleanup.name)
+        """Whether the graph is worth keeping beside the portable one: it is a plan, or more than cleaning up was done."""
+        return self.plan is not None or any(change for change in self.changes if change.name != Cleanup.name)
 
     @property
     def notes(self) -> list[str]:
