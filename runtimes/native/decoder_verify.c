@@ -9,6 +9,19 @@
 
 bool decoder_verifies(const Decoder *d) { return d->decoder->plan != NULL && !d->recurrent && d->output_count == 0; }
 
+/* How many tokens of a row can run now, its newest one included: what the cache has left, and the tables of positions. */
+static size_t room_of(const Decoder *d, size_t index) {
+    const DecoderRow *row = &d->rows[index];
+    const size_t entries = d->capacity - row->length, positions = plan_room(d->decoder->plan, row->next_position, (int64_t)row->length);
+    return positions < entries ? positions : entries;
+}
+
+/* A draft that would run past the last position is cut there; the answer may still end before. */
+static size_t drafted(const Decoder *d, const Draft *drafts, size_t index) {
+    const size_t room = room_of(d, index), most = room > 0 ? room - 1 : 0;
+    return drafts[index].count < most ? drafts[index].count : most;
+}
+
 /* Rows [first, first + count) in one run, and memory for `tokens` tokens of each. */
 typedef struct {
     size_t first, count, tokens;
@@ -64,9 +77,10 @@ static void fill(const Decoder *d, const Draft *drafts, const Pass *p) {
     for (size_t i = 0; i < p->count; i++) {
         const DecoderRow *row = &d->rows[p->first + i];
         const Draft *draft = &drafts[p->first + i];
+        const size_t count = drafted(d, drafts, p->first + i);
         p->seqlens[i] = (int32_t)(row->length + p->tokens - 1);
         for (size_t t = 0; t < p->tokens; t++) {
-            p->ids[i * p->tokens + t] = t > 0 && t <= draft->count ? draft->tokens[t - 1] : row->pending;
+            p->ids[i * p->tokens + t] = t > 0 && t <= count ? draft->tokens[t - 1] : row->pending;
             for (size_t axis = 0; axis < d->position_axes; axis++) {
                 p->positions[axis * all + i * p->tokens + t] = row->next_position + (int64_t)t;
             }
@@ -103,15 +117,17 @@ static DecoderStatus run(Decoder *d, const Pass *p, char message[ORT_MESSAGE_SIZ
 }
 
 /* The tokens of one row: its sampler sees and chooses them in the order in which single steps would let it. */
-static DecoderStatus take(Decoder *d, size_t index, const Draft *draft, const float *logits, RowOutput *out, char message[ORT_MESSAGE_SIZE]) {
+static DecoderStatus take(Decoder *d, size_t index, const Draft *drafts, const float *logits, RowOutput *out, char message[ORT_MESSAGE_SIZE]) {
     DecoderRow *row = &d->rows[index];
+    const Draft *draft = &drafts[index];
+    const size_t count = drafted(d, drafts, index);
     DecoderStatus status = DECODER_OK;
     for (size_t t = 0; status == DECODER_OK; t++) {
         sampler_accept(&row->sampler, row->pending);
         row->length++;
         row->next_position++;
         status = decoder_emit(d, index, logits + t * d->vocab, out, message);
-        if (status != DECODER_OK || row->finished || t == draft->count || row->pending != draft->tokens[t]) {
+        if (status != DECODER_OK || row->finished || t == count || row->pending != draft->tokens[t]) {
             memcpy(d->logits + index * d->vocab, logits + t * d->vocab, d->vocab * sizeof *logits);
             break;
         }
@@ -156,10 +172,10 @@ static DecoderStatus check(const Decoder *d, const Draft *drafts, size_t *most, 
 static Pass next_pass(const Decoder *d, const Draft *drafts, size_t first) {
     Pass p = {.first = first, .tokens = 1};
     for (size_t i = first; i < d->batch && waits(&d->rows[i]); i++, p.count++) {
-        const size_t tokens = drafts[i].count + 1 > p.tokens ? drafts[i].count + 1 : p.tokens;
+        const size_t own = drafted(d, drafts, i) + 1, tokens = own > p.tokens ? own : p.tokens;
         bool fits = true;
         for (size_t k = first; k <= i; k++) {
-            fits = fits && tokens <= d->capacity - d->rows[k].length;
+            fits = fits && (tokens == 1 || tokens <= room_of(d, k));
         }
         if (!fits) {
             break; /* the next pass begins here; a row by itself always fits */
@@ -191,7 +207,7 @@ DecoderStatus decoder_verify(Decoder *d, const Draft *drafts, const atomic_bool 
             status = run(d, &p, message);
         }
         for (size_t k = 0; status == DECODER_OK && k < p.count; k++) {
-            status = take(d, i + k, &drafts[i + k], p.logits + k * p.tokens * d->vocab, &outputs[i + k], message);
+            status = take(d, i + k, drafts, p.logits + k * p.tokens * d->vocab, &outputs[i + k], message);
         }
         i += p.count;
     }

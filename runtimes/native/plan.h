@@ -158,6 +158,8 @@ float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
 size_t plan_stride(const PlanCall *call, PlanRef ref);
 /* 0, or −1 with the reason in `message`: the call's positions are not in a table, or its static inputs do not fit each other. */
 int plan_ready(const Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]);
+/* How many tokens the plan's tables of positions have left for a row whose next token has that position and that entry. */
+size_t plan_room(const Plan *plan, int64_t position, int64_t index);
 /* Which of all the call's tokens [rows · tokens] a row of a step's buffers is for. */
 size_t plan_token(const PlanCall *call, const PlanStep *step, size_t row);
 /* Valid entries of a row before the tokens that are computed now. */

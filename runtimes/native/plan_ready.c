@@ -12,6 +12,28 @@ static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
     return -1;
 }
 
+/* A step's table of positions (or of entries' indices): how many it has from 0 on. */
+typedef struct {
+    bool reads, by_index;
+    int64_t least, count, rows;
+} Table;
+
+static Table table_of(const Plan *plan, const PlanStep *step) {
+    const bool lookup = step->kind == STEP_LOOKUP, rotary = step->kind == STEP_ROTARY && (step->arg[7] == 1 || step->arg[7] == 2);
+    const int64_t shift = lookup ? step->arg[0] : 0, rows = lookup || rotary ? (int64_t)plan->weights[step->weight[0]].matrix.depth : 0;
+    return (Table){.reads = lookup || rotary, .by_index = lookup ? step->arg[1] != 0 : step->arg[7] == 2, .least = -shift, .count = rows - shift, .rows = rows};
+}
+
+size_t plan_room(const Plan *plan, int64_t position, int64_t index) {
+    int64_t room = INT32_MAX;
+    for (uint32_t i = 0; i < plan->step_count; i++) {
+        const Table table = table_of(plan, &plan->steps[i]);
+        const int64_t left = table.count - (table.by_index ? index : position);
+        room = table.reads && left < room ? left : room;
+    }
+    return room > 0 ? (size_t)room : 0;
+}
+
 /* Tables are read at the tokens' positions or at their entries' indices: all of them must be there. */
 static int check_positions(const Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
     int64_t least[2] = {INT64_MAX, INT64_MAX}, most[2] = {INT64_MIN, INT64_MIN}; /* of positions, of indices */
@@ -25,15 +47,10 @@ static int check_positions(const Plan *plan, const PlanRun *run, char message[PL
         most[1] = newest > most[1] ? newest : most[1];
     }
     for (uint32_t i = 0; i < plan->step_count; i++) {
-        const PlanStep *step = &plan->steps[i];
-        const bool lookup = step->kind == STEP_LOOKUP, rotary = step->kind == STEP_ROTARY && (step->arg[7] == 1 || step->arg[7] == 2);
-        if (lookup || rotary) {
-            const size_t by_index = lookup ? step->arg[1] != 0 : step->arg[7] == 2;
-            const int64_t shift = lookup ? step->arg[0] : 0, rows = (int64_t)plan->weights[step->weight[0]].matrix.depth;
-            if (least[by_index] < -shift || most[by_index] >= rows - shift) {
-                const int64_t wrong = least[by_index] < -shift ? least[by_index] : most[by_index];
-                return fail(message, "position %lld is outside the table of %lld", (long long)wrong, (long long)rows);
-            }
+        const Table table = table_of(plan, &plan->steps[i]);
+        if (table.reads && (least[table.by_index] < table.least || most[table.by_index] >= table.count)) {
+            const int64_t wrong = least[table.by_index] < table.least ? least[table.by_index] : most[table.by_index];
+            return fail(message, "position %lld is outside the table of %lld", (long long)wrong, (long long)table.rows);
         }
     }
     return 0;

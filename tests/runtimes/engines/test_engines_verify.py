@@ -13,7 +13,7 @@ from vlm_edge.targets.build import build
 from vlm_edge.targets.target import load_target
 from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.engines import EngineOptions, SamplingParams, open_engine
-from vlm_edge_runtime.errors import ContextLengthError
+from vlm_edge_runtime.errors import ContextLengthError, DeviceError
 
 
 def made(name: str, portable_bundle, root: Path, target: str, kernels: str = "native") -> Path:
@@ -132,6 +132,38 @@ def test_what_is_kept_goes_on_as_if_drafts_had_never_been(bundle, threads) -> No
         one.truncate(0, 31)
         one.prefill(0, decoder.embed(np.array([11, 12])), np.array([31, 32]))
     np.testing.assert_array_equal(other.logits(0), plain.logits(0))
+
+
+def test_drafts_end_where_the_positions_end(portable_bundle, tmp_path) -> None:
+    """A learned table of 256 positions, a cache with more room: drafts are cut there, in their own row and in the row beside it."""
+    decoder = opened(made("llava-gpt2", portable_bundle, tmp_path, "cpu-fp32"), "cpu-fp32-native")
+    prompts = [240, 20]
+    expected = single_steps(decoder, prompts, 17)
+    state, rows, passes = speculated(
+        decoder, prompts, expected, lambda row, done: expected[row].tokens[done : done + 12] + [5] * 3
+    )
+    assert_same(rows, expected)
+    assert passes < 8
+    assert state.lengths == [256, 36]
+    # Its newest token has no position any more, with a draft as without.
+    for drafts in ([[1, 2], []], [[], []]):
+        with pytest.raises(DeviceError, match="outside the table of 256"):
+            state.verify(drafts)
+
+
+@pytest.mark.parametrize("threads", range(1, 9))
+def test_every_number_of_threads_gives_the_same_bits(bundle, threads) -> None:
+    reference = opened(bundle, "cpu-int4-native", 1)
+    prompts = [70, 5]
+    expected = single_steps(reference, prompts, 14)
+
+    def drafts(row, done):
+        return [expected[row].tokens[done : done + 7], [9, 9], []][done % 3]
+
+    decoder = opened(bundle, "cpu-int4-native", threads)
+    assert_same(single_steps(decoder, prompts, 14), expected)
+    _, rows, _ = speculated(decoder, prompts, expected, drafts)
+    assert_same(rows, expected)
 
 
 def test_rules_on_what_comes_next_see_single_steps(bundle) -> None:
