@@ -126,6 +126,28 @@ __attribute__((target("avx512f"))) static void peak512_float(void *context, size
     ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm512_reduce_add_ps(sum) + step + item;
 }
 
+__attribute__((target("avx512f,avx512bf16"))) static void peak512_bf16(void *context, size_t step, size_t item, size_t thread) {
+    const __m512bh x = (__m512bh)_mm512_set1_epi16(0x3e99), y = (__m512bh)_mm512_set1_epi16(0x3f00); /* 0.3, 0.5 */
+    __m512 s[12];
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; i++) {
+        s[i] = _mm512_set1_ps((float)i);
+    }
+    for (int k = 0; k < LOOPS; k++) {
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; i++) {
+            s[i] = _mm512_dpbf16_ps(s[i], x, y);
+            __asm__ volatile("" : "+v"(s[i]));
+        }
+    }
+    __m512 sum = s[0];
+#pragma GCC unroll 12
+    for (int i = 1; i < 12; i++) {
+        sum = _mm512_add_ps(sum, s[i]);
+    }
+    ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm512_reduce_add_ps(sum) + step + item;
+}
+
 /* Multiply, widen, add: three instructions for 32 products; the additions of pairs may wait, so this is what 8-bit weights allow. */
 __attribute__((target("avx2"))) static void peak2_int8(void *context, size_t step, size_t item, size_t thread) {
     __m256i s[10], x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5);
@@ -170,19 +192,23 @@ __attribute__((target("avx2,fma"))) static void peak2_float(void *context, size_
     ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm256_cvtss_f32(sum) + step + item;
 }
 
-/* Operations a second that the multipliers can do, in 8 bits or in floats; 0 where nobody wrote that loop. */
-double bench_peak(Bench *b, int floats) {
+/* Operations a second that the multipliers can do: 0 in 8 bits, 1 in floats, 2 in bfloat16 added up in floats; 0 where the CPU has no
+ * such instruction or nobody wrote that loop. */
+double bench_peak(Bench *b, int kind) {
     const double items = (double)(pool_threads(b->pool) * PIECES) * LOOPS;
+    if (kind == 2) {
+        return __builtin_cpu_supports("avx512bf16") ? items * 12 * 64 / run(b, peak512_bf16) : 0;
+    }
     if (strncmp(b->kernels->name, "avx512", 6) == 0) {
-        return items * 12 * (floats ? 32 : 128) / run(b, floats ? peak512_float : peak512_int8);
+        return items * 12 * (kind ? 32 : 128) / run(b, kind ? peak512_float : peak512_int8);
     }
     if (strcmp(b->kernels->name, "avx2") == 0) {
-        return items * 10 * (floats ? 16 : 64) / run(b, floats ? peak2_float : peak2_int8);
+        return items * 10 * (kind ? 16 : 64) / run(b, kind ? peak2_float : peak2_int8);
     }
     return 0;
 }
 #else
-double bench_peak(Bench *b, int floats) { return 0; }
+double bench_peak(Bench *b, int kind) { return 0; }
 #endif
 
 static void product_work(void *context, size_t step, size_t item, size_t thread) {

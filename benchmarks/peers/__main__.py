@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import click
 import psutil
 from rich.console import Console
 
-from . import environments, limits, models, report, rounds, scenario, shape
-from .contenders import Contender, chosen
+from . import environments, models, report, rounds, shape
+from .contenders import CONTENDERS, Contender, chosen
+from .prepare import Prepared, prepare, prepared
 from .show import show
 
 RESULTS = environments.ROOT / "benchmarks" / "results"
@@ -46,52 +48,6 @@ def commit() -> str:
 
     dirty = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return (git("rev-parse", "--short", "HEAD") or "unknown") + dirty
-
-
-def prepare(
-    model: models.Model, those: Sequence[Contender], tiles: int, runs: int, threads: int, short: bool, rebuild: bool
-) -> Any:
-    """Model, environments, artefacts. Returns the shared job, interpreters, job files, and contenders that failed → why."""
-    logs = model.folder / "logs"
-    bundle = model.folder / f"{model.name}.vlm"
-    with console.status("the comparison model"):
-        models.make(model)
-        derived: dict[str, Any] = models.derive(model)
-    first = next((one for one in those if one.ours), chosen("ours-int4")[0])  # its tokenizer and image rules make the prompts
-    mine = [one for one in those if one.ours] or [first]
-    own = {**derived, "checkpoint": str(model.checkpoint), "bundle": str(bundle), "python": sys.executable}
-    failed: dict[str, str] = {}
-    for one in mine:
-        path = scenario.write_job({**own, "tiles": tiles, "rebuild": rebuild}, "ours", one.variant, model)
-        try:
-            _prepare(one, path, sys.executable, logs)
-        except environments.PeerError as error:
-            failed[one.key] = str(error)
-            console.print(f"[yellow]{one.label}[/]: {error}")
-    if first.key in failed:
-        raise click.ClickException(f"{failed[first.key]} (its tokenizer and image rules make the prompts of all).")
-    with console.status("prompts"):
-        job = scenario.make_job(model, bundle, first.variant, tiles, runs, threads, short, derived)
-    pythons: dict[str, str] = {}
-    jobs: dict[str, Path] = {}
-    for one in those:
-        jobs[one.key] = scenario.write_job(job, one.peer, one.variant, model)
-        try:
-            if one.peer not in pythons:
-                with console.status(f"environment of {one.peer} (built from source where PyPI has no wheel)"):
-                    pythons[one.peer] = environments.python_of(one.peer, environments.PEERS / one.peer / "install.log")
-            if not one.ours:
-                _prepare(one, jobs[one.key], pythons[one.peer], logs)
-        except environments.PeerError as error:
-            failed[one.key] = str(error)
-            console.print(f"[yellow]{one.label}[/]: {error}")
-    return job, pythons, jobs, failed
-
-
-def _prepare(one: Contender, job: Path, python: str, logs: Path) -> None:
-    with console.status(f"artefacts of {one.label}"):
-        command = [python, "-m", f"benchmarks.peers.{one.peer}", "prepare", str(job)]
-        environments.run(command, logs / f"{one.key}-prepare.log", f"{one.label} cannot be prepared", HF_HUB_OFFLINE="1")
 
 
 def save(found: Mapping[str, Any], stem: Path) -> list[Path]:
@@ -125,6 +81,9 @@ def save(found: Mapping[str, Any], stem: Path) -> list[Path]:
 @click.option("--threads", type=click.IntRange(1), help="Threads of every contender (default: the physical cores).")
 @click.option("--quick", is_flag=True, help="One round of one run with short answers: does everything work?")
 @click.option("--resume", is_flag=True, help="Keep what an interrupted run with the same options has measured.")
+@click.option("--for", "seconds", type=click.FloatRange(1), help="Begin nothing that would end later; --resume goes on (exit 3).")
+@click.option("--prepared", "ready", is_flag=True, help="Prepare nothing: measure what --prepare-only left, at once.")
+@click.option("--report", "only_report", is_flag=True, help="Measure nothing: write the tables of what the journal holds.")
 @click.option("--busy", "allow_busy", is_flag=True, help="Measure although the machine is busy; the tables say so.")
 @click.option("--prepare-only", is_flag=True, help="Make the model, the environments and the artefacts; measure nothing.")
 @click.option("--rebuild", is_flag=True, help="Build ours again, after a change of the compiler or the kernels.")
@@ -139,6 +98,9 @@ def main(
     threads: int | None,
     quick: bool,
     resume: bool,
+    seconds: float | None,
+    ready: bool,
+    only_report: bool,
     allow_busy: bool,
     prepare_only: bool,
     rebuild: bool,
@@ -158,7 +120,15 @@ def main(
     python -m benchmarks.peers --tiles 17 --rounds 2      time to the first token of a split picture
     python -m benchmarks.peers --model 2b                 a decoder of 1.5 B
     python -m benchmarks.peers --only ours,llama --quick  a look
+
+    A long run can be taken in pieces, each as quiet as it can be had; the page says of when its figures are:
+
+    \b
+    python -m benchmarks.peers --model 2b --prepare-only
+    python -m benchmarks.peers --model 2b --prepared --resume --for 200    again, until it does not exit with 3
+    python -m benchmarks.peers --model 2b --report                         the tables of what there is
     """
+    began = time.time()
     try:
         those, model = chosen(only), models.model_named(name)
     except ValueError as error:
@@ -169,22 +139,40 @@ def main(
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     threads = threads or cores
     count, runs = (1, 1) if quick else (count, runs)
-    warning = None if prepare_only else _quiet(cores, allow_busy)
-    job, pythons, jobs, failed = prepare(model, those, split, runs, threads, quick, rebuild)
+    wanted: dict[str, Any] = {"tiles": split, "runs": runs, "threads": threads, "quick": quick}
     if prepare_only:
+        prepare(model, those, wanted, rebuild, console)
         return
-    settings = {"tiles": split, "runs": runs, "threads": threads, "quick": quick, "model": model.name}
-    journal = rounds.Journal(model.folder / f"journal-{split}.jsonl", settings, resume)
-    running = [one for one in those if one.key not in failed]
-    try:
-        failed |= rounds.run_rounds(running, count, threads, pythons, jobs, model.folder / "logs", journal, console.print)
-    except RuntimeError as error:
-        raise click.ClickException(str(error)) from None
-    found = _document(model, those, failed, journal, job, threads, warning)
+    warning = None if only_report else _quiet(cores, allow_busy)
+    settings = {**wanted, "model": model.name}
+    command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
+    origin = {"commit": commit(), "command": command, "busy": warning}
+    journal = rounds.Journal(model.folder / f"journal-{split}.jsonl", settings, resume or only_report, origin)
+    if only_report:
+        those = tuple(one for one in CONTENDERS if journal.of(one.key) or one.key in journal.errors())
+        if not journal.limits() or not those:
+            raise click.ClickException(f"{journal.path} holds nothing of a run with these options.")
+    made = prepared(model, those, wanted) if ready or only_report else prepare(model, those, wanted, rebuild, console)
+    left = 0
+    if not only_report:
+        running = [one for one in those if one.key not in made.failed]
+        until = None if seconds is None else began + seconds
+        logs = model.folder / "logs"
+        try:
+            failed, left = rounds.run_rounds(
+                running, count, threads, made.pythons, made.jobs, logs, journal, console.print, until
+            )
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from None
+        made.failed |= failed
+    if left:
+        console.print(f"{left} measurements are left: give the same command again, with --resume.")
+        sys.exit(3)
+    found = _document(model, those, made, journal, threads)
     show(found, console)
     if keep or out:
-        for file in save(found, out or RESULTS / f"peers_{model.name}_{split}_tile{'s' * (split > 1)}"):
-            console.print(f"saved: {file}")
+        for path in save(found, out or RESULTS / f"peers_{model.name}_{split}_tile{'s' * (split > 1)}"):
+            console.print(f"saved: {path}")
 
 
 def _quiet(cores: int, allow_busy: bool) -> str | None:
@@ -201,14 +189,13 @@ def _quiet(cores: int, allow_busy: bool) -> str | None:
 def _document(
     model: models.Model,
     those: Sequence[Contender],
-    failed: Mapping[str, str],
+    made: Prepared,
     journal: rounds.Journal,
-    job: Mapping[str, Any],
     threads: int,
-    warning: str | None,
 ) -> dict[str, Any]:
+    job = made.job
     rows = {one.key: journal.of(one.key) for one in those}
-    seen = journal.limits()
+    failed = {**journal.errors(), **made.failed}
     image_tokens = job["image"]["ids"].count(job["image"]["token_id"])
     facts = {
         "model": model.name,
@@ -221,14 +208,14 @@ def _document(
     head = {
         "title": f"{model.title}, {job['tiles']} tile{'s' * (job['tiles'] > 1)}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
+        "command": "`, `".join(sorted({row["command"] for own in rows.values() for row in own if "command" in row})),
         "commit": commit(),
         "machine": machine(threads),
         "rounds": max((len(own) for own in rows.values()), default=0),
-        "warning": warning,
+        "warning": next((row["busy"] for own in rows.values() for row in own if row.get("busy")), None),
     }
     sizes = shape.read(model.checkpoint, (model.side, model.side))
-    return report.document(rows, those, failed, limits.best(seen), sizes, facts, head)
+    return report.document(rows, those, failed, journal.limits(), sizes, facts, head)
 
 
 if __name__ == "__main__":

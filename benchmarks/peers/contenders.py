@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-Arithmetic = Literal["int8", "fp32"]
 
 
 @dataclass(slots=True, frozen=True)
 class Contender:
-    """`peer`: the worker's module and its environment's name. `products`, `vision`: the arithmetic whose peak bounds the matrix
-
-    products of the decoder and the vision encoder; None where that peak is not measured here (bfloat16).
-    """
+    """`peer`: the worker's module and its environment's name."""
 
     key: str
     label: str
     peer: str
     variant: str
-    products: Arithmetic | None
-    vision: Arithmetic | None
 
     @property
     def ours(self) -> bool:
@@ -29,18 +21,18 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender("ours-int4", "vlm-edge cpu-int4", "ours", "cpu-int4", "int8", "int8"),
-    Contender("llama.cpp-q4_0", "llama.cpp Q4_0", "llama_cpp", "q4_0", "int8", "int8"),
-    Contender("ort-genai-int4", "onnxruntime-genai int4", "ort_genai", "int4", "int8", "int8"),
-    Contender("openvino-int4", "OpenVINO int4", "openvino_genai", "vlm-int4", "int8", "fp32"),
-    Contender("openvino-genai-int4", "OpenVINO GenAI int4, decoder alone", "openvino_genai", "llm-int4", "int8", None),
-    Contender("ours-int8", "vlm-edge cpu-int8", "ours", "cpu-int8", "int8", "int8"),
-    Contender("llama.cpp-q8_0", "llama.cpp Q8_0", "llama_cpp", "q8_0", "int8", "fp32"),
-    Contender("openvino-int8", "OpenVINO int8", "openvino_genai", "vlm-int8", "int8", "fp32"),
-    Contender("openvino-genai-int8", "OpenVINO GenAI int8, decoder alone", "openvino_genai", "llm-int8", "int8", None),
-    Contender("ours-fp32", "vlm-edge cpu-fp32", "ours", "cpu-fp32", "fp32", "fp32"),
-    Contender("transformers-fp32", "transformers eager fp32", "transformers_eager", "fp32", "fp32", "fp32"),
-    Contender("transformers-bf16", "transformers eager bf16", "transformers_eager", "bf16", None, None),
+    Contender("ours-int4", "vlm-edge cpu-int4", "ours", "cpu-int4"),
+    Contender("llama.cpp-q4_0", "llama.cpp Q4_0", "llama_cpp", "q4_0"),
+    Contender("ort-genai-int4", "onnxruntime-genai int4", "ort_genai", "int4"),
+    Contender("openvino-int4", "OpenVINO int4", "openvino_genai", "vlm-int4"),
+    Contender("openvino-genai-int4", "OpenVINO GenAI int4, decoder alone", "openvino_genai", "llm-int4"),
+    Contender("ours-int8", "vlm-edge cpu-int8", "ours", "cpu-int8"),
+    Contender("llama.cpp-q8_0", "llama.cpp Q8_0", "llama_cpp", "q8_0"),
+    Contender("openvino-int8", "OpenVINO int8", "openvino_genai", "vlm-int8"),
+    Contender("openvino-genai-int8", "OpenVINO GenAI int8, decoder alone", "openvino_genai", "llm-int8"),
+    Contender("ours-fp32", "vlm-edge cpu-fp32", "ours", "cpu-fp32"),
+    Contender("transformers-fp32", "transformers eager fp32", "transformers_eager", "fp32"),
+    Contender("transformers-bf16", "transformers eager bf16", "transformers_eager", "bf16"),
 )
 OWN_ENVIRONMENT = ("llama_cpp", "openvino_genai", "ort_genai")
 """Peers that are installed; the others run in this project's environment."""

@@ -1,4 +1,4 @@
-"""What this machine allows: bytes read per second with all threads, operations per second in 8 bits and in float32.
+"""What this machine allows: bytes read per second with all threads, operations per second in 8 bits, bfloat16 and float32.
 
 The loops are those of benchmarks/kernels.c on threads of the runtime's own pool; they need gcc. A limit is the best that was
 seen in any round, since everything that disturbs makes it smaller.
@@ -6,7 +6,6 @@ seen in any round, since everything that disturbs makes it smaller.
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -21,11 +20,19 @@ READ_BYTES = 512 << 20
 
 @dataclass(slots=True, frozen=True)
 class Limits:
-    """Per second: bytes read, operations in 8 bits, operations in float32 (a multiplication and an addition are two)."""
+    """Per second: bytes read; operations in 8 bits, in float32, in bfloat16 (a multiplication and an addition are two).
+
+    `bf16` is 0 where the CPU has no dot product of bfloat16, or no loop is written for it.
+    """
 
     read: float
     int8: float
     fp32: float
+    bf16: float = 0.0
+
+    def peak(self, arithmetic: str | None) -> float | None:
+        """Operations per second of `int8`, `bf16` or `fp32`; None where that is not measured here."""
+        return getattr(self, arithmetic) or None if arithmetic in ("int8", "bf16", "fp32") else None
 
 
 class Meter:
@@ -47,16 +54,10 @@ class Meter:
         """The best of `repeats` passes each. The threads sleep afterwards, the memory is given back."""
         data, lib = aligned(READ_BYTES), self._library
         read = max(READ_BYTES / lib.bench_read(self._bench, data.ctypes.data, READ_BYTES) for _ in range(repeats))
-        int8, fp32 = (max(float(lib.bench_peak(self._bench, floats)) for _ in range(repeats)) for floats in (0, 1))
-        return Limits(read, int8, fp32)
+        int8, fp32, bf16 = (max(float(lib.bench_peak(self._bench, kind)) for _ in range(repeats)) for kind in (0, 1, 2))
+        return Limits(read, int8, fp32, bf16)
 
 
 def best(rounds: Sequence[Limits]) -> Limits:
     """The best of each over the rounds."""
-    return Limits(*(max(getattr(one, name) for one in rounds) for name in ("read", "int8", "fp32")))
-
-
-def spread(rounds: Sequence[Limits], name: str) -> float:
-    """How far the rounds are apart, as a share of their median."""
-    values = [float(getattr(one, name)) for one in rounds]
-    return (max(values) - min(values)) / statistics.median(values)
+    return Limits(*(max(getattr(one, name) for one in rounds) for name in ("read", "int8", "fp32", "bf16")))

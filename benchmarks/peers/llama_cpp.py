@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.worker import Job, files_bytes, main, seconds
+from benchmarks.peers.worker import Job, arithmetic, files_bytes, main, seconds
 
 PACKAGES = ("llama-cpp-python",)
 TYPES = {"q4_0": 2, "q8_0": 7}
@@ -181,7 +181,10 @@ class LlamaCpp:
         # The embedding table is the head as well (tied), so the whole text file is read for each token.
         kind = PROJECTOR[self.job["variant"]]
         note = f"vision encoder {kind}; preprocessing not counted; RSS with Python and NumPy; second turn in the same context"
-        return {"files": self.files, "token_bytes": files_bytes(self.files[:1]), "kv_bytes": 2, "whole": True, "note": note}
+        known = "ggml-cpu's sources: rows of Q8_0 against Q4_0 and Q8_0, floats against f16"
+        own = arithmetic("int8", "fp32", "int8" if kind == "q8_0" else "fp32", "fp32", known)
+        kept = {"token_bytes": files_bytes(self.files[:1]), "kv_bytes": 2, "whole": True}
+        return {"files": self.files, **kept, "note": note, "arithmetic": own}
 
 
 def source(folder: Path, python: str) -> Path:

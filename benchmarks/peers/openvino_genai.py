@@ -11,12 +11,12 @@ import importlib
 import os
 import subprocess
 import sys
-import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.worker import Job, files_bytes, main, seconds
+from benchmarks.peers.worker import Clock, Job, arithmetic, clock_of, files_bytes, main, seconds
 
 PACKAGES = ("openvino", "openvino-genai", "optimum-intel", "nncf", "transformers", "torch")
 GROUPS = {"int4": ("--sym", "--group-size", "64", "--ratio", "1.0")}
@@ -45,22 +45,11 @@ class Pipeline:
         self.pipeline = make(str(self.folder), "CPU", **settings(job))
         genai = self.genai
 
-        base: Any = genai.StreamerBase
+        def write(clock: Clock, token: Any) -> Any:
+            clock.tick()
+            return genai.StreamingStatus.RUNNING
 
-        class Clock(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                super().__init__()
-                self.began = time.perf_counter()
-                self.calls: list[float] = []
-
-            def write(self, token: Any) -> Any:
-                self.calls.append(time.perf_counter() - self.began)
-                return genai.StreamingStatus.RUNNING
-
-            def end(self) -> None:
-                pass
-
-        self.clock = Clock
+        self.clock = clock_of(genai.StreamerBase, write=write)
 
     def _generate(self, given: Any, new_tokens: int, **images: Any) -> tuple[list[float], Any]:
         config = self.genai.GenerationConfig()
@@ -107,7 +96,11 @@ class Pipeline:
         return self._generate(tokens, new_tokens)[0]
 
     def facts(self) -> dict[str, Any]:
-        return facts(self.folder, self.whole, "GenAI pipeline" if self.whole else "GenAI LLMPipeline: the decoder alone")
+        device = self.ov.Core()
+        device.set_property("CPU", settings(self.job))
+        kind = NAMES.get(device.get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name())
+        own = arithmetic(kind, kind, kind, kind, "INFERENCE_PRECISION_HINT of the device; the pipeline hides its compiled models")
+        return facts(self.folder, self.whole, "GenAI pipeline" if self.whole else "GenAI LLMPipeline: the decoder alone", own)
 
 
 class Optimum:
@@ -123,20 +116,7 @@ class Optimum:
         self.model = kind.from_pretrained(str(self.folder), ov_config=settings(job))
         self.model.generation_config.eos_token_id = None
         self.arrays = {name: torch.from_numpy(value) for name, value in np.load(job["image"]["arrays"]).items()}
-        base: Any = importlib.import_module("transformers.generation.streamers").BaseStreamer
-
-        class Clock(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                self.began = time.perf_counter()
-                self.calls: list[float] = []
-
-            def put(self, value: Any) -> None:
-                self.calls.append(time.perf_counter() - self.began)
-
-            def end(self) -> None:
-                pass
-
-        self.clock = Clock
+        self.clock = clock_of(importlib.import_module("transformers.generation.streamers").BaseStreamer)
 
     def _generate(self, ids: Sequence[int], new_tokens: int, **inputs: Any) -> list[float]:
         tokens = self.torch.tensor([ids])
@@ -161,10 +141,37 @@ class Optimum:
         return self._generate(prompt["ids"], new_tokens)
 
     def facts(self) -> dict[str, Any]:
-        return facts(self.folder, True, "optimum-intel around OpenVINO (GenAI refuses this model); preprocessing not counted")
+        (decoder, attention), (encoder, seeing) = (
+            executed(part.request) for part in (self.model.language_model, self.model.vision_embeddings)
+        )
+        known = "the primitives in the compiled models after running"
+        own = arithmetic(decoder, attention, encoder, seeing or encoder, known)
+        note = "optimum-intel around OpenVINO (GenAI refuses this model), whose generate keeps no cache for a second turn; "
+        note += "preprocessing not counted"
+        return facts(self.folder, True, note, own)
 
 
-def facts(folder: Path, whole: bool, note: str) -> dict[str, Any]:
+NAMES = {"bf16": "bf16", "f32": "fp32", "i8": "int8", "I8": "int8"}
+"""OpenVINO's words for numbers."""
+
+
+def executed(request: Any) -> tuple[str | None, str | None]:
+    """In what a compiled model (or a request of it) that has run multiplies: matrices with weights, and attention.
+
+    From the nodes that it says it runs: `brgemm_avx512_bf16` is a product in bfloat16. None where most do not say.
+    """
+    compiled = request.get_compiled_model() if hasattr(request, "get_compiled_model") else request
+    found: dict[str, Counter[str | None]] = {"FullyConnected": Counter(), "ScaledDotProductAttention": Counter()}
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts_of = node.get_rt_info()
+        kind = str(facts_of["layerType"].value)
+        if kind in found:
+            found[kind][NAMES.get(str(facts_of["primitiveType"].value).rsplit("_", 1)[-1])] += 1
+    products, attention = ([name for name, _ in count.most_common(1)] or [None] for count in found.values())
+    return products[0], attention[0]
+
+
+def facts(folder: Path, whole: bool, note: str, own: dict[str, str | None]) -> dict[str, Any]:
     """The language model's weights lie in one file: layers and head; a whole model's embedding table is in another."""
     weights = folder / ("openvino_language_model.bin" if whole else "openvino_model.bin")
     return {
@@ -173,6 +180,7 @@ def facts(folder: Path, whole: bool, note: str) -> dict[str, Any]:
         "kv_bytes": 1,
         "whole": whole,
         "note": note + "; u8 KV cache",
+        "arithmetic": own,
     }
 
 

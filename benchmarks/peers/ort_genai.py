@@ -11,11 +11,12 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.worker import Job, files_bytes, main, seconds
+from benchmarks.peers.worker import Job, arithmetic, files_bytes, main, seconds
 
 PACKAGES = ("onnxruntime-genai", "onnxruntime", "transformers", "torch")
 TURN_TOKENS = 8
@@ -103,7 +104,23 @@ class OrtGenai:
         read = sum(size(tensor) for tensor in graph.initializer if tensor.name in others or tensor.name not in gathered)
         note = "text graph and, by plain ONNX Runtime, vision encoder (int8): their times are added up, no pipeline joins them"
         files = [self.folder, *([self.encoder] if self.session else [])]
-        return {"files": files, "token_bytes": read, "kv_bytes": 4, "whole": self.session is not None, "note": note}
+        known = {"note": note, "arithmetic": self._arithmetic(onnx, graph)}
+        return {"files": files, "token_bytes": read, "kv_bytes": 4, "whole": self.session is not None, **known}
+
+    def _arithmetic(self, onnx: Any, graph: Any) -> dict[str, str | None]:
+        """MatMulNBits multiplies in 8 bits at accuracy level 4, in floats at the others below; attention is in floats."""
+        levels = {
+            next((each.i for each in node.attribute if each.name == "accuracy_level"), 0)
+            for node in graph.node
+            if node.op_type == "MatMulNBits"
+        }
+        products = "int8" if levels == {4} else "fp32" if levels and levels <= {0, 1} else None
+        vision, known = None, f"MatMulNBits at accuracy level {', '.join(map(str, sorted(levels))) or '–'}"
+        if self.session:
+            kinds = Counter(node.op_type for node in onnx.load(str(self.encoder), load_external_data=False).graph.node)
+            vision = "int8" if kinds["MatMulInteger"] or kinds["DynamicQuantizeMatMul"] else "fp32"
+            known += f", {kinds['MatMulInteger']} MatMulInteger in the encoder"
+        return arithmetic(products, "fp32", vision, "fp32" if vision else None, f"{known} (the graphs)")
 
 
 def prepare(job: Job) -> None:

@@ -110,6 +110,7 @@ def make_job(model: Model, bundle: Path, build: str, tiles: int, runs: int, thre
         "image_options": options,
         "threads": threads,
         "runs": runs,
+        "quick": short,
         "tiles": tiles,
         "splits": model.one_tile is not None,
         "tile_shape": list(arrays["pixel_values"].shape[-3:]),
@@ -130,10 +131,15 @@ def as_batch(arrays: dict[str, Any]) -> dict[str, Any]:
     return {"pixel_values": pixels, "pixel_attention_mask": np.ones((1, pixels.shape[1], *pixels.shape[-2:]), bool)}
 
 
+def job_path(peer: str, variant: str, tiles: int, model: Model) -> Path:
+    """Where a contender's job is."""
+    return model.folder / "jobs" / f"{peer}-{variant}-{tiles}.json"
+
+
 def write_job(job: Job, peer: str, variant: str, model: Model) -> Path:
     """The job of one contender as a file."""
     own: Job = {**job, "variant": variant, "environment": str(PEERS / peer)}
-    path = model.folder / "jobs" / f"{peer}-{variant}-{job['tiles']}.json"
+    path = job_path(peer, variant, job["tiles"], model)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(own))
     return path

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.peers.worker import Job, files_bytes, main, seconds
+from benchmarks.peers.worker import Job, arithmetic, clock_of, cpu_flags, files_bytes, main, seconds
 
 PACKAGES = ("torch", "transformers")
 TURN_TOKENS = 8
@@ -31,18 +30,7 @@ class Eager:
         self.arrays = {name: torch.from_numpy(value) for name, value in np.load(job["image"]["arrays"]).items()}
         self.arrays = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in self.arrays.items()}
 
-        class Clock(BaseStreamer):  # type: ignore[misc]
-            def __init__(self) -> None:
-                self.began = time.perf_counter()
-                self.calls: list[float] = []
-
-            def put(self, value: Any) -> None:
-                self.calls.append(time.perf_counter() - self.began)
-
-            def end(self) -> None:
-                pass
-
-        self.clock = Clock
+        self.clock = clock_of(BaseStreamer)
         self.kept: Any = None
 
     def _generate(self, ids: Sequence[int], new_tokens: int, **inputs: Any) -> tuple[list[float], Any]:
@@ -83,7 +71,18 @@ class Eager:
         files = [file for file in self.job["checkpoint_files"] if files_bytes([file])]
         numbers = layers + self.model.get_output_embeddings().weight.numel()
         note = "files are the checkpoint as it was written; the second turn passes the first one's cache on"
-        return {"files": files, "token_bytes": numbers * size, "kv_bytes": size, "whole": True, "note": note}
+        known = {"arithmetic": self._arithmetic(), "note": note}
+        return {"files": files, "token_bytes": numbers * size, "kv_bytes": size, "whole": True, **known}
+
+    def _arithmetic(self) -> dict[str, str | None]:
+        """oneDNN multiplies bfloat16 where the CPU does; elsewhere PyTorch converts, and what bounds that is not known."""
+        if self.dtype == self.torch.bfloat16:
+            native = "avx512_bf16" in cpu_flags() and bool(self.torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            kind, known = ("bf16", "oneDNN multiplies bfloat16 here") if native else (None, "the CPU has no bfloat16")
+        else:
+            precision = self.torch.get_float32_matmul_precision()
+            kind, known = ("fp32" if precision == "highest" else None), f"float32 matmul precision '{precision}'"
+        return arithmetic(kind, kind, kind, kind, f"{known} (PyTorch's own word)")
 
 
 def prepare(job: Job) -> None:

@@ -43,7 +43,55 @@ class Contender(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """`files`: paths that a device needs; `token_bytes`: bytes of weights that one decoded token reads; `kv_bytes`: bytes
-        of one number in its KV cache; `whole`: whether it is a whole vision-language model in one process; `note`."""
+        of one number in its KV cache; `whole`: whether it is a whole vision-language model in one process; `note`;
+        `arithmetic`: see `arithmetic`."""
+
+
+class Clock:
+    """Notes when each token comes. Stands before a library's own class of streamers, whose `put` or `write` calls `tick`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began = time.perf_counter()
+        self.calls: list[float] = []
+
+    def tick(self) -> None:
+        """A token is there."""
+        self.calls.append(time.perf_counter() - self.began)
+
+    def put(self, value: Any) -> None:
+        """transformers' streamers: the prompt first, then each token."""
+        self.tick()
+
+    def end(self) -> None:
+        """The answer is whole."""
+
+
+def clock_of(base: Any, **methods: Any) -> Any:
+    """A class of streamers of `base`'s kind that is a `Clock`."""
+    return type("StreamerClock", (Clock, base), methods)
+
+
+def arithmetic(
+    products: str | None, attention: str | None, vision: str | None, vision_attention: str | None, known: str
+) -> dict[str, str | None]:
+    """What a contender multiplies in (`int8`, `bf16`, `fp32`; None: not known), and how that is known.
+
+    `products`: the decoder's matrices with weights; `vision`: the encoder's.
+    """
+    return {
+        "products": products,
+        "attention": attention,
+        "vision": vision,
+        "vision_attention": vision_attention,
+        "known": known,
+    }
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the first core can do, in Linux's words; nothing elsewhere."""
+    facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    return frozenset(next((line.split(":")[1].split() for line in facts.splitlines() if line.startswith("flags")), []))
 
 
 def peak_rss_mb() -> float:

@@ -12,9 +12,11 @@ from benchmarks.peers.environments import first_line
 from benchmarks.peers.goals import GOALS, METRICS, Goal, fastest, judge, ratio_of
 from benchmarks.peers.limits import Limits, best
 from benchmarks.peers.shape import Shape
+from benchmarks.peers.worker import arithmetic
 
 SHAPE = Shape(30, 576, 9, 3, 64, 1536, 49280, vision_products=176.0e9, vision_attention=38.7e9)
-LIMIT = Limits(read=32e9, int8=400e9, fp32=200e9)
+LIMIT = Limits(read=32e9, int8=400e9, fp32=200e9, bf16=300e9)
+INT8 = arithmetic("int8", "fp32", "int8", "fp32", "the test")
 JOB = {"model": "256m", "tiles": 1, "lengths": {"short": 96, "long": 968, "longest": 1100}, "new_tokens": 64}
 JOB |= {"image_tokens": 64, "other_tokens": 32}
 HEAD = {
@@ -40,6 +42,7 @@ def row(**changed):
     }
     known |= {"decode_long_tps": 80.0, "rss_mb": 400.0, "rss_long_mb": 450.0, "size_mb": 200.0, "cold_s": 2.0, "note": "n"}
     known |= {"token_bytes": 80e6, "kv_bytes": 2, "versions": {"p": "1"}, "other_cpu": 0.01, "steal": 0.0, "whole": True}
+    known |= {"arithmetic": INT8, "disk_mb": 0.0, "at": "2026-11-21T20:00:00+00:00", "piece": "one", "commit": "abc"}
     return {**known, **changed}
 
 
@@ -55,7 +58,7 @@ def rows():
 
 def document(taken, failed=()):
     those = [BY_KEY[key] for key in (*taken, *dict(failed))]
-    return report.document(taken, those, dict(failed), LIMIT, SHAPE, JOB, HEAD)
+    return report.document(taken, those, dict(failed), [LIMIT], SHAPE, JOB, HEAD)
 
 
 def goal(found, beginning):
@@ -89,13 +92,56 @@ def test_a_prompt_and_a_tile_are_held_against_the_multipliers():
     assert SHAPE.layer_weights == layers == 106_168_320
     least = (2 * layers * 96 + 2 * 576 * 49280) / 400e9 + 2 * 96 * 97 * 576 * 30 / 200e9
     assert found["prefill_short_tps"]["share"] == pytest.approx(least / (96 / 480))
-    assert found["vision_ms"]["share"] == pytest.approx((176e9 / 400e9 + 38.7e9 / 200e9) / 0.5)
+    slow = {"ours-int4": [row(vision_ms=2000.0)]}
+    share = document(slow)["contenders"]["ours-int4"]["vision_ms"]["share"]
+    assert share == pytest.approx((176e9 / 400e9 + 38.7e9 / 200e9) / 2)
 
 
-def test_bfloat16_has_no_share_since_its_peak_is_not_measured():
-    found = document({"transformers-bf16": [row()]})["contenders"]["transformers-bf16"]
-    assert "share" not in found["vision_ms"]
-    assert "share" in found["decode_short_tps"]  # bytes are bytes
+def test_the_multipliers_limit_is_that_of_the_arithmetic_in_use():
+    wide = arithmetic("bf16", "bf16", "bf16", "bf16", "the compiled model")
+    found = document({"openvino-int4": [row(arithmetic=wide)]})
+    assert found["contenders"]["openvino-int4"]["vision_ms"]["share"] == pytest.approx(176e9 / 300e9 + 38.7e9 / 300e9)
+    page = report.markdown(found)
+    assert "Multiplies in bf16 (attention bf16), the picture in bf16 (attention bf16): the compiled model." in page
+    assert "300 GFLOP/s in bfloat16" in page
+
+
+@pytest.mark.parametrize("kinds", [None, arithmetic(None, "fp32", None, "fp32", "nobody knows")])
+def test_arithmetic_that_nobody_knows_has_no_share(kinds):
+    found = document(
+        {"transformers-bf16": [row(arithmetic=kinds)] if kinds else [{k: v for k, v in row().items() if k != "arithmetic"}]}
+    )
+    entry = found["contenders"]["transformers-bf16"]
+    assert "share" not in entry["vision_ms"] and "share" not in entry["prefill_short_tps"]
+    assert "share" in entry["decode_short_tps"]  # bytes are bytes
+    assert "unknown" in report.markdown(found) or "was not asked" in report.markdown(found)
+
+
+def test_arithmetic_whose_peak_is_not_measured_has_no_share():
+    wide = arithmetic("bf16", "bf16", "bf16", "bf16", "k")
+    taken = {"openvino-int4": [row(arithmetic=wide)]}
+    limit = Limits(read=32e9, int8=400e9, fp32=200e9)  # a CPU without bfloat16
+    found = report.document(taken, [BY_KEY["openvino-int4"]], {}, [limit], SHAPE, JOB, HEAD)
+    assert "share" not in found["contenders"]["openvino-int4"]["vision_ms"]
+    assert "bfloat16" not in report.markdown(found).split("##")[0].split("Limits")[1].split("\n")[0]
+
+
+def test_more_than_the_limit_is_not_printed_as_a_share():
+    found = document({"ours-int4": [row(vision_ms=400.0)]})  # 159 % of what 8 bits allow
+    entry = found["contenders"]["ours-int4"]
+    assert "share" not in entry["vision_ms"] and entry["beyond"] == ["vision_ms"]
+    assert "Beyond the limit of that arithmetic, so no % is given: vision_ms." in report.markdown(found)
+
+
+def test_figures_of_several_pieces_say_so():
+    taken = {"ours-int4": [row(), row(piece="two", at="2026-11-21T21:00:00+00:00", commit="def")]}
+    page = report.markdown(document(taken))
+    assert "in 2 pieces between 2026-11-21T20:00:00+00:00 and 2026-11-21T21:00:00+00:00; commits: abc, def." in page
+
+
+def test_a_cold_start_that_waited_for_the_disk_is_said():
+    page = report.markdown(document({"ours-int4": [row(), row(disk_mb=250.0)]}))
+    assert "read up to 250 MB from the disk" in page
 
 
 def test_goals_are_computed():
@@ -136,10 +182,11 @@ def test_a_peer_that_failed_is_said_and_never_estimated():
 def test_the_page_says_what_was_run_and_what_disturbed_it():
     taken = rows()
     taken["llama.cpp-q4_0"][1]["other_cpu"] = 0.5
+    taken["ours-int4"] = [row(vision_ms=700.0)]
     page = report.markdown({**document(taken), "warning": "Taken on a busy machine: …"})
     assert "Command: `c`" in page and "32.0 GB/s" in page and "Taken on a busy machine" in page
     assert "Something else ran during 1 of its 3 rounds" in page
-    assert "| vlm-edge cpu-int4 | 500 ×1.60, 127 % |" in page  # cells: median, ratio, share
+    assert "| vlm-edge cpu-int4 | 700 ×1.14, 90 % |" in page  # cells: median, ratio, share
 
 
 def test_a_figure_that_one_round_lacks_is_left_out():
@@ -149,7 +196,8 @@ def test_a_figure_that_one_round_lacks_is_left_out():
 
 
 def test_limits_are_the_best_of_the_rounds():
-    assert best([Limits(1, 5, 3), Limits(2, 4, 3)]) == Limits(2, 5, 3)
+    assert best([Limits(1, 5, 3, 7), Limits(2, 4, 3, 8)]) == Limits(2, 5, 3, 8)
+    assert LIMIT.peak("bf16") == 300e9 and LIMIT.peak(None) is None and Limits(1, 2, 3).peak("bf16") is None
 
 
 def test_the_best_peer_and_its_ratio():

@@ -40,11 +40,11 @@ def test_a_journal_goes_on_only_with_the_same_settings(tmp_path):
 
 
 def test_a_busy_machine_is_said(monkeypatch):
-    monkeypatch.setattr(rounds, "load_average", lambda: 3.0)
-    assert "load average is 3.00 on 2 cores" in str(rounds.busy(2))
+    monkeypatch.setattr(rounds, "used_cores", lambda: 1.5)
+    assert "others use 1.50 of 2 cores" in str(rounds.busy(2))
     done = click.testing.CliRunner().invoke(command.main, ["--model", str(TINY), "--only", "ours-int4"])
-    assert done.exit_code == 1 and "--busy" in done.output and "load average" in done.output
-    monkeypatch.setattr(rounds, "load_average", lambda: 0.1)
+    assert done.exit_code == 1 and "--busy" in done.output and "others use" in done.output
+    monkeypatch.setattr(rounds, "used_cores", lambda: 0.1)
     assert rounds.busy(2) is None
 
 
@@ -59,7 +59,7 @@ def test_an_uninstallable_peer_is_said(tmp_path, monkeypatch):
 
 
 def test_a_peer_that_breaks_does_not_stop_the_others(tmp_path):
-    those = [Contender("a", "A", "nobody", "x", None, None), Contender("b", "B", "nobody_else", "x", None, None)]
+    those = [Contender("a", "A", "nobody", "x"), Contender("b", "B", "nobody_else", "x")]
     jobs = {}
     for one in those:
         jobs[one.key] = tmp_path / f"{one.key}.json"
@@ -69,9 +69,66 @@ def test_a_peer_that_breaks_does_not_stop_the_others(tmp_path):
         journal.add(number, "limits", {"read": 1.0, "int8": 1.0, "fp32": 1.0})
     told: list[str] = []
     pythons = {one.peer: sys.executable for one in those}
-    failed = rounds.run_rounds(those, 2, 1, pythons, jobs, tmp_path, journal, told.append)
+    failed, left = rounds.run_rounds(those, 2, 1, pythons, jobs, tmp_path, journal, told.append)
     assert failed.keys() == {"a", "b"} and "No module named" in failed["a"]
-    assert len([line for line in told if line.startswith("round")]) == 2  # each is tried once
+    assert (
+        left == 0 and len([line for line in told if line.startswith("round") and "limits" not in line]) == 2
+    )  # each is tried once
+    assert journal.errors().keys() == {"a", "b"} and not journal.of("a") and not journal.has(0, "a")
+
+
+class Measured:
+    """In place of processes: how long each would take, by a clock that stands still otherwise."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds, self.ran = 1000.0, seconds, []
+        monkeypatch.setattr(rounds.time, "time", lambda: self.now)
+        monkeypatch.setattr(rounds, "measured", self.measured)
+        monkeypatch.setattr(rounds.limits, "Meter", lambda threads: self)
+
+    def measure(self):
+        return rounds.limits.Limits(1.0, 2.0, 3.0, 4.0)
+
+    def measured(self, python, contender, job, log):
+        self.ran.append(contender.key)
+        self.now += self.seconds[contender.key]
+        return {"wall_s": self.seconds[contender.key], "files": [], "ttft_s": 1.0, "artefact": "x"}
+
+
+def test_a_run_of_limited_time_goes_on_where_it_stopped_with_processes_faked(tmp_path, monkeypatch):
+    those = [Contender(key, key, "nobody", key) for key in ("a", "b")]
+    jobs = {one.key: tmp_path / f"{one.key}.json" for one in those}
+    world = Measured(monkeypatch, {"a": 100.0, "b": 50.0})
+
+    def piece(count, seconds):
+        journal = rounds.Journal(tmp_path / "journal.jsonl", {}, True, {"commit": "abc"})
+        found = rounds.run_rounds(those, count, 1, {"nobody": "python"}, jobs, tmp_path, journal, print, world.now + seconds)
+        return journal, found
+
+    _, (failed, left) = piece(2, 120.0)
+    assert world.ran == ["a"] and left == 3 and not failed  # b was never timed, and is given more than what was left
+    _, (_, left) = piece(2, 170.0)
+    assert world.ran == ["a", "b", "b"] and left == 1  # a would last too long, b would not
+    journal, (_, left) = piece(2, 10.0)  # the first is begun in any case
+    assert world.ran == ["a", "b", "b", "a"] and left == 0
+    assert [row["round"] for row in journal.of("a")] == [0, 1] and len({row["commit"] for row in journal.of("a")}) == 1
+    assert len(journal.limits()) == 4 and journal.limits()[0].bf16 == 4.0  # in each piece for each of its rounds
+
+
+def test_rows_of_other_files_are_left_out(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    before = rounds.fingerprint([str(tmp_path)])
+    file.write_bytes(b"other")
+    after = rounds.fingerprint([str(tmp_path)])
+    assert before != after
+    journal = rounds.Journal(tmp_path / "journal.jsonl", {}, resume=False)
+    journal.add(0, "a", {"artefact": before})
+    journal.add(1, "a", {"artefact": before})
+    journal.add(0, "b", {"artefact": before})
+    journal.add(0, "a", {"artefact": after})
+    assert [row["artefact"] for row in journal.of("a")] == [after] and journal.of("b")
+    assert journal.has(0, "a") and not journal.has(1, "a")  # round 1 is measured again
 
 
 def test_options_that_cannot_be_are_refused():

@@ -1,0 +1,100 @@
+"""Model, environments and artefacts: made where missing, or taken as an earlier `--prepare-only` left them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from . import environments, models, scenario
+from .contenders import Contender, chosen
+
+
+@dataclass(slots=True)
+class Prepared:
+    """`job`: what all contenders share. `pythons`: peer → interpreter. `jobs`: contender → file. `failed`: contender → why."""
+
+    job: dict[str, Any]
+    pythons: dict[str, str] = field(default_factory=dict)
+    jobs: dict[str, Path] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(
+    model: models.Model, those: Sequence[Contender], wanted: Mapping[str, Any], rebuild: bool, console: Console
+) -> Prepared:
+    """Makes everything. `wanted`: tiles, runs, threads, quick. Raises ClickException where no prompts can be made."""
+    logs = model.folder / "logs"
+    bundle = model.folder / f"{model.name}.vlm"
+    with console.status("the comparison model"):
+        models.make(model)
+        derived: dict[str, Any] = models.derive(model)
+    first = next((one for one in those if one.ours), chosen("ours-int4")[0])  # its tokenizer and image rules make the prompts
+    mine = [one for one in those if one.ours] or [first]
+    own = {**derived, "checkpoint": str(model.checkpoint), "bundle": str(bundle), "python": sys.executable}
+    failed: dict[str, str] = {}
+
+    def said(one: Contender, error: environments.PeerError) -> None:
+        failed[one.key] = str(error)
+        console.print(f"[yellow]{one.label}[/]: {error}")
+
+    for one in mine:
+        path = scenario.write_job({**own, "tiles": wanted["tiles"], "rebuild": rebuild}, "ours", one.variant, model)
+        try:
+            _artefacts(one, path, sys.executable, logs, console)
+        except environments.PeerError as error:
+            said(one, error)
+    if first.key in failed:
+        raise click.ClickException(f"{failed[first.key]} (its tokenizer and image rules make the prompts of all).")
+    with console.status("prompts"):
+        job = scenario.make_job(
+            model, bundle, first.variant, wanted["tiles"], wanted["runs"], wanted["threads"], wanted["quick"], derived
+        )
+    made = Prepared(job, failed=failed)
+    for one in those:
+        made.jobs[one.key] = scenario.write_job(job, one.peer, one.variant, model)
+        try:
+            if one.peer not in made.pythons:
+                with console.status(f"environment of {one.peer} (built from source where PyPI has no wheel)"):
+                    log = environments.PEERS / one.peer / "install.log"
+                    made.pythons[one.peer] = environments.python_of(one.peer, log)
+            if not one.ours:
+                _artefacts(one, made.jobs[one.key], made.pythons[one.peer], logs, console)
+        except environments.PeerError as error:
+            said(one, error)
+    return made
+
+
+def prepared(model: models.Model, those: Sequence[Contender], wanted: Mapping[str, Any]) -> Prepared:
+    """Takes the jobs that are there, so that a piece of a run begins at once. `wanted`: tiles, runs, threads, quick.
+
+    Raises ClickException where a job is missing or was written for another run.
+    """
+    found = Prepared({})
+    for one in those:
+        path = scenario.job_path(one.peer, one.variant, wanted["tiles"], model)
+        again = f"run the same command with --prepare-only instead of --prepared first ({path.name})"
+        if not path.is_file():
+            raise click.ClickException(f"{one.label} is not prepared: {again}.")
+        job: dict[str, Any] = json.loads(path.read_text())
+        differing = [name for name in ("tiles", "runs", "threads", "quick") if job.get(name) != wanted[name]]
+        if differing:
+            raise click.ClickException(f"{one.label} is prepared with other {', '.join(differing)}: {again}.")
+        found.job, found.jobs[one.key] = job, path
+        try:
+            found.pythons[one.peer] = environments.python_of(one.peer, environments.PEERS / one.peer / "install.log")
+        except environments.PeerError as error:
+            found.failed[one.key] = str(error)
+    return found
+
+
+def _artefacts(one: Contender, job: Path, python: str, logs: Path, console: Console) -> None:
+    with console.status(f"artefacts of {one.label}"):
+        command = [python, "-m", f"benchmarks.peers.{one.peer}", "prepare", str(job)]
+        environments.run(command, logs / f"{one.key}-prepare.log", f"{one.label} cannot be prepared", HF_HUB_OFFLINE="1")
