@@ -58,6 +58,7 @@ typedef struct {
     int32_t weight[STEP_WEIGHTS]; /* −1: none */
     int32_t arg[STEP_ARGUMENTS];
     float real[4];
+    CacheFormat cache; /* of the caches it reads or writes; what they are says it, not the file */
 } PlanStep;
 
 typedef enum { BUFFER_FLOATS = 0, BUFFER_CODES, BUFFER_EMBEDS, BUFFER_LOGITS, BUFFER_INPUT, BUFFER_OUTPUT, BUFFER_BYTES, BUFFER_KINDS } BufferKind;

@@ -11,29 +11,37 @@
 #define LOG2_E 1.44269504088896341f
 #define TILE 128      /* keys that one token's attention scores at a time */
 
-static CacheFormat cache_format(const Plan *plan, int32_t index) {
-    for (uint32_t i = 0; i < plan->input_count; i++) {
-        if (strncmp(plan->inputs[i].name, "past_key_values.", 16) == 0 && index-- == 0) {
-            return plan->inputs[i].type == 10 ? CACHE_FLOAT16 : CACHE_FLOAT32;
-        }
-    }
-    return CACHE_FLOAT32;
-}
+static size_t number_bytes(CacheFormat format) { return format == CACHE_FLOAT32 ? 4 : format == CACHE_FLOAT16 ? 2 : 1; }
 
 Heads heads_of(const PlanCall *call, const PlanStep *step) {
     const int32_t *a = step->arg;
-    const CacheFormat format = cache_format(call->plan, a[ARG_KEYS]);
-    const size_t entry = (size_t)a[ARG_SIZE] * (format == CACHE_FLOAT16 ? 2 : 4);
-    return (Heads){.format = format,
+    const PlanRun *run = call->run;
+    const size_t entry = (size_t)a[ARG_SIZE] * number_bytes(step->cache), blocks = ((size_t)a[ARG_SIZE] + BLOCK - 1) / BLOCK;
+    const bool codes = step->cache == CACHE_INT8;
+    return (Heads){.format = step->cache,
                    .heads = (size_t)a[ARG_HEADS],
                    .kv_heads = (size_t)a[ARG_KV_HEADS],
                    .group = (size_t)(a[ARG_HEADS] / a[ARG_KV_HEADS]),
                    .size = (size_t)a[ARG_SIZE],
-                   .keys = call->run->caches[a[ARG_KEYS]],
-                   .values = call->run->caches[a[ARG_VALUES]],
-                   .row_bytes = call->run->cache_row_bytes[a[ARG_KEYS]],
-                   .head_bytes = call->run->capacity * entry,
-                   .entry_bytes = entry};
+                   .keys = run->caches[a[ARG_KEYS]],
+                   .values = run->caches[a[ARG_VALUES]],
+                   .key_scales = codes ? (const uint16_t *)(const void *)run->caches[a[ARG_KEY_SCALES]] : NULL,
+                   .value_scales = codes ? (const uint16_t *)(const void *)run->caches[a[ARG_VALUE_SCALES]] : NULL,
+                   .row_bytes = run->cache_row_bytes[a[ARG_KEYS]],
+                   .head_bytes = run->capacity * entry,
+                   .entry_bytes = entry,
+                   .row_scales = codes ? run->cache_row_bytes[a[ARG_KEY_SCALES]] / sizeof(uint16_t) : 0,
+                   .head_scales = codes ? blocks * run->capacity : 0,
+                   .capacity = run->capacity};
+}
+
+CacheEntries entries_of(const Heads *h, bool values, size_t row, size_t kv, size_t first) {
+    const uint8_t *data = (values ? h->values : h->keys) + row * h->row_bytes + kv * h->head_bytes + first * h->entry_bytes;
+    const uint16_t *scales = values ? h->value_scales : h->key_scales;
+    return (CacheEntries){.format = h->format,
+                          .data = data,
+                          .scales = scales != NULL ? scales + row * h->row_scales + kv * h->head_scales + first : NULL,
+                          .scale_stride = h->capacity};
 }
 
 /* Keys of each part of a token that sees `length` of them: its own length alone decides, so that neither the other rows nor the other
@@ -99,9 +107,9 @@ static void take_scores(const Kernels *kernels, float *scores, size_t count, flo
     *sum += kernels->exponentials(scores, count, *highest);
 }
 
-/* The keys [begin, end) for the query heads of one token that share a key head: sums, and what brings them to scale. */
-static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const float *queries, size_t position, const uint8_t *keys,
-                       const uint8_t *values, size_t begin, size_t end, float *highest, float *sum, float *out, float *scores) {
+/* The keys [begin, end) of key head `kv` for the query heads of one token that share it: sums, and what brings them to scale. */
+static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const float *queries, size_t position, size_t row, size_t kv,
+                       size_t begin, size_t end, float *highest, float *sum, float *out, float *scores) {
     for (size_t g = 0; g < h->group; g++) {
         highest[g] = -INFINITY;
         sum[g] = 0.0f;
@@ -109,7 +117,8 @@ static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sigh
     memset(out, 0, h->group * h->size * sizeof *out);
     for (size_t key = begin; key < end; key += TILE) {
         const size_t count = end - key < TILE ? end - key : TILE;
-        kernels->scores(queries, h->group, h->size, keys + key * h->entry_bytes, h->format, count, scores, TILE);
+        const CacheEntries keys = entries_of(h, false, row, kv, key), values = entries_of(h, true, row, kv, key);
+        kernels->scores(queries, h->group, h->size, &keys, count, scores, TILE);
         for (size_t g = 0; g < h->group; g++) {
             soft_cap(kernels, cap, scores + g * TILE, count);
             sight_bias(sight, g, position, key, count, 1.0f, scores + g * TILE);
@@ -118,7 +127,7 @@ static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sigh
             }
             take_scores(kernels, scores + g * TILE, count, &highest[g], &sum[g], out + g * h->size, h->size);
         }
-        kernels->weighted(scores, TILE, h->group, h->size, values + key * h->entry_bytes, h->format, count, out);
+        kernels->weighted(scores, TILE, h->group, h->size, &values, count, out);
     }
 }
 
@@ -151,11 +160,10 @@ static void single_work(const PlanCall *call, const PlanStep *step, size_t item,
     begin = begin < first ? first : begin;
     end = end > length ? length : end;
     end = end < begin ? begin : end;
-    const size_t at = batch * h.row_bytes + kv * h.head_bytes;
     const float *queries = plan_row(call, step->in[0], false, row) + kv * h.group * h.size;
     float *scores = (float *)(void *)scratch, *sums = scores + h.group * TILE, *highest = sums + h.group * h.size, *sum = highest + h.group;
     const Sight sight = with_bias(call, step, &h, kv, (Sight){0}); /* the range says what is seen */
-    attend_one(call->plan->kernels, &h, &sight, step->real[1], queries, length - 1, h.keys + at, h.values + at, begin, end, highest, sum, sums, scores);
+    attend_one(call->plan->kernels, &h, &sight, step->real[1], queries, length - 1, batch, kv, begin, end, highest, sum, sums, scores);
     for (size_t g = 0; g < h.group; g++) {
         if (parts_of(length) == 1) {
             call->plan->kernels->scale(sums + g * h.size, 1.0f / sum[g], h.size, plan_row(call, step->out[0], false, row) + (kv * h.group + g) * h.size);
@@ -235,14 +243,18 @@ static void hide_row(const void *context, size_t row, size_t key, size_t count, 
 
 /* An item of several tokens. */
 static HeadAttention item_attention(const PlanCall *call, const PlanStep *step, const Heads *h, const Item *item, uint8_t *scratch) {
-    const size_t at = item->row * h->row_bytes + item->kv * h->head_bytes, row = row_of(call, step, item, 0), column = item->kv * h->group * h->size;
+    const size_t row = row_of(call, step, item, 0), column = item->kv * h->group * h->size;
+    const CacheEntries keys = entries_of(h, false, item->row, item->kv, 0), values = entries_of(h, true, item->row, item->kv, 0);
     return (HeadAttention){.size = h->size,
                            .group = h->group,
                            .rows = item->count * h->group,
                            .queries = plan_row(call, step->in[0], step->last != 0, row) + column,
                            .query_stride = plan_stride(call, step->in[0]),
-                           .keys = h->keys + at,
-                           .values = h->values + at,
+                           .keys = keys.data,
+                           .values = values.data,
+                           .key_scales = keys.scales,
+                           .value_scales = values.scales,
+                           .scale_stride = h->capacity,
                            .key_stride = h->size,
                            .value_stride = h->size,
                            .format = h->format,
@@ -260,8 +272,8 @@ static void block_work(const PlanCall *call, const PlanStep *step, size_t index,
     const Sight sight = {.causal = true, .window = window, .past = past, .mutual = step->arg[ARG_BLOCKS]};
     Rule rule = {.sight = with_bias(call, step, &h, item.kv, sight), .position = first, .group = h.group};
     HeadAttention a = item_attention(call, step, &h, &item, scratch);
-    /* Entries of half precision are those of weights in 4 or 8 bits, whose own error is some ten times that of bfloat16. */
-    a.half = h.format == CACHE_FLOAT16;
+    /* Entries of half precision or less are those of weights in 4 or 8 bits, whose own error is some ten times that of bfloat16. */
+    a.half = h.format != CACHE_FLOAT32;
     if (rule.sight.mutual != 0 && call->plan->block_input >= 0) {
         rule.sight.blocks = (const int64_t *)(const void *)call->run->inputs[call->plan->block_input] + item.row * call->run->tokens + call->first;
         a.hide = hide_row;
@@ -318,7 +330,7 @@ void cross_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_
     const bool single = step->last || plan_single(call);
     const size_t tokens = call->run->each ? call->tokens : 1, each = index / h.kv_heads; /* of a row, and which one of all */
     const Item item = single ? (Item){.row = each / tokens, .kv = index % h.kv_heads, .first = each % tokens, .count = 1} : item_of(call, &h, index);
-    const size_t entries = call->run->input_sizes[step->arg[ARG_KEYS]], at = item.row * h.row_bytes + item.kv * h.head_bytes;
+    const size_t entries = call->run->input_sizes[step->arg[ARG_KEYS]];
     Sight sight = {0};
     if (step->arg[ARG_MASK] >= 0) {
         sight.mask = (const int64_t *)(const void *)call->run->inputs[step->arg[ARG_MASK]] + item.row * entries;
@@ -349,7 +361,7 @@ void cross_work(const PlanCall *call, const PlanStep *step, size_t index, uint8_
     float *queries = (float *)(void *)scratch, *scores = queries + h.group * h.size, *sums = scores + h.group * TILE;
     float *highest = sums + h.group * h.size, *sum = highest + h.group;
     kernels->scale(a.queries, step->real[0], h.group * h.size, queries);
-    attend_one(kernels, &h, &sight, step->real[1], queries, 0, h.keys + at, h.values + at, 0, entries, highest, sum, sums, scores);
+    attend_one(kernels, &h, &sight, step->real[1], queries, 0, item.row, item.kv, 0, entries, highest, sum, sums, scores);
     for (size_t g = 0; g < h.group; g++) {
         kernels->scale(sums + g * h.size, sum[g] == 0.0f ? 0.0f : 1.0f / sum[g], h.size, a.out + g * h.size); /* 0: nothing was seen */
     }

@@ -57,23 +57,41 @@ static bool is_further(const PlanValue *v) {
            strcmp(v->name, "total_sequence_length") != 0 && strncmp(v->name, "past_key_values.", 16) != 0;
 }
 
-/* Whether cache number `index` is [batch, heads, capacity, size] of floats. */
-static bool cache_fits(const Plan *p, int32_t index, int32_t heads, int32_t size) {
-    if (index < 0 || heads <= 0 || size <= 0 || size > HEAD_SIZE_MOST) {
-        return false;
-    }
-    for (uint32_t i = 0; i < p->input_count; i++) {
+static const PlanValue *cache_value(const Plan *p, int32_t index) {
+    for (uint32_t i = 0; i < p->input_count && index >= 0; i++) {
         const PlanValue *v = &p->inputs[i];
         if (strncmp(v->name, "past_key_values.", 16) == 0 && index-- == 0) {
-            return v->rank == 4 && v->shape[1] == heads && v->shape[3] == size && (v->type == 1 || v->type == 10);
+            return v;
         }
     }
-    return false;
+    return NULL;
+}
+
+/* Whether cache number `index` is [batch, heads, capacity, size] of floats, or of codes whose scales, of each block of a head, are cache
+ * number `scales`: [batch, heads · blocks, capacity, 1]. */
+static bool cache_fits(const Plan *p, int32_t index, int32_t scales, int32_t heads, int32_t size) {
+    const PlanValue *v = cache_value(p, index);
+    if (v == NULL || heads <= 0 || size <= 0 || size > HEAD_SIZE_MOST || v->rank != 4 || v->shape[1] != heads || v->shape[3] != size) {
+        return false;
+    }
+    if (v->type != 3) {
+        return v->type == 1 || v->type == 10;
+    }
+    const PlanValue *s = cache_value(p, scales);
+    const int64_t blocks = (size + BLOCK - 1) / BLOCK;
+    return s != NULL && s->rank == 4 && s->type == 10 && s->shape[1] == heads * blocks && s->shape[3] == 1;
+}
+
+/* Keys and values of a step: both there, and of one format. */
+static bool caches_fit(const Plan *p, const PlanStep *s) {
+    const int32_t *a = s->arg; /* key cache, value cache, heads, kv heads, head size; at 8 the keys' scales, the values' */
+    return cache_fits(p, a[0], a[8], a[3], a[4]) && cache_fits(p, a[1], a[9], a[3], a[4]) &&
+           cache_value(p, a[0])->type == cache_value(p, a[1])->type && a[2] > 0 && a[2] % a[3] == 0;
 }
 
 static bool rotary_fits(const Plan *p, const PlanStep *s) {
     const int32_t *a = s->arg; /* key cache, value cache, heads, kv heads, head size, rotary size, interleaved, source of angles */
-    if (!cache_fits(p, a[0], a[3], a[4]) || !cache_fits(p, a[1], a[3], a[4]) || a[2] <= 0 || a[2] % a[3] != 0 || a[5] < 0 || a[5] % 2 != 0 || a[5] > a[4]) {
+    if (!caches_fit(p, s) || a[5] < 0 || a[5] % 2 != 0 || a[5] > a[4]) {
         return false;
     }
     const size_t q = (size_t)a[2] * (size_t)a[4], kv = (size_t)a[3] * (size_t)a[4], half = (size_t)a[5] / 2;
@@ -98,7 +116,7 @@ static bool token_input_fits(const Plan *p, int64_t index, uint32_t type, size_t
 
 static bool attention_fits(const Plan *p, const PlanStep *s) {
     const int32_t *a = s->arg; /* key cache, value cache, heads, kv heads, head size, window, blocks */
-    if (!cache_fits(p, a[0], a[3], a[4]) || !cache_fits(p, a[1], a[3], a[4]) || a[2] <= 0 || a[2] % a[3] != 0 || a[5] < 0) {
+    if (!caches_fit(p, s) || a[5] < 0) {
         return false;
     }
     const size_t width = (size_t)a[2] * (size_t)a[4];
@@ -244,9 +262,13 @@ const char *plan_check(Plan *p) {
         return "the numbers of blocks are no input";
     }
     for (uint32_t i = 0; i < p->step_count; i++) {
-        const PlanStep *s = &p->steps[i];
+        PlanStep *s = &p->steps[i];
         if (!refs_fit(p, s) || !step_fits(p, s) || !positions_fit(p, s)) {
             return "a step does not fit its buffers or weights";
+        }
+        if (s->kind == STEP_ROTARY || s->kind == STEP_ATTENTION || s->kind == STEP_COMBINE) {
+            const uint32_t type = cache_value(p, s->arg[0])->type;
+            s->cache = type == 3 ? CACHE_INT8 : type == 10 ? CACHE_FLOAT16 : CACHE_FLOAT32;
         }
         const size_t scratch = s->kind == STEP_ATTENTION || s->kind == STEP_CROSS ? attention_scratch(s) : 64 * 1024;
         p->thread_bytes = scratch > p->thread_bytes ? scratch : p->thread_bytes;

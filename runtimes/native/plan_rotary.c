@@ -37,11 +37,19 @@ static void rotate(const float *x, size_t size, size_t half, bool interleaved, c
     }
 }
 
-static void write_entry(const Kernels *kernels, CacheFormat format, const float *x, size_t size, uint8_t *entry) {
-    if (format == CACHE_FLOAT16) {
-        kernels->to_half(x, size, (uint16_t *)(void *)entry);
-    } else {
-        memcpy(entry, x, size * sizeof *x);
+/* The memory is the caller's, who gave it to be written. */
+static void write_entry(const Kernels *kernels, const CacheEntries *entry, const float *x, size_t size) {
+    void *data = (void *)(uintptr_t)entry->data;
+    switch (entry->format) {
+    case CACHE_FLOAT32:
+        memcpy(data, x, size * sizeof *x);
+        break;
+    case CACHE_FLOAT16:
+        kernels->to_half(x, size, data);
+        break;
+    case CACHE_INT8:
+        kernels->to_codes(x, size, data, (uint16_t *)(uintptr_t)entry->scales, entry->scale_stride);
+        break;
     }
 }
 
@@ -70,9 +78,9 @@ void rotary_work(const PlanCall *call, const PlanStep *step, size_t row) {
     kernels->scale(out, step->real[0], h.heads * h.size, out);
     float turned[h.size];
     for (size_t head = 0; head < h.kv_heads; head++) {
-        const size_t at = batch * h.row_bytes + head * h.head_bytes + index * h.entry_bytes;
+        const CacheEntries key = entries_of(&h, false, batch, head, index), value = entries_of(&h, true, batch, head, index);
         rotate(k + head * h.size, h.size, half, interleaved, cosine, sine, turned);
-        write_entry(kernels, h.format, turned, h.size, call->run->caches[step->arg[ARG_KEYS]] + at);
-        write_entry(kernels, h.format, v + head * h.size, h.size, call->run->caches[step->arg[ARG_VALUES]] + at);
+        write_entry(kernels, &key, turned, h.size);
+        write_entry(kernels, &value, v + head * h.size, h.size);
     }
 }

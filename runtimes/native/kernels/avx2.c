@@ -21,6 +21,7 @@ typedef int32_t vi __attribute__((vector_size(32)));
 #define v_store(p, v) _mm256_storeu_ps(p, (__m256)(v))
 #define v_load_half(p) ((vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p))))
 #define v_store_half(p, v) _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph((__m256)(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#define v_load_codes(p) ((vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p)))))
 #define v_set(x) ((vf)_mm256_set1_ps(x))
 #define v_fma(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define v_max(a, b) ((vf)_mm256_max_ps((__m256)(a), (__m256)(b)))

@@ -15,6 +15,7 @@
 #define FLASH_ROWS 8
 #define FLASH_VECTORS 2
 #define FLASH_PACKS
+#define OWN_CODES
 #define GROUP 3
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -22,6 +23,7 @@ typedef int32_t vi __attribute__((vector_size(64)));
 #define v_store(p, v) _mm512_storeu_ps(p, (__m512)(v))
 #define v_load_half(p) ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p))))
 #define v_store_half(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_cvtps_ph((__m512)(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#define v_load_codes(p) ((vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p)))))
 #define v_set(x) ((vf)_mm512_set1_ps(x))
 #define v_fma(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define v_sum(v) _mm512_reduce_add_ps((__m512)(v))
@@ -383,6 +385,7 @@ static void products_bytes(const ByteMatrix *weight, size_t panel, size_t panels
 BYTES_KERNEL(products_bytes)
 
 #include "avx512_flash.inc"
+#include "avx512_cache.inc"
 
 const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes,
                                 .quantize_bytes = quantize_bytes, .attention = attention_floats, FLOAT_KERNELS};

@@ -78,7 +78,16 @@ typedef struct {
 } ByteMatrix;
 
 typedef enum { UNARY_IDENTITY = 0, UNARY_SILU, UNARY_GELU, UNARY_GELU_TANH, UNARY_QUICK_GELU, UNARY_RELU, UNARY_TANH, UNARY_SIGMOID, UNARY_KINDS } Unary;
-typedef enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16 } CacheFormat;
+typedef enum { CACHE_FLOAT32 = 0, CACHE_FLOAT16, CACHE_INT8 } CacheFormat;
+
+/* Entries of a cache, one after another: floats, or codes of 8 bits from −127 to 127 with a scale in half precision for each BLOCK of an
+ * entry's numbers. A block with NaN or infinity has such a scale, and no number of it is one. */
+typedef struct {
+    CacheFormat format;
+    const void *data;
+    const uint16_t *scales; /* [blocks][scale_stride], by entry; of CACHE_INT8 */
+    size_t scale_stride;
+} CacheEntries;
 
 /* Attention of `rows` queries of one head (or of the heads that share keys) over the keys [begin, end):
  * softmax(scale · query · keyᵀ) · value, the scores never more than a block at a time. Row i is query head i % group of token i / group. */
@@ -89,6 +98,8 @@ typedef struct {
     const void *keys, *values;   /* [end][stride] of `format` */
     size_t key_stride, value_stride; /* numbers */
     CacheFormat format;
+    const uint16_t *key_scales, *value_scales; /* of CACHE_INT8: [blocks][scale_stride], by key */
+    size_t scale_stride;
     size_t begin, end;
     bool half;                   /* the products may be of bfloat16, where the CPU multiplies those */
     bool causal;                 /* token t sees the keys up to position + t, */
@@ -135,9 +146,11 @@ typedef struct {
     /* unary(gate) · up */
     void (*gated)(Unary kind, const float *gate, const float *up, size_t n, float *out);
     /* Dot products of `queries` [count][dim] with `keys` cache entries [keys][dim]: out [count][stride]; dim up to HEAD_SIZE_MOST. */
-    void (*scores)(const float *queries, size_t count, size_t dim, const void *entries, CacheFormat format, size_t keys, float *out, size_t stride);
-    /* sums [count][dim] += weights [count][stride] · entries [keys][dim] */
-    void (*weighted)(const float *weights, size_t stride, size_t count, size_t dim, const void *entries, CacheFormat format, size_t keys, float *sums);
+    void (*scores)(const float *queries, size_t count, size_t dim, const CacheEntries *entries, size_t keys, float *out, size_t stride);
+    /* sums [count][dim] += weights [count][stride] · entries [keys][dim]; weights of entries in 8 bits are not negative */
+    void (*weighted)(const float *weights, size_t stride, size_t count, size_t dim, const CacheEntries *entries, size_t keys, float *sums);
+    /* One entry of a cache in 8 bits: n codes, and its scales [blocks], `stride` apart. The same for every instruction set. */
+    void (*to_codes)(const float *x, size_t n, int8_t *codes, uint16_t *scales, size_t stride);
     /* x ← exp(x − shift), and their sum */
     float (*exponentials)(float *x, size_t n, float shift);
     float (*maximum)(const float *x, size_t n);

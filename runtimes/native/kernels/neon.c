@@ -25,6 +25,7 @@ typedef int32x4_t vi;
 #define v_store(p, v) vst1q_f32(p, v)
 #define v_load_half(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
 #define v_store_half(p, v) vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)))
+#define v_load_codes(p) codes_of(p)
 #define v_set(x) vdupq_n_f32(x)
 #define v_fma(a, b, c) vfmaq_f32(c, a, b)
 #define v_sum(v) vaddvq_f32(v)
@@ -36,6 +37,12 @@ typedef int32x4_t vi;
 #define v_power(n) v_floats(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))
 #define v_less(a, b) vreinterpretq_s32_u32(vcltq_f32(a, b))
 #define v_choose(mask, a, b) vbslq_f32(vreinterpretq_u32_s32(mask), a, b)
+
+static inline __attribute__((always_inline)) vf codes_of(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 
 #include "float_kernels.inc"
 

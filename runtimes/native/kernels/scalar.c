@@ -54,6 +54,7 @@ typedef int32_t vi;
 #define v_store(p, v) (*(p) = (v))
 #define v_load_half(p) half_to_float(*(p))
 #define v_store_half(p, v) (*(p) = float_to_half(v))
+#define v_load_codes(p) ((float)*(p))
 #define v_set(x) (x)
 #define v_fma(a, b, c) ((a) * (b) + (c))
 #define v_sum(v) (v)

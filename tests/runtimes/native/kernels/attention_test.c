@@ -150,7 +150,8 @@ void test_attention(const Kernels *k) {
         } else {
             memcpy(entries, values, keys * dim * element);
         }
-        k->scores(queries, count, dim, entries, format, keys, out, stride);
+        const CacheEntries cached = {.format = format, .data = entries};
+        k->scores(queries, count, dim, &cached, keys, out, stride);
         for (size_t q = 0; q < count; q++) {
             for (size_t key = 0; key < keys; key++) {
                 double want = 0;
@@ -162,7 +163,7 @@ void test_attention(const Kernels *k) {
         }
         float *weights = floats(count * stride, (float)large, 1), *sums = floats(count * dim, (float)large, 1), *before = malloc(count * dim * sizeof *sums);
         memcpy(before, sums, count * dim * sizeof *sums);
-        k->weighted(weights, stride, count, dim, entries, format, keys, sums);
+        k->weighted(weights, stride, count, dim, &cached, keys, sums);
         for (size_t q = 0; q < count; q++) {
             for (size_t d = 0; d < dim; d++) {
                 double want = before[q * dim + d];

@@ -64,8 +64,9 @@ void test_elementwise(const Kernels *k);
 void test_norms(const Kernels *k);
 void test_softmax(const Kernels *k);
 void test_halves(const Kernels *k);
-/* attention_test.c and bytes_test.c */
+/* attention_test.c, cache_test.c and bytes_test.c */
 void test_attention(const Kernels *k);
+void test_caches(const Kernels *k);
 void test_head_attention(const Kernels *k);
 void test_bytes(const Kernels *k);
 

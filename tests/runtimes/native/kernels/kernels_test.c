@@ -25,6 +25,7 @@ int main(int count, char **arguments) {
     test_elementwise(k);
     test_norms(k);
     test_attention(k);
+    test_caches(k);
     test_softmax(k);
     test_halves(k);
     test_bytes(k);
