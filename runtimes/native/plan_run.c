@@ -1,5 +1,5 @@
 /* Running a plan: which items each step has, and what one of them does. */
-#include "plan.h"
+#include "plan_work.h"
 #include "platform.h"
 
 #include <stdarg.h>
@@ -11,6 +11,7 @@
 #define TILE_ROWS 96       /* rows of a product that are finished (bias, activation) before the next ones */
 #define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
 #define SMALL_BYTES 16384  /* a product of fewer weight bytes times rows */
+#define ASKED_LINES 64     /* of what comes next, while an item of an attention computes */
 
 size_t plan_past(const PlanCall *call, size_t row) {
     return (size_t)call->run->seqlens[row] + 1 - call->run->tokens + call->first;
@@ -254,10 +255,10 @@ static size_t panels_of(const Plan *plan, const PlanStep *step) {
     return step->kind == STEP_GATED ? panels / 2 : panels;
 }
 
-static size_t panels_per_item(const Plan *plan, const PlanStep *step) { return 1 + panels_of(plan, step) / (pool_threads(plan->pool) * 8); }
+size_t plan_panels_per_item(const Plan *plan, const PlanStep *step) { return 1 + panels_of(plan, step) / (pool_threads(plan->pool) * 8); }
 static size_t rows_per_item(const PlanCall *call, const PlanStep *step) { return 1 + rows_of(call, step) / (pool_threads(call->plan->pool) * 8); }
 
-static size_t step_items(void *context, size_t index, bool *small) {
+size_t plan_items(void *context, size_t index, bool *small) {
     const PlanCall *call = context;
     const PlanStep *step = &call->plan->steps[index];
     const size_t rows = rows_of(call, step);
@@ -266,7 +267,7 @@ static size_t step_items(void *context, size_t index, bool *small) {
     }
     if (step->kind == STEP_MATMUL || step->kind == STEP_GATED) {
         const PlanWeight *weight = &call->plan->weights[step->weight[0]];
-        const size_t each = panels_per_item(call->plan, step);
+        const size_t each = plan_panels_per_item(call->plan, step);
         *small = weight->bytes * rows < SMALL_BYTES;
         return (panels_of(call->plan, step) + each - 1) / each;
     }
@@ -287,11 +288,12 @@ static void do_item(void *context, size_t index, size_t item, size_t thread) {
     const PlanStep *step = &call->plan->steps[index];
     uint8_t *scratch = call->plan->scratch + thread * call->plan->thread_bytes;
     if (step->kind == STEP_MATMUL || step->kind == STEP_GATED) {
-        const size_t each = panels_per_item(call->plan, step), panels = panels_of(call->plan, step);
+        const size_t each = plan_panels_per_item(call->plan, step), panels = panels_of(call->plan, step);
         for (size_t panel = item * each; panel < (item + 1) * each && panel < panels; panel++) {
             (step->kind == STEP_GATED ? gated_panel : matmul_panel)(call, step, panel, scratch);
         }
     } else if (step->kind == STEP_ATTENTION) {
+        pool_ask(call->plan->pool, thread, ASKED_LINES);
         attention_work(call, step, item, scratch);
     } else if (step->kind == STEP_CROSS) {
         cross_work(call, step, item, scratch);
@@ -380,7 +382,7 @@ int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
         if (reserve(plan, &call, message) != 0) {
             return -1;
         }
-        const PoolJob job = {.steps = plan->step_count, .items = step_items, .work = step_work, .context = &call};
+        const PoolJob job = {.steps = plan->step_count, .items = plan_items, .work = step_work, .ahead = plan_ahead, .context = &call};
         pool_run(plan->pool, &job);
     }
     return 0;

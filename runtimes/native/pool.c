@@ -42,34 +42,42 @@ typedef pthread_cond_t Condition;
 #endif
 
 #define SPINS 10000 /* a few hundred microseconds: longer than choosing a token takes */
+#define LINE 64
+#define LINES 2     /* of memory that are asked for between two looks at whether there is work */
 
-/* The open step as one word, so that an item is claimed by one atomic addition and never from a step that is over:
- * [its number | items | next item]. */
-#define FIELD 21
-#define ONE_STEP ((uint64_t)1 << (2 * FIELD))
-#define NEXT(word) ((word) & (((uint64_t)1 << FIELD) - 1))
-#define ITEMS(word) ((word) >> FIELD & (((uint64_t)1 << FIELD) - 1))
+/* A thread's share of the open step, [end | next item] in one word, so that an item is claimed by one atomic addition: by the thread
+ * itself, which finds its memory near, or by one that has none left. Whose step it is does not matter to the claim: a step does not end
+ * before all of its items are counted, so what is claimed belongs to the one that is open. */
+typedef struct {
+    _Alignas(LINE) atomic_uint_fast64_t word;
+} Share;
+
+#define NEXT(word) ((size_t)((word) & UINT32_MAX))
+#define END(word) ((size_t)((word) >> 32))
 
 typedef struct {
-    Pool *pool;
+    _Alignas(LINE) Pool *pool;
     size_t index;
+    PoolAhead ahead[POOL_AHEAD]; /* what is still to be asked for, from `first` on */
+    size_t first;
 } Worker;
 
 struct Pool {
-    _Alignas(64) atomic_uint_fast64_t word;
-    _Alignas(64) atomic_size_t done;      /* items of the open step that are finished */
-    _Alignas(64) atomic_size_t sleepers;
-    atomic_bool finished, quit;
+    _Alignas(LINE) atomic_size_t opened; /* steps so far; what follows on this line is written before it */
     const PoolJob *job;
-    size_t step;
+    size_t step, total;                  /* total: its items, and one that whoever opened it holds while it does so */
+    atomic_bool finished, quit;
+    _Alignas(LINE) atomic_size_t done;   /* items of the open step that are finished and counted */
+    _Alignas(LINE) atomic_size_t sleepers;
     size_t threads, started, spins;
     Lock lock;
     Condition changed;
     Thread handles[POOL_MAX_THREADS];
+    Share shares[POOL_MAX_THREADS];
     Worker workers[POOL_MAX_THREADS];
 };
 
-static bool has_item(uint64_t word) { return NEXT(word) < ITEMS(word); }
+static bool has_item(uint64_t word) { return NEXT(word) < END(word); }
 
 static void wake(Pool *pool) {
     if (atomic_load(&pool->sleepers) > 0) {
@@ -79,19 +87,26 @@ static void wake(Pool *pool) {
     }
 }
 
-/* Opens the next step that is worth sharing; those before it are run right here. Called by one thread, with no step open. */
-static void advance(Pool *pool, size_t thread) {
+size_t pool_share(size_t items, size_t threads, size_t thread) { return items * thread / threads; }
+
+/* Opens the next step that is worth sharing; those before it are run right here. Called by one thread, with no step open; false when there
+ * is none left. True: the caller holds one item, to be counted when its others are. */
+static bool advance(Pool *pool, size_t thread) {
     const PoolJob *job = pool->job;
     for (size_t step = pool->step + 1; step < job->steps; step++) {
         bool small = false;
         const size_t items = job->items(job->context, step, &small);
         if (items > 1 && !small) {
             pool->step = step;
-            atomic_store(&pool->done, 0);
-            const uint64_t number = atomic_load_explicit(&pool->word, memory_order_relaxed) / ONE_STEP + 1;
-            atomic_store(&pool->word, number * ONE_STEP | (uint64_t)items << FIELD);
+            pool->total = items + 1;
+            atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
+            for (size_t i = 0; i < pool->threads; i++) {
+                const uint64_t begin = pool_share(items, pool->threads, i), end = pool_share(items, pool->threads, i + 1);
+                atomic_store_explicit(&pool->shares[i].word, end << 32 | begin, memory_order_release);
+            }
+            atomic_fetch_add(&pool->opened, 1);
             wake(pool);
-            return;
+            return true;
         }
         for (size_t item = 0; item < items; item++) {
             job->work(job->context, step, item, thread);
@@ -99,34 +114,84 @@ static void advance(Pool *pool, size_t thread) {
     }
     atomic_store(&pool->finished, true);
     wake(pool);
+    return false;
 }
 
-/* Takes items until the open step has none left. */
-static void take_items(Pool *pool, size_t thread) {
-    while (has_item(atomic_load_explicit(&pool->word, memory_order_relaxed))) {
-        const uint64_t word = atomic_fetch_add(&pool->word, 1);
-        if (!has_item(word)) {
-            return;
-        }
-        /* The step cannot end before this item does, so what belongs to it stands still. */
-        pool->job->work(pool->job->context, pool->step, (size_t)NEXT(word), thread);
-        if (atomic_fetch_add(&pool->done, 1) + 1 == ITEMS(word)) {
-            advance(pool, thread);
+/* What the thread will read after this step, so that it can be asked for while there is nothing to do. Called with an item held. */
+static void look_ahead(Pool *pool, size_t thread) {
+    Worker *worker = &pool->workers[thread];
+    worker->first = POOL_AHEAD;
+    if (pool->job->ahead != NULL) {
+        const size_t count = pool->job->ahead(pool->job->context, pool->step, thread, worker->ahead);
+        worker->first = 0;
+        for (size_t i = count; i < POOL_AHEAD; i++) {
+            worker->ahead[i] = (PoolAhead){0};
         }
     }
 }
 
-/* Until there are items, or `flag`. */
-static void wait_for_items(Pool *pool, const atomic_bool *flag) {
-    for (size_t i = 0; i < pool->spins; i++) {
-        if (has_item(atomic_load_explicit(&pool->word, memory_order_relaxed)) || atomic_load_explicit(flag, memory_order_relaxed)) {
+/* Asking for memory that is gone by now does nothing. */
+void pool_ask(Pool *pool, size_t thread, size_t lines) {
+    Worker *worker = &pool->workers[thread];
+    while (worker->first < POOL_AHEAD && lines > 0) {
+        PoolAhead *next = &worker->ahead[worker->first];
+        for (; lines > 0 && next->bytes > 0; lines--) {
+            __builtin_prefetch(next->data, 0, 2);
+            const size_t step = next->bytes < LINE ? next->bytes : LINE;
+            next->data += step;
+            next->bytes -= step;
+        }
+        worker->first += next->bytes == 0;
+    }
+}
+
+/* Takes items until the open step, and those that this thread opens itself, have none left. `held`: items it has already, to be counted. */
+static void take_items(Pool *pool, size_t thread, size_t held) {
+    for (;;) {
+        size_t taken = held;
+        bool looked = false;
+        for (size_t i = 0; i < pool->threads; i++) {
+            Share *share = &pool->shares[(thread + i) % pool->threads];
+            while (has_item(atomic_load_explicit(&share->word, memory_order_relaxed))) {
+                const uint64_t word = atomic_fetch_add(&share->word, 1);
+                if (!has_item(word)) {
+                    break;
+                }
+                /* The step cannot end before this item is counted, so what belongs to it stands still. */
+                if (!looked) {
+                    look_ahead(pool, thread);
+                    looked = true;
+                }
+                pool->job->work(pool->job->context, pool->step, NEXT(word), thread);
+                taken++;
+            }
+        }
+        if (taken == 0) {
             return;
         }
-        relax();
+        const size_t total = pool->total;
+        if (atomic_fetch_add(&pool->done, taken) + taken != total || !advance(pool, thread)) {
+            return;
+        }
+        held = 1;
+    }
+}
+
+/* Until a step is opened after number `seen`, or `flag`. */
+static void wait_for_step(Pool *pool, size_t thread, size_t seen, const atomic_bool *flag) {
+    for (size_t i = 0; i < pool->spins; i++) {
+        if (atomic_load_explicit(&pool->opened, memory_order_relaxed) != seen || atomic_load_explicit(flag, memory_order_relaxed)) {
+            return;
+        }
+        if (pool->workers[thread].first < POOL_AHEAD) {
+            pool_ask(pool, thread, LINES);
+        } else {
+            relax();
+        }
     }
     lock_take(&pool->lock);
     atomic_fetch_add(&pool->sleepers, 1);
-    while (!has_item(atomic_load(&pool->word)) && !atomic_load(flag)) {
+    while (atomic_load(&pool->opened) == seen && !atomic_load(flag)) {
         condition_wait(&pool->changed, &pool->lock);
     }
     atomic_fetch_sub(&pool->sleepers, 1);
@@ -135,9 +200,11 @@ static void wait_for_items(Pool *pool, const atomic_bool *flag) {
 
 static THREAD_RESULT worker_main(void *argument) {
     const Worker *worker = argument;
-    while (!atomic_load(&worker->pool->quit)) {
-        wait_for_items(worker->pool, &worker->pool->quit);
-        take_items(worker->pool, worker->index);
+    Pool *pool = worker->pool;
+    while (!atomic_load(&pool->quit)) {
+        const size_t seen = atomic_load(&pool->opened);
+        take_items(pool, worker->index, 0);
+        wait_for_step(pool, worker->index, seen, &pool->quit);
     }
     return 0;
 }
@@ -173,7 +240,7 @@ Pool *pool_new(size_t threads, bool spin) {
         return NULL;
     }
     *pool = (Pool){.threads = threads < 1 ? 1 : threads > POOL_MAX_THREADS ? POOL_MAX_THREADS : threads};
-    atomic_init(&pool->word, 0);
+    atomic_init(&pool->opened, 0);
     atomic_init(&pool->done, 0);
     atomic_init(&pool->sleepers, 0);
     atomic_init(&pool->finished, true);
@@ -181,8 +248,11 @@ Pool *pool_new(size_t threads, bool spin) {
     pool->spins = spin ? SPINS : 0;
     lock_init(&pool->lock);
     condition_init(&pool->changed);
+    for (size_t i = 0; i < pool->threads; i++) {
+        atomic_init(&pool->shares[i].word, 0);
+        pool->workers[i] = (Worker){.pool = pool, .index = i, .first = POOL_AHEAD};
+    }
     for (size_t i = 1; i < pool->threads; i++) {
-        pool->workers[i] = (Worker){pool, i};
         if (!start(&pool->workers[i], &pool->handles[i])) {
             pool_free(pool);
             return NULL;
@@ -228,11 +298,12 @@ void pool_run(Pool *pool, const PoolJob *job) {
     pool->job = job;
     pool->step = SIZE_MAX; /* the one before the first */
     atomic_store(&pool->finished, false);
-    advance(pool, 0);
+    if (advance(pool, 0)) {
+        take_items(pool, 0, 1);
+    }
     while (!atomic_load(&pool->finished)) {
-        take_items(pool, 0);
-        if (!atomic_load(&pool->finished)) {
-            wait_for_items(pool, &pool->finished);
-        }
+        const size_t seen = atomic_load(&pool->opened);
+        take_items(pool, 0, 0);
+        wait_for_step(pool, 0, seen, &pool->finished);
     }
 }

@@ -1,4 +1,5 @@
-/* The thread pool: every item of every step runs once, and no step begins before the one before it is done. `pool_test THREADS` */
+/* The thread pool: every item of every step runs once, and no step begins before the one before it is done; what lies ahead is asked of
+ * a thread while it holds an item of that step. `pool_test THREADS` */
 #include "../../../../runtimes/native/pool.h"
 
 #include <stdatomic.h>
@@ -15,7 +16,9 @@ typedef struct {
     /* Plain memory: a race between steps is a race that ThreadSanitizer sees. */
     uint32_t ran[STEPS][MOST];
     uint64_t sums[STEPS + 1];
-    atomic_size_t wrong;
+    atomic_size_t wrong, asked;
+    uint8_t memory[MOST * 64];
+    Pool *pool;
 } Job;
 
 static size_t items(void *context, size_t step, bool *small) {
@@ -34,6 +37,21 @@ static void work(void *context, size_t step, size_t item, size_t thread) {
         }
     }
     job->ran[step][item]++;
+    pool_ask(job->pool, thread, item % 3);
+}
+
+static size_t ahead(void *context, size_t step, size_t thread, PoolAhead ahead[POOL_AHEAD]) {
+    Job *job = context;
+    atomic_fetch_add(&job->asked, 1);
+    for (size_t i = 0; step > 0 && i < job->items[step - 1]; i++) {
+        if (job->ran[step - 1][i] != 1) { /* read while the step is open: a race if it were not */
+            atomic_fetch_add(&job->wrong, 1);
+        }
+    }
+    for (size_t i = 0; i < POOL_AHEAD; i++) {
+        ahead[i] = (PoolAhead){job->memory + 64 * (i + thread), 1 + (step + i) % 200};
+    }
+    return step % (POOL_AHEAD + 1);
 }
 
 int main(int count, char **arguments) {
@@ -53,18 +71,26 @@ int main(int count, char **arguments) {
                 job->items[i] = state >> 8 & 15 ? (state >> 16) % MOST : 0;
                 job->small[i] = (state >> 28) == 0;
             }
-            pool_run(pool, &(PoolJob){.steps = STEPS, .items = items, .work = work, .context = job});
+            job->pool = pool;
+            pool_run(pool, &(PoolJob){.steps = STEPS, .items = items, .work = work, .ahead = run % 2 ? ahead : NULL, .context = job});
             for (size_t i = 0; i < STEPS; i++) {
                 for (size_t k = 0; k < MOST; k++) {
                     wrong += job->ran[i][k] != (k < job->items[i]);
                 }
             }
             wrong += atomic_load(&job->wrong);
+            wrong += (atomic_load(&job->asked) > 0) != (run % 2 == 1 && threads > 1);
             free(job);
         }
         pool_free(pool);
     }
     pool_free(pool_new(threads, true)); /* never used */
+    for (size_t count = 0; count < 200; count++) { /* shares are one after another, and all of it */
+        wrong += pool_share(count, threads, 0) != 0 || pool_share(count, threads, threads) != count;
+        for (size_t i = 0; i < threads; i++) {
+            wrong += pool_share(count, threads, i) > pool_share(count, threads, i + 1);
+        }
+    }
     printf("%zu threads: %zu wrong\n", threads, wrong);
     return wrong > 0;
 }

@@ -1,0 +1,13 @@
+/* What the items of a decoder's steps are, for those who run them (plan_run.c) and who look ahead (plan_ahead.c). */
+#ifndef VLM_PLAN_WORK_H
+#define VLM_PLAN_WORK_H
+
+#include "plan.h"
+
+size_t plan_items(void *call, size_t step, bool *small);
+/* Of a product: panels, or of a gated one pairs of them, of each item. */
+size_t plan_panels_per_item(const Plan *plan, const PlanStep *step);
+/* As PoolJob's `ahead`. */
+size_t plan_ahead(void *call, size_t step, size_t thread, PoolAhead ahead[POOL_AHEAD]);
+
+#endif
