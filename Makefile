@@ -50,7 +50,7 @@ coverage: $(ENV)  ## verify every system and write the coverage table (families/
 	$(BIN)/python -m pytest -n 2 -m 'slow or not slow' tests/coverage --write-coverage
 	$(BIN)/python -m benchmarks.coverage_table
 
-asan: $(ENV)  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
+asan: $(ENV)  ## the native tests under AddressSanitizer and UndefinedBehaviorSanitizer, whole sessions under ThreadSanitizer
 	$(BIN)/python -m benchmarks.asan
 
 bench: $(ENV)  ## ours beside transformers, OpenVINO, llama.cpp and onnxruntime-genai, interleaved (BENCH="--tiles 17", "--help" …)

@@ -1,8 +1,9 @@
 """Builds the C extension with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests: `make asan`.
 
-The instrumented extension lies in a folder of its own (.cache/asan), ahead of the ordinary one on the path, so that nothing else
-sees it. Leaks are looked for by the tests themselves (memory steady over many states), not by LeakSanitizer, which would report
-what Python and ONNX Runtime keep on purpose.
+Then with ThreadSanitizer, for whole sessions on several threads (`--races`: only that). The instrumented extensions lie in
+folders of their own (.cache/asan, .cache/tsan), ahead of the ordinary one on the path, so that nothing else sees them. Leaks are
+looked for by the tests themselves (memory steady over many states), not by LeakSanitizer, which would report what Python and ONNX
+Runtime keep on purpose.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "asan"
+RACES_FOLDER = ROOT / ".cache" / "tsan"
+RACES = "tests/runtimes/native/test_native_races.py"
 ENGINES = ROOT / "tests" / "runtimes" / "engines"
 TESTS = (
     "tests/runtimes/native",
@@ -28,17 +31,17 @@ TESTS = (
 SANITIZERS = "address,undefined"
 
 
-def build() -> Path:
-    """Builds into .cache/asan; returns the folder to put on the path: a copy of the package with the instrumented extension."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    package = FOLDER / "vlm_edge_runtime"
+def build(folder: Path = FOLDER, sanitizers: str = SANITIZERS) -> Path:
+    """Builds into `folder`; returns what to put on the path: a copy of the package with the instrumented extension."""
+    shutil.rmtree(folder, ignore_errors=True)
+    package = folder / "vlm_edge_runtime"
     shutil.copytree(
         ROOT / "runtimes" / "vlm_edge_runtime", package, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
     )
-    environment = os.environ | {"VLM_EDGE_SANITIZE": SANITIZERS}
-    arguments = ["build_ext", "--build-lib", str(FOLDER), "--build-temp", str(FOLDER / "objects")]
+    environment = os.environ | {"VLM_EDGE_SANITIZE": sanitizers}
+    arguments = ["build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
     subprocess.run([sys.executable, "setup.py", "--quiet", *arguments], cwd=ROOT, env=environment, check=True)
-    return FOLDER
+    return folder
 
 
 def library(name: str) -> str:
@@ -47,8 +50,17 @@ def library(name: str) -> str:
     return subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def races() -> int:
+    """Builds with ThreadSanitizer and runs sessions on several threads; pytest's exit status."""
+    environment = os.environ | {"VLM_EDGE_TSAN": str(build(RACES_FOLDER, "thread"))}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", RACES]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
 def main() -> int:
     """Builds, runs the tests, returns pytest's exit status."""
+    if sys.argv[1:] == ["--races"]:
+        return races()
     folder = build()
     preload = [library("libasan.so"), library("libubsan.so"), library("libstdc++.so")]
     environment = os.environ | {
@@ -66,7 +78,8 @@ def main() -> int:
     if Path(loaded.strip()).parent != folder / "vlm_edge_runtime":
         raise SystemExit(f"the tests would load {loaded.strip()} and not the instrumented extension in {folder}")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout", "1800", *(sys.argv[1:] or TESTS)]
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+    return status if status or sys.argv[1:] else races()
 
 
 if __name__ == "__main__":

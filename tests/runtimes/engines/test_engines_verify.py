@@ -135,7 +135,7 @@ def test_what_is_kept_goes_on_as_if_drafts_had_never_been(bundle, threads) -> No
 
 
 def test_drafts_end_where_the_positions_end(portable_bundle, tmp_path) -> None:
-    """A learned table of 256 positions, a cache with more room: drafts are cut there, in their own row and in the row beside it."""
+    """A learned table of 256 positions, a cache with more room: drafts are cut there, in their row and beside it."""
     decoder = opened(made("llava-gpt2", portable_bundle, tmp_path, "cpu-fp32"), "cpu-fp32-native")
     prompts = [240, 20]
     expected = single_steps(decoder, prompts, 17)
