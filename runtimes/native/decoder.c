@@ -87,7 +87,7 @@ DecoderStatus decoder_run_marked(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
         }
     }
     keep_all_idle(d, first, count, false);
-    const double embed_seconds = session_run_bound(d->embed, d->span_embed, message);
+    const double embed_seconds = decoder_embed(d, d->tokens, count, d->embeds, d->span_embed, message);
     if (embed_seconds < 0) {
         return decoder_run_failed(d->embed, message);
     }

@@ -264,9 +264,12 @@ typedef struct DecoderRun {
     float *each; /* NULL, or (of a plan) where logits of every token go, [rows · tokens][vocab], with rows as if run token by token */
 } DecoderRun;
 
-/* Binds embed_tokens for `each` tokens of `rows` rows. */
+/* Binds embed_tokens for `each` tokens of `rows` rows; a plan is not bound to anything: *out is NULL. */
 int decoder_bind_embed(Decoder *decoder, const int64_t *tokens, float *embeds, size_t rows, size_t each, OrtIoBinding **out,
                        char message[ORT_MESSAGE_SIZE]);
+
+/* Runs embed_tokens for `count` tokens. Seconds; −1 with the reason in `message`. */
+double decoder_embed(Decoder *decoder, const int64_t *tokens, size_t count, float *embeds, const OrtIoBinding *binding, char message[ORT_MESSAGE_SIZE]);
 
 /* A plan is not bound to anything: *out is NULL. */
 int decoder_bind(Decoder *decoder, const DecoderRun *run, OrtIoBinding **out, char message[ORT_MESSAGE_SIZE]);

@@ -1,5 +1,6 @@
 /* Binding memory to the decoder's inputs and outputs. */
 #include "decoder.h"
+#include "plan_rows.h"
 
 void decoder_unbind(Decoder *d) {
     if (d->span_embed != NULL) {
@@ -78,6 +79,10 @@ static void bind_further(Binder *b, const Decoder *d, const DecoderRun *run) {
 }
 
 int decoder_bind_embed(Decoder *d, const int64_t *tokens, float *embeds, size_t rows, size_t each, OrtIoBinding **out, char message[ORT_MESSAGE_SIZE]) {
+    if (d->embed->plan != NULL) {
+        *out = NULL;
+        return 0;
+    }
     Binder b = {NULL, NULL};
     const int64_t shape[] = {(int64_t)rows, (int64_t)each, (int64_t)d->hidden};
     b.status = ort.CreateIoBinding(d->embed->session, &b.binding);
@@ -92,6 +97,19 @@ int decoder_bind_embed(Decoder *d, const int64_t *tokens, float *embeds, size_t 
         return -1;
     }
     return 0;
+}
+
+double decoder_embed(Decoder *d, const int64_t *tokens, size_t count, float *embeds, const OrtIoBinding *binding, char message[ORT_MESSAGE_SIZE]) {
+    SessionCore *core = d->embed;
+    if (core->plan == NULL) {
+        return session_run_bound(core, binding, message);
+    }
+    platform_mutex_lock(&core->run_lock);
+    const double begin = platform_seconds();
+    const int result = rows_run(core->plan, tokens, count, embeds, message);
+    const double seconds = platform_seconds() - begin;
+    platform_mutex_unlock(&core->run_lock);
+    return result == 0 ? seconds : -1.0;
 }
 
 double decoder_execute(Decoder *d, const DecoderRun *run, const OrtIoBinding *binding, char message[ORT_MESSAGE_SIZE]) {

@@ -99,8 +99,10 @@ static DecoderStatus run(Decoder *d, const Pass *p, char message[ORT_MESSAGE_SIZ
     if (decoder_bind_embed(d, p->ids, p->embeds, p->count, p->tokens, &binding, message) != 0) {
         return decoder_run_failed(d->embed, message);
     }
-    const double embed_seconds = session_run_bound(d->embed, binding, message);
-    ort.ReleaseIoBinding(binding);
+    const double embed_seconds = decoder_embed(d, p->ids, p->count * p->tokens, p->embeds, binding, message);
+    if (binding != NULL) {
+        ort.ReleaseIoBinding(binding);
+    }
     if (embed_seconds < 0) {
         return decoder_run_failed(d->embed, message);
     }

@@ -32,6 +32,7 @@ static PyMethodDef functions[] = {
     {"kernels", native_kernels, METH_NOARGS, "Names of the native kernels that this CPU runs, fastest first."},
     {"plan_seconds", native_plan_seconds, METH_O, "What each step of a plan took since the last call."},
     {"graph_run", native_graph_run, METH_VARARGS, "Runs a graph's plan: {name: input array}, {name: output array}, which is filled."},
+    {"rows_run", native_rows_run, METH_VARARGS, "Runs an embedding's plan: int64 tokens, float32 rows, which are filled."},
     {"plan_step", native_plan_step, METH_VARARGS, "One step of a decoder plan on arrays."},
     {"uniform", native_uniform, METH_VARARGS, "The step-th draw of a seed's stream, in [0, 1)."},
     {"philox", native_philox, METH_VARARGS, "Philox4x32-10 of a counter and a key."},

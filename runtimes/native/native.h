@@ -61,6 +61,7 @@ PyObject *native_merge_features(PyObject *module, PyObject *args, PyObject *kwar
 PyObject *native_plan_step(PyObject *module, PyObject *args);
 PyObject *native_plan_seconds(PyObject *module, PyObject *session);
 PyObject *native_graph_run(PyObject *module, PyObject *args);
+PyObject *native_rows_run(PyObject *module, PyObject *args);
 PyObject *native_uniform(PyObject *module, PyObject *args);
 PyObject *native_philox(PyObject *module, PyObject *args);
 

@@ -71,8 +71,8 @@ typedef struct {
     uint64_t offset;
 } PlanBuffer;
 
-/* WEIGHT_BYTES: a ByteMatrix, its scales, bias, sums and codes one after another (plan_graph.h). */
-typedef enum { WEIGHT_VECTOR = WEIGHT_FORMATS, WEIGHT_INTEGERS, WEIGHT_BYTES } PlainFormat;
+/* WEIGHT_BYTES: a ByteMatrix, its scales, bias, sums and codes one after another (plan_graph.h). The last two: tables of plan_rows.h. */
+typedef enum { WEIGHT_VECTOR = WEIGHT_FORMATS, WEIGHT_INTEGERS, WEIGHT_BYTES, WEIGHT_HALF_ROWS, WEIGHT_BYTE_ROWS } PlainFormat;
 
 typedef struct {
     PanelMatrix matrix; /* `format` beyond WEIGHT_FORMATS: plain floats [depth][width], or int32 */
@@ -90,8 +90,10 @@ typedef struct {
     const Kernels *kernels;
     Pool *pool;
     bool graph; /* steps and buffers are those of plan_graph.h, and it runs by graph_run */
+    bool rows;  /* it is a table that tokens take rows of (plan_rows.h), and runs by rows_run */
     void *file;
     size_t file_bytes;
+    int descriptor; /* of a table that is read row by row; −1: none */
     PlanValue *inputs, *outputs;
     uint32_t input_count, output_count, cache_count;
     PlanBuffer *buffers;
@@ -145,9 +147,14 @@ typedef struct {
     size_t parts;            /* an attention of single tokens: the most parts of any */
 } PlanCall;
 
-/* A file, mapped for reading. NULL on failure. */
-void *mapped_open(const char *path, size_t *bytes);
+/* A file, mapped for reading. NULL on failure. `descriptor`: of the open file, −1 where the system has none; the caller closes it. */
+void *mapped_open(const char *path, size_t *bytes, int *descriptor);
 void mapped_close(void *file, size_t bytes);
+/* Says that all of a mapped file will be wanted soon. */
+void mapped_want(void *file, size_t bytes);
+void descriptor_close(int descriptor);
+/* Bytes of an open file; false when it has no so many there, or cannot be read. */
+bool descriptor_read(int descriptor, void *to, size_t bytes, size_t offset);
 
 /* What is wrong with a plan that was read, or NULL. Also counts its caches and sizes its threads' memory. */
 const char *plan_check(Plan *plan);

@@ -217,7 +217,7 @@ PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
         for (size_t thread = 0; plan->seconds != NULL && thread < threads; thread++) {
             sum += plan->seconds[thread * steps + i];
         }
-        PyObject *entry = Py_BuildValue("(sId)", (plan->graph ? graph_names : names)[plan->steps[i].kind], plan->steps[i].width, sum);
+        PyObject *entry = Py_BuildValue("(sId)", plan->rows ? "rows" : (plan->graph ? graph_names : names)[plan->steps[i].kind], plan->steps[i].width, sum);
         if (entry == NULL) {
             Py_CLEAR(list);
         } else {

@@ -1,5 +1,6 @@
 /* Reading a plan's file: nothing in it is believed before it is checked. */
 #include "plan_graph.h"
+#include "plan_rows.h"
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -99,7 +100,7 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
         PlanWeight *w = &p->weights[i];
         PanelMatrix *m = &w->matrix;
         const uint32_t format = read_u32(r);
-        m->format = (WeightFormat)(format <= WEIGHT_BYTES ? format : 0);
+        m->format = (WeightFormat)(format <= WEIGHT_BYTE_ROWS ? format : 0);
         m->depth = read_u32(r);
         m->width = read_u32(r);
         m->block = read_u32(r);
@@ -107,7 +108,7 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
         const uint64_t offset = read_u64(r);
         w->bytes = read_u64(r);
         m->panel_bytes = (size_t)read_u64(r);
-        if (r->wrong != NULL || format > WEIGHT_BYTES) {
+        if (r->wrong != NULL || format > WEIGHT_BYTE_ROWS) {
             r->wrong = r->wrong != NULL ? r->wrong : "a weight has an unknown format";
             return;
         }
@@ -124,6 +125,8 @@ static void read_weights(Reader *r, Plan *p, size_t data) {
         } else if (format == WEIGHT_BYTES) {
             fits = fits && m->depth <= (1u << 16);
             needed = fits ? graph_byte_matrix_bytes(m) : 0;
+        } else if (format == WEIGHT_HALF_ROWS || format == WEIGHT_BYTE_ROWS) {
+            needed = m->depth * rows_stride(m);
         }
         if (!fits || w->bytes != needed || offset % 64 != 0 || offset > p->file_bytes - data || needed > p->file_bytes - data - offset) {
             r->wrong = "a weight is not where or what it should be";
@@ -157,7 +160,7 @@ static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
 }
 
 static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE]) {
-    p->file = mapped_open(path, &p->file_bytes);
+    p->file = mapped_open(path, &p->file_bytes, &p->descriptor);
     if (p->file == NULL) {
         return fail(message, "the plan %s cannot be opened", path);
     }
@@ -176,7 +179,9 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
         return fail(message, "the plan %s is damaged: it ends too early", path);
     }
     r.end = r.at + meta;
-    p->graph = read_u32(&r) != 0;
+    const uint32_t kind = read_u32(&r);
+    p->graph = kind == 1;
+    p->rows = kind == 2;
     p->inputs = read_values(&r, &p->input_count);
     p->outputs = read_values(&r, &p->output_count);
     p->hidden = read_u32(&r);
@@ -193,10 +198,15 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
     }
     read_weights(&r, p, data);
     read_steps(&r, p);
-    if (r.wrong == NULL && (p->position_axes > 8 || p->token_bytes > (1u << 28) || p->block_input < -1)) {
+    if (r.wrong == NULL && (kind > 2 || p->position_axes > 8 || p->token_bytes > (1u << 28) || p->block_input < -1)) {
         r.wrong = "its sizes make no sense";
     }
-    const char *wrong = r.wrong != NULL ? r.wrong : p->graph ? graph_check(p) : plan_check(p);
+    const char *wrong = r.wrong != NULL ? r.wrong : p->rows ? rows_check(p) : p->graph ? graph_check(p) : plan_check(p);
+    if (!p->rows) { /* all of its weights are read for every token or image; of a table, the rows of the tokens that come */
+        descriptor_close(p->descriptor);
+        p->descriptor = -1;
+        mapped_want(p->file, p->file_bytes);
+    }
     return wrong != NULL ? fail(message, "the plan %s is damaged: %s", path, wrong) : 0;
 }
 
@@ -206,6 +216,7 @@ Plan *plan_open(const char *path, size_t threads, bool spin, const char *kernels
         fail(message, "out of memory");
         return NULL;
     }
+    p->descriptor = -1;
     p->kernels = kernels != NULL ? kernels_named(kernels) : kernels_best();
     if (p->kernels == NULL) {
         fail(message, "this CPU has no kernels '%s'", kernels);
@@ -216,7 +227,7 @@ Plan *plan_open(const char *path, size_t threads, bool spin, const char *kernels
         plan_close(p);
         return NULL;
     }
-    p->pool = pool_new(threads, spin);
+    p->pool = pool_new(p->rows ? 1 : threads, spin);
     if (p->pool == NULL) {
         fail(message, "%zu threads cannot be started", threads);
         plan_close(p);
@@ -241,6 +252,7 @@ void plan_close(Plan *p) {
     }
     pool_free(p->pool);
     mapped_close(p->file, p->file_bytes);
+    descriptor_close(p->descriptor);
     free_values(p->inputs, p->input_count);
     free_values(p->outputs, p->output_count);
     free(p->buffers);

@@ -147,6 +147,12 @@ def graph_run(session: Session, inputs: Mapping[str, Buffer], outputs: Mapping[s
     Raises DeviceError for arrays that are missing or of other sizes, TypeError and ValueError for other types and ranks.
     """
 
+def rows_run(session: Session, tokens: Buffer, rows: Buffer) -> None:
+    """Runs the plan of an embedding: int64 [batch, sequence] → float32 [batch, sequence, hidden], which is given and filled.
+
+    Raises DeviceError for a token that the table has no row of, TypeError and ValueError for other types and shapes.
+    """
+
 def plan_seconds(session: Session) -> list[tuple[str, int, float]]:
     """(kind, width, seconds of all threads together) of each step of a plan since the last call; the first begins to measure."""
 

@@ -27,7 +27,7 @@ class CpuBackend(Backend):
     def lower(self, job: Job, role: str) -> Mapping[str, Lowered]:
         """See `Backend.lower`; every portable graph becomes one graph or one plan."""
         kind, options = job.kinds[role], job.target.options
-        wanted = {"decoder": options.kernels, "encoder": options.encoder_kernels}.get(kind, "")
+        wanted = {"decoder": options.kernels, "embedding": options.kernels, "encoder": options.encoder_kernels}.get(kind, "")
         why = ""
         if wanted == "native":
             try:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, driven by the C extension: graphs, and the decode loop over a shared in-place KV cache."""
+"""Graphs and plans on the CPU, driven by the C extension, and the decode loop over a shared in-place KV cache."""
 
 from __future__ import annotations
 
@@ -59,6 +59,20 @@ class PlanGraph(NativeGraph):
         _native.graph_run(self.session, contiguous, outputs)
         self._record(time.perf_counter() - begin)
         return outputs
+
+
+class PlanRows(NativeGraph):
+    """The plan of an embedding: a table, of which only the rows of given tokens are read."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The rows of int64 tokens [batch, sequence], float32 [batch, sequence, hidden]. Raises DeviceError naming the graph."""
+        tokens = np.ascontiguousarray(feeds[self.inputs[0].name])
+        (output,) = self.outputs
+        rows = np.empty((*tokens.shape, int(output.shape[-1])), np.float32)
+        begin = time.perf_counter()
+        _native.rows_run(self.session, tokens, rows)
+        self._record(time.perf_counter() - begin)
+        return {output.name: rows}
 
 
 class NativeDecoderState:
@@ -188,16 +202,17 @@ class NativeDecoder:
 
 
 class NativeOrtEngine:
-    """Loads the graphs of one build in ONNX Runtime's CPU provider; all of them share one thread pool.
+    """Loads the graphs of one build: plans by native kernels, others in ONNX Runtime's CPU provider, on one thread pool.
 
-    A second engine with another number of threads gets pools of its own. Raises DeviceError when ONNX Runtime is missing or
-    too old.
+    A second engine with another number of threads gets pools of its own. ONNX Runtime is opened only where a graph is no plan;
+    raises DeviceError when it is missing or too old.
     """
 
     name = "onnxruntime-cpu"
 
     def __init__(self, bundle: Bundle, options: EngineOptions | None = None) -> None:
-        self.version = ensure_runtime()
+        if any(entry.format != "plan" for entry in bundle.graphs.values()):
+            ensure_runtime()
         self.bundle = bundle
         self.options = options or EngineOptions()
         self.threads = self.options.threads or default_threads()
@@ -244,9 +259,13 @@ class NativeOrtEngine:
                 encoder = role not in ("decoder", "embed_tokens")
                 threads = self.options.encoder_threads if encoder and self.options.encoder_threads else self.threads
                 session = _native.Session(path, role, threads=threads, spin=self.options.spin, plan=plan)
-                kind = PlanGraph if plan and role != "decoder" else NativeGraph
+                kind = _PLANS.get(role, PlanGraph) if plan else NativeGraph
                 self._graphs[role] = kind(session, times.append)
             return self._graphs[role]
+
+
+_PLANS: Mapping[str, type[NativeGraph]] = {"decoder": NativeGraph, "embed_tokens": PlanRows}
+"""What runs the plan of a role; PlanGraph runs those of others."""
 
 
 def embed_row(graph: Graph, input_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

@@ -11,6 +11,7 @@ from vlm_edge_runtime.bundle.writer import BuildWriter
 from vlm_edge_runtime.errors import TargetError
 
 from .compile import Compiler
+from .embed import embedding_plan, graph_rows
 from .encoder import EncoderCompiler
 from .errors import NotExpressible
 from .plan_file import Plan, Value, write
@@ -18,11 +19,14 @@ from .session import SUFFIX
 
 
 def planned(job: Job, role: str) -> Lowered:
-    """A portable decoder or encoder as a plan, in the precision that is asked for; nothing is lowered for ONNX Runtime.
+    """A portable graph as a plan, in the precision that is asked for; nothing is lowered for ONNX Runtime.
 
     Raises NotExpressible with what has no step: such a graph stays with ONNX Runtime as a whole.
     """
     model = ir.load(job.bundle.graph_path(role))
+    if job.kinds[role] == "embedding":
+        plan, changes = embedding_plan(model, job.words[role], graph_rows(str(job.bundle.graph_path(role))))
+        return Lowered(model, [changes], plan)
     return _decoder(job, model) if job.kinds[role] == "decoder" else _encoder(job, role, model)
 
 

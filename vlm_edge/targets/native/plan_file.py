@@ -67,7 +67,7 @@ class Unary(IntEnum):
 
 
 class Format(IntEnum):
-    """How a weight is stored: panels of 16 outputs, or plain rows."""
+    """How a weight is stored: panels of 16 outputs, or plain rows. The last two: tables of plan_rows.h."""
 
     INT4 = 0
     INT8 = 1
@@ -76,6 +76,8 @@ class Format(IntEnum):
     VECTOR = 4
     INTEGERS = 5
     BYTES = 6
+    HALF_ROWS = 7
+    BYTE_ROWS = 8
 
 
 class BufferKind(IntEnum):
@@ -163,8 +165,9 @@ class Step:
 
 @dataclass(slots=True)
 class Plan:
-    """A whole decoder, or (`graph`) another graph, whose steps are of GraphKind.
+    """A whole decoder, or (`graph`) another graph, whose steps are of GraphKind, or (`rows`) an embedding.
 
+    An embedding has one step, whose weight is its table.
     `block_input`: which further input numbers blocks of tokens, −1 for none.
     """
 
@@ -176,6 +179,7 @@ class Plan:
     steps: list[Step]
     block_input: int = -1
     graph: bool = False
+    rows: bool = False
 
     @property
     def buffers(self) -> list[Buffer]:
@@ -225,7 +229,7 @@ def write(plan: Plan, path: Path) -> None:
         end += -(-weight.size // _LINE) * _LINE
     meta = b"".join(
         [
-            struct.pack("<I", plan.graph),
+            struct.pack("<I", 2 if plan.rows else int(plan.graph)),
             _values(plan.inputs),
             _values(plan.outputs),
             struct.pack("<IIIiQ", plan.hidden, plan.vocab, plan.position_axes, plan.block_input, token_bytes),

@@ -45,10 +45,18 @@ class PlanSession:
         """The named outputs (None: all). Caches are given and returned whole, and copied; floats are cast to the plan's type."""
         given = {name: np.ascontiguousarray(feeds[name], dtype=dtype) for name, dtype in self._dtypes.items()}
         wanted = names if names is not None else [one.name for one in self.get_outputs()]
+        if "input_ids" in self._dtypes:
+            return [self._rows(given["input_ids"])]
         if "seqlens_k" not in self._dtypes:
             return self._run_graph(given, wanted)
         found = _native.plan_step(self._session, given)
         return [np.frombuffer(data, dtype).reshape(shape) for data, dtype, shape in (found[name] for name in wanted)]
+
+    def _rows(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        ((_, _, shape),) = self._session.outputs
+        rows = np.empty((*tokens.shape, int(shape[2])), np.float32)
+        _native.rows_run(self._session, tokens, rows)
+        return rows
 
     def _run_graph(self, given: Mapping[str, npt.NDArray[Any]], wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
         images = len(next(iter(given.values())))
