@@ -13,7 +13,7 @@ from vlm_edge_runtime.errors import TargetError
 
 from .console import echo_json, need_extra, progress, size, stdout, table
 from .graph_runs import graph_run, reasons
-from .options import compiling_options, lowering_options, numbers
+from .options import cache_option, compiling_options, lowering_options, numbers
 
 if TYPE_CHECKING:
     from vlm_edge.targets.backend import CompileOptions
@@ -31,6 +31,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
     help="Target name or a TOML file of your own (repeatable); see `vlm-edge targets`.",
 )
 @lowering_options
+@cache_option
 @compiling_options
 @click.option("--name", help="Name of the build (default: the target's name).")
 @click.option("--overwrite", is_flag=True, help="Replace a build of the same name.")
@@ -41,6 +42,7 @@ def command(
     precision: str | None,
     block_size: str | None,
     calibrate: Path | None,
+    kv: Literal["float", "int8"] | None,
     sm: str | None,
     context: str | None,
     max_batch: int | None,
@@ -58,6 +60,7 @@ def command(
     \b
     vlm-edge build tiny-llava.vlm --target cpu-int4
     vlm-edge build tiny-llava.vlm --target cpu-int4 --precision vision=fp32,decoder=int4 --name cpu-int4-fp32vision
+    vlm-edge build tiny-llava.vlm --target cpu-int4 --kv int8 --name cpu-int4-kv8
     vlm-edge build tiny-llava.vlm --target rtx-40 --sm 86,89,120
     """
     need_extra("build", "onnx", "onnx_ir")
@@ -73,7 +76,7 @@ def command(
             profiles=profiles,
             make=make_engines,
         )
-        builds = build_targets(bundle, targets, precision, block_size, calibrate, name, overwrite, listener, compiling)
+        builds = build_targets(bundle, targets, precision, block_size, calibrate, name, overwrite, listener, compiling, kv)
     if as_json:
         import msgspec
 
@@ -108,6 +111,7 @@ def build_targets(
     overwrite: bool,
     listener: Any,
     compiling: CompileOptions | None = None,
+    kv: Literal["float", "int8"] | None = None,
 ) -> list[Build]:
     """Builds each target in turn. Shared with `vlm-edge export --target`."""
     from vlm_edge.targets.build import build
@@ -121,6 +125,7 @@ def build_targets(
             block_size=int(block_size) if block_size else None,
             calibration=pictures,
             compiling=compiling,
+            kv=kv,
             name=name,
             overwrite=overwrite,
             progress=listener,

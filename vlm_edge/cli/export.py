@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from .console import echo_json, need_extra, progress, size, stdout, table
-from .options import lowering_options
+from .options import cache_option, lowering_options
 
 
 @click.command(name="export", short_help="Checkpoint → portable bundle.")
@@ -15,6 +16,7 @@ from .options import lowering_options
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target", "targets", multiple=True, help="Also build for this target (repeatable); see `vlm-edge targets`.")
 @lowering_options
+@cache_option
 @click.option("--revision", help="Branch, tag or commit of a hub checkpoint.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint. Off unless you ask.")
 @click.option("--check/--no-check", default=True, show_default=True, help="Compare every graph with PyTorch on several shapes.")
@@ -32,6 +34,7 @@ def command(
     precision: str | None,
     block_size: str | None,
     calibrate: Path | None,
+    kv: Literal["float", "int8"] | None,
     revision: str | None,
     trust_remote_code: bool,
     check: bool,
@@ -52,8 +55,8 @@ def command(
 
     for target in targets:
         load_target(target)  # a wrong name is said before minutes of tracing, not after
-    if precision and not targets:
-        raise click.UsageError("--precision says how a build is quantised: name one with --target.")
+    if (precision or kv) and not targets:
+        raise click.UsageError(f"{'--precision' if precision else '--kv'} says how a build is quantised: name one with --target.")
     with progress(quiet=as_json) as listener:
         from vlm_edge.export import export
 
@@ -70,7 +73,7 @@ def command(
         if targets:
             from .build import build_targets
 
-            build_targets(out, targets, precision, block_size, calibrate, None, overwrite, listener)
+            build_targets(out, targets, precision, block_size, calibrate, None, overwrite, listener, kv=kv)
     from vlm_edge_runtime.bundle.reader import read_manifest
 
     manifest = read_manifest(out)

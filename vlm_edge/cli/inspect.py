@@ -10,7 +10,7 @@ import click
 import msgspec
 from rich.padding import Padding
 
-from vlm_edge_runtime.bundle.manifest import Build, Dim, GraphEntry, Manifest, ParityRecord, TensorSpec
+from vlm_edge_runtime.bundle.manifest import Build, Dim, GraphEntry, KVLayout, Manifest, ParityRecord, TensorSpec
 from vlm_edge_runtime.bundle.reader import check_files, open_bundle, read_manifest
 
 from .console import echo_json, size, stdout, table
@@ -50,7 +50,7 @@ def command(bundle: Path, context_length: int | None, batch: int, verify: bool, 
     _head(bundle, manifest, verify)
     for name, graphs, build in _every_build(manifest):
         _graphs(name, graphs, build)
-    _plans(plans)
+    _plans(plans, {name: layout.dtype if (layout := _layout(manifest, name)) is not None else "–" for name in plans})
     _parity("portable", manifest.parity)
     for build in manifest.builds.values():
         _parity(build.name, build.parity)
@@ -62,22 +62,28 @@ def _every_build(manifest: Manifest) -> list[tuple[str, dict[str, GraphEntry], B
     return [("portable", manifest.graphs, None), *builds]
 
 
+def _layout(manifest: Manifest, build: str) -> KVLayout | None:
+    """The KV cache of a build, or of the portable decoder."""
+    chosen = manifest.builds.get(build)
+    return (chosen.kv if chosen and chosen.kv else None) or getattr(manifest.contract, "kv", None)
+
+
 def memory_plan(manifest: Manifest, build: str, context_length: int | None, batch: int) -> dict[str, int]:
-    """Bytes that a session of `build` needs for certain: weights once, and the KV cache at its full length.
+    """Bytes that a session of `build` needs for certain: weights once, and the KV cache at its full length, `kv_token` a token.
 
     Activations come on top and depend on the engine; `vlm-edge bench` measures the peak.
     """
     chosen = manifest.builds.get(build)
     graphs = {**manifest.graphs, **(chosen.graphs if chosen else {})}
     files = {ref.file: ref.bytes for graph in graphs.values() for ref in (graph.model, *graph.data)}
-    plan = {"weights": sum(files.values()), "kv_cache": 0, "context_length": 0}
-    layout = (chosen.kv if chosen and chosen.kv else None) or getattr(manifest.contract, "kv", None)
+    plan = {"weights": sum(files.values()), "kv_cache": 0, "kv_token": 0, "context_length": 0}
+    layout = _layout(manifest, build)
     if layout is not None:
         longest = getattr(manifest.contract, "context_length", 0)
         length = min(context_length or longest, longest)
-        width = {"float32": 4, "float16": 2, "int8": 1}[layout.dtype]
         plan["context_length"] = length
-        plan["kv_cache"] = 2 * layout.layers * batch * layout.kv_heads * length * layout.head_dim * width
+        plan["kv_token"] = layout.entry_bytes
+        plan["kv_cache"] = layout.entry_bytes * length * batch
     plan["total"] = plan["weights"] + plan["kv_cache"]
     return plan
 
@@ -127,20 +133,22 @@ def _signature(graph: GraphEntry) -> str:
     return f"{side(graph.inputs)} → {side(graph.outputs)}"
 
 
-def _plans(plans: dict[str, dict[str, int]]) -> None:
+def _plans(plans: dict[str, dict[str, int]], types: dict[str, str]) -> None:
     drawn = table(
         "\nMemory plan (activations come on top; `vlm-edge bench` measures the peak)",
         "build",
         "weights",
+        "KV in",
+        "KV a token",
         "KV cache",
         "at context",
         "sum",
-        right=("weights", "KV cache", "at context", "sum"),
+        right=("weights", "KV a token", "KV cache", "at context", "sum"),
     )
     for name, plan in plans.items():
-        drawn.add_row(
-            name, size(plan["weights"]), size(plan["kv_cache"]), str(plan["context_length"] or "–"), size(plan["total"])
-        )
+        context = str(plan["context_length"] or "–")
+        kept = size(plan["kv_token"]) if plan["kv_token"] else "–"
+        drawn.add_row(name, size(plan["weights"]), types[name], kept, size(plan["kv_cache"]), context, size(plan["total"]))
     stdout.print(drawn)
 
 

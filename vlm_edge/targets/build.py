@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import onnx_ir as ir
@@ -38,6 +39,7 @@ def build(
     block_size: int | None = None,
     calibration: Sequence[str | Path] | None = None,
     compiling: CompileOptions | None = None,
+    kv: Literal["float", "int8"] | None = None,
     name: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -48,7 +50,8 @@ def build(
     have; what is not that word is said to `progress` and kept in the build's options as `ROLE.asked`); `block_size` is the
     number of weights per scale of weight-only graphs (None: what the backend takes by itself); `calibration` are pictures for
     static int8 activation ranges (none: dynamic ranges on CPUs; a decoder on TensorRT answers prompts about drawn pictures);
-    `compiling`: what is compiled, for targets with compiled engines. A graph that native kernels can run becomes a plan at once
+    `compiling`: what is compiled, for targets with compiled engines; `kv`: in what a native decoder on the CPU keeps keys and
+    values (None: what the target says). A graph that native kernels can run becomes a plan at once
     (targets/native) and is not lowered; calibration pictures are of no use to it, its ranges are measured while it runs. Every
     built graph is run against its portable one: fp32 graphs must agree to 1e-4, for others the distance is recorded in the
     build's options. Graphs that no pass changes are not copied; the runtime takes them from `portable/`.
@@ -58,6 +61,10 @@ def build(
     taken, no space left). Of the graphs nothing is left behind on any error; engines that were finished stay.
     """
     chosen = target if isinstance(target, Target) else load_target(target)
+    if kv is not None:
+        chosen = msgspec.structs.replace(chosen, options=msgspec.structs.replace(chosen.options, kv=kv))
+    if chosen.options.kv != "float" and chosen.backend != "ort-cpu":
+        raise TargetError(f"{chosen.name}: an int8 KV cache is one of native decoders on the CPU; build it without --kv.")
     label = _checked_name(name or chosen.name)
     if block_size is not None and block_size not in BLOCK_SIZES:
         raise TargetError(f"block size {block_size} is not possible; it can be: {', '.join(map(str, BLOCK_SIZES))}.")

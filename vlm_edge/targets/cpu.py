@@ -13,6 +13,7 @@ from vlm_edge_runtime.errors import TargetError
 from .backend import Backend, Job, Option
 from .native.build import planned
 from .native.errors import NotExpressible
+from .native.panels import BLOCK
 from .pipeline import Lowered, lower_decoder, lower_embedding, lower_encoder, lower_growing_decoder, lower_recurrent_decoder
 from .precision import stored_as
 from .samples import PAST
@@ -34,12 +35,38 @@ class CpuBackend(Backend):
                 found = planned(job, role)
             except NotExpressible as error:
                 why = f"onnxruntime: no native kernel for {error}"
+                if kind == "decoder" and options.kv != "float":
+                    raise TargetError(
+                        f"{job.label}: an int8 KV cache is one of native decoders, which have no kernel for {error}: "
+                        'build it with --kv float (kv = "float" in the target file).'
+                    ) from error
             else:
                 found.kernels = "native"
                 return {role: found}
         lowered = _lowered(job, role)
         lowered.kernels = why
         return {role: lowered}
+
+    def check(self, job: Job) -> None:
+        """See `Backend.check`; refuses a KV cache in 8 bits where nothing can have one."""
+        super().check(job)
+        if job.target.options.kv == "float":
+            return
+        words = {job.words.get("decoder"), job.words.get("lm_head")}
+        why = (
+            "this model has no decoder"
+            if "decoder" not in job.kinds
+            else f"kernels is '{job.target.options.kernels}'"
+            if job.target.options.kernels != "native"
+            else "this one's weights are fp32, and its cache float32"
+            if words == {"fp32"}
+            else ""
+        )
+        if why:
+            raise TargetError(
+                f"{job.label}: an int8 KV cache is one of native decoders with weights in 4 or 8 bits, and {why}: "
+                'build it with --kv float (kv = "float" in the target file).'
+            )
 
     def describe(self, job: Job, role: str, entry: GraphEntry) -> tuple[dict[str, Option], str]:
         """See `Backend.describe`; where calibration pictures are given, says of a plan that it has no use for them."""
@@ -55,7 +82,7 @@ class CpuBackend(Backend):
         if layout is None or decoder is None or decoder.format != "plan":
             return layout
         dtype = next(spec.dtype for spec in decoder.inputs if spec.name.startswith(PAST))
-        return msgspec.structs.replace(layout, dtype=dtype)
+        return msgspec.structs.replace(layout, dtype=dtype, scale_block=BLOCK if dtype == "int8" else 0)
 
 
 def _lowered(job: Job, role: str) -> Lowered:

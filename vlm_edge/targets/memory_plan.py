@@ -211,9 +211,8 @@ def _counted(graphs: Sequence[GraphMemory]) -> Iterator[GraphMemory]:
 
 def _kv_entry(kv: KVLayout, decoder: GraphMemory | None) -> int:
     """Bytes of one token of one row."""
-    width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[kv.dtype]
     copies = 1 if decoder is None or decoder.in_place else 2
-    return 2 * kv.layers * kv.kv_heads * kv.head_dim * width * copies
+    return kv.entry_bytes * copies
 
 
 def _build(graph: GraphMemory) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class Options(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     calibration: Literal["minmax", "percentile", "mse"] = "mse"
     smooth: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     kernels: Literal["native", "onnxruntime"] = "onnxruntime"
+    kv: Literal["float", "int8"] = "float"
     encoder_kernels: Literal["native", "onnxruntime"] = "onnxruntime"
 
 

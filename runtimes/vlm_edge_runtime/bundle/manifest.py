@@ -74,6 +74,9 @@ class KVLayout(_Struct, kw_only=True):
 
     In the portable decoder past and present grow by concatenation. In a build with `shared_buffer` the cache has a fixed
     capacity, past and present are bound to one buffer, and the new entries are written in place.
+
+    `scale_block`: with `dtype` int8, numbers of a head that share a scale; the scales are tensors of their own beside keys and
+    values, `past_key_values.{i}.key_scale` and `.value_scale` float16 `[batch, kv_heads · blocks of a head, sequence, 1]`.
     """
 
     layers: int
@@ -81,6 +84,14 @@ class KVLayout(_Struct, kw_only=True):
     head_dim: int
     dtype: str = "float32"
     shared_buffer: bool = False
+    scale_block: int = 0
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one token of one row: keys and values of all layers, and their scales."""
+        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
+        scales = 2 * -(-self.head_dim // self.scale_block) if self.scale_block else 0
+        return 2 * self.layers * self.kv_heads * (self.head_dim * width + scales)
 
 
 class SequentialPositions(_Struct, kw_only=True, tag="sequential", tag_field="kind"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import psutil
 
 from vlm_edge_runtime.bundle.manifest import Build, KVLayout
@@ -44,9 +43,8 @@ class KVPlan:
     @classmethod
     def make(cls, layout: KVLayout, context_length: int, budget: int | None = None, sizes: Sequence[int] = ()) -> KVPlan:
         """The plan for a decoder's layout; without `budget`, half of the memory that is available now."""
-        entry = 2 * layout.layers * layout.kv_heads * layout.head_dim * np.dtype(layout.dtype).itemsize
         free = int(psutil.virtual_memory().available * _SHARE) if budget is None else budget
-        return cls(context_length=context_length, entry_bytes=entry, budget=free, sizes=tuple(sorted(sizes)))
+        return cls(context_length=context_length, entry_bytes=layout.entry_bytes, budget=free, sizes=tuple(sorted(sizes)))
 
     def bytes(self, batch: int, capacity: int) -> int:
         """Bytes of a cache when it is full."""

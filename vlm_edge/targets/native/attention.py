@@ -87,10 +87,11 @@ def self_attention(c: Context, node: ir.Node) -> None:
     scale = attribute_float(node, "scale", 0.0) or size**-0.5
     refs = [query.ref, key.ref, value.ref, table if isinstance(table, Ref) else None]
     weights: list[Weight | None] = [*table] if isinstance(table, tuple) else []
-    c.made.add(Kind.ROTARY, width, last, refs, [turned], weights, [*arguments, *rotary], [scale])
+    scales = c.scales_of(cache)
+    c.made.add(Kind.ROTARY, width, last, refs, [turned], weights, [*arguments, *rotary, *scales], [scale])
     mutual = 0 if rule.kind != "blocks" else 2 if rule.windowed_blocks else 1
     window = attribute_int(node, "local_window_size", -1)
-    numbers = [*arguments, max(window, 0), mutual]
+    numbers = [*arguments, max(window, 0), mutual, 0, *scales]
     reals = [0.0, attribute_float(node, "softcap", 0.0)]
     bias: list[Weight | None] = [] if inputs[10] is None else [_distance_bias(c, inputs[10], heads)]
     if bias and (mutual or reals[1]):

@@ -68,8 +68,8 @@ def _decoder(job: Job, model: ir.Model) -> Lowered:
         )
     except TargetError as error:  # what keeps its cache out of one buffer
         raise NotExpressible(f"a cache that grows ({error})") from error
-    exact = body == head == "fp32"
-    lowered.plan = Compiler(lowered.model, cache=ir.DataType.FLOAT if exact else ir.DataType.FLOAT16).compile()
+    cache = ir.DataType.FLOAT if body == head == "fp32" else ir.DataType.FLOAT16
+    lowered.plan = Compiler(lowered.model, cache=ir.DataType.INT8 if options.kv == "int8" else cache).compile()
     return lowered
 
 

@@ -13,6 +13,8 @@ from .plan_file import Buffer, BufferKind, Kind, Ref, Step, Weight
 from .token_masks import MaskRule
 
 PAST = "past_key_values."
+SCALE = "_scale"
+"""What the scales of a cache in 8 bits are called after its own name."""
 _KNOWN = ("inputs_embeds", "position_ids", "seqlens_k", "total_sequence_length")
 
 
@@ -77,11 +79,13 @@ class Context:
 
     `caches`: names of its cache inputs, `further`: of those that are neither caches nor the usual ones; both in the graph's
     order, by which the steps number them. `by_head`: values [batch, heads, sequence, size]; their rows lie token by token all the
-    same. `rows_of_all`: values that are one stored row for every token.
+    same. `rows_of_all`: values that are one stored row for every token. `codes`: caches are in 8 bits, and each has its scales in
+    a cache of its own, all of them after all others.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, codes: bool = False) -> None:
         self.model = model
+        self.codes = codes
         self.made = Builder()
         self.inputs = {str(value.name): value for value in model.graph.inputs}
         self.caches = [name for name in self.inputs if name.startswith(PAST)]
@@ -91,3 +95,7 @@ class Context:
         self.by_head: set[ir.Value] = set()
         self.rows_of_all: dict[ir.Value, npt.NDArray[np.float32]] = {}
         self.tables: dict[tuple[ir.Value, ir.Value], Ref] = {}
+
+    def scales_of(self, caches: list[int]) -> list[int]:
+        """The numbers of the caches' scales; none where they are floats."""
+        return [len(self.caches) + one for one in caches] if self.codes else []

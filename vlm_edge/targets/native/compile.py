@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,9 +11,10 @@ from vlm_edge.passes.attention_mask import BLOCK_IDS
 from vlm_edge.passes.graph import MICROSOFT, consumers, fixed_dim, only_consumer, producer
 
 from .attention import cross_attention, self_attention, static_attention
-from .builder import PAST, Context, Rows
+from .builder import PAST, SCALE, Context, Rows
 from .errors import NotExpressible
 from .layout import Layout
+from .panels import BLOCK
 from .patterns import Gated, activation, gated
 from .plan_file import Buffer, BufferKind, Kind, Plan, Ref, Unary, Value
 from .products import Product, product, stacked
@@ -31,10 +32,10 @@ class Compiler:
     """One decoder's translation. `compile` may be called once."""
 
     def __init__(self, model: ir.Model, *, cache: ir.DataType = ir.DataType.FLOAT16) -> None:
-        """`cache`: in what the keys and values are kept, float32 or float16, whatever the graph says."""
+        """`cache`: in what the keys and values are kept, float32, float16 or int8, whatever the graph says."""
         self.graph = model.graph
         self.cache = cache
-        self.context = Context(model)
+        self.context = Context(model, codes=cache == ir.DataType.INT8)
         self.made = self.context.made
         self.inputs = self.context.inputs
         self.rowwise = RowWise(self.context)
@@ -66,8 +67,8 @@ class Compiler:
         positions = self.inputs.get("position_ids")
         axes = 0 if positions is None else 1 if positions.shape is None or len(positions.shape) == 2 else fixed_dim(positions, 0)
         return Plan(
-            [self._value(value) for value in self.graph.inputs],
-            [self._value(value) for value in self.graph.outputs],
+            [*(self._value(value) for value in self.graph.inputs), *self._scales(self.graph.inputs, PAST)],
+            [*(self._value(value) for value in self.graph.outputs), *self._scales(self.graph.outputs, _PRESENT)],
             hidden,
             vocab,
             axes or 0,
@@ -113,6 +114,16 @@ class Compiler:
             dtype = self.cache
         shape = tuple(size if isinstance(size, int) else str(size.value or "") for size in value.shape)
         return Value(str(value.name), int(dtype), shape)
+
+    def _scales(self, values: Sequence[ir.Value], prefix: str) -> Iterator[Value]:
+        """The scales of caches in 8 bits, [batch, heads · blocks, capacity, 1], named after them."""
+        for value in values if self.context.codes else ():
+            if str(value.name).startswith(prefix):
+                batch, heads, capacity, size = self._value(value).shape
+                if not isinstance(heads, int) or not isinstance(size, int):
+                    raise NotExpressible(f"'{value.name}' has no fixed heads")
+                shape = (batch, heads * -(-size // BLOCK), capacity, 1)
+                yield Value(f"{value.name}{SCALE}", int(ir.DataType.FLOAT16), shape)
 
     def _node(self, node: ir.Node) -> None:
         rowwise, layout = self.rowwise, self.layout

@@ -12,6 +12,9 @@ import numpy.typing as npt
 
 from vlm_edge_runtime import _native
 
+from .builder import SCALE
+from .cache_codes import coded, decoded
+
 SUFFIX = ".plan"
 _TYPES = {"float32": "float", "float64": "double"}
 
@@ -35,22 +38,35 @@ class PlanSession:
 
     def get_inputs(self) -> list[Argument]:
         """Inputs in the plan's order."""
-        return [_argument(*one) for one in self._session.inputs]
+        return _arguments(self._session.inputs)
 
     def get_outputs(self) -> list[Argument]:
         """Outputs in the plan's order."""
-        return [_argument(*one) for one in self._session.outputs]
+        return _arguments(self._session.outputs)
 
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        """The named outputs (None: all). Caches are given and returned whole, and copied; floats are cast to the plan's type."""
-        given = {name: np.ascontiguousarray(feeds[name], dtype=dtype) for name, dtype in self._dtypes.items()}
+        """The named outputs (None: all). Caches are given and returned whole, and copied; floats are cast to the plan's type.
+
+        Caches in 8 bits are floats here, as if there were no codes; only they have inputs and outputs `…_scale`, which are hidden.
+        """
+        given = self._given(feeds)
         wanted = names if names is not None else [one.name for one in self.get_outputs()]
         if "input_ids" in self._dtypes:
             return [self._rows(given["input_ids"])]
         if "seqlens_k" not in self._dtypes:
             return self._run_graph(given, wanted)
         found = _native.plan_step(self._session, given)
-        return [np.frombuffer(data, dtype).reshape(shape) for data, dtype, shape in (found[name] for name in wanted)]
+        arrays = {name: np.frombuffer(data, dtype).reshape(shape) for name, (data, dtype, shape) in found.items()}
+        return [decoded(arrays[name], arrays[name + SCALE]) if name + SCALE in arrays else arrays[name] for name in wanted]
+
+    def _given(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        given: dict[str, npt.NDArray[Any]] = {}
+        for name, dtype in self._dtypes.items():
+            if name + SCALE in self._dtypes:
+                given[name], given[name + SCALE] = coded(feeds[name])
+            elif name not in given:
+                given[name] = np.ascontiguousarray(feeds[name], dtype=dtype)
+        return given
 
     def _rows(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         ((_, _, shape),) = self._session.outputs
@@ -65,5 +81,12 @@ class PlanSession:
         return [outputs[name] for name in wanted]
 
 
-def _argument(name: str, dtype: str, shape: Sequence[int | str]) -> Argument:
-    return Argument(name, f"tensor({_TYPES.get(dtype, dtype)})", list(shape))
+def _arguments(found: Sequence[tuple[str, str, Sequence[int | str]]]) -> list[Argument]:
+    names = {name for name, _, _ in found}
+    hidden = {name + SCALE for name in names}
+    types = {name: "float32" if name + SCALE in names else dtype for name, dtype, _ in found}
+    return [
+        Argument(name, f"tensor({_TYPES.get(types[name], types[name])})", list(shape))
+        for name, _, shape in found
+        if name not in hidden
+    ]
