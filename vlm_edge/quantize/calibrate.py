@@ -91,6 +91,23 @@ def channel_maxima(
     return maxima
 
 
+def channel_means(
+    model: ir.Model, names: Iterable[str], inputs: Iterable[Mapping[str, npt.NDArray[Any]]]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """The mean of each channel (index of the last axis) of each named value over all rows of all inputs: float32 [channels].
+
+    Raises ValueError when `inputs` is empty.
+    """
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    rows: dict[str, int] = {}
+    for found in watched_values(model, names, inputs):
+        for name, values in found.items():
+            flat = values.reshape(-1, values.shape[-1])
+            sums[name] = sums.get(name, np.zeros(values.shape[-1])) + flat.sum(axis=0, dtype=np.float64)
+            rows[name] = rows.get(name, 0) + len(flat)
+    return {name: (total / max(rows[name], 1)).astype(np.float32) for name, total in sums.items()}
+
+
 def watched_values(
     model: ir.Model, names: Iterable[str], inputs: Iterable[Mapping[str, npt.NDArray[Any]]]
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:

@@ -74,14 +74,17 @@ class Job:
     progress: Progress = field(default_factory=Silent)
     options: dict[str, Option] = field(default_factory=dict)
 
-    def calibration(self, role: str) -> Inputs | None:
-        """Inputs of a graph that images pass through; None where pictures say nothing (or there are none)."""
+    def sees_images(self, role: str) -> bool:
+        """Whether images pass through a graph."""
         contract = self.bundle.manifest.contract
         modalities = contract.modalities if isinstance(contract, GenerativeContract) else []
-        through = (
-            [graph for one in modalities if one.kind == "image" for graph in one.graphs] if modalities else ["vision_encoder"]
-        )
-        if not self.pictures or role not in through:
+        if not modalities:
+            return role == "vision_encoder"
+        return any(role in one.graphs for one in modalities if one.kind == "image")
+
+    def calibration(self, role: str) -> Inputs | None:
+        """Inputs of a graph that images pass through; None where pictures say nothing (or there are none)."""
+        if not self.pictures or not self.sees_images(role):
             return None
 
         def inputs() -> Iterator[Feeds]:

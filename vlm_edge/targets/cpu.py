@@ -69,11 +69,11 @@ class CpuBackend(Backend):
             )
 
     def describe(self, job: Job, role: str, entry: GraphEntry) -> tuple[dict[str, Option], str]:
-        """See `Backend.describe`; where calibration pictures are given, says of a plan that it has no use for them."""
+        """See `Backend.describe`; where calibration pictures are given, says what a plan takes from them."""
         options, remark = super().describe(job, role, entry)
         if entry.format == "plan" and job.words[role] == "int8" and job.calibration(role) is not None:
-            options |= {f"{role}.calibration": "none: ranges are measured while it runs"}
-            remark = "its ranges are measured while it runs, not on the calibration pictures"
+            options |= {f"{role}.calibration": "ranges are measured while it runs; the pictures tell the means of channels"}
+            remark = "its ranges are measured while it runs, the pictures tell the means of channels only"
         return options, remark
 
     def kv(self, job: Job, graphs: Mapping[str, GraphEntry]) -> KVLayout | None:

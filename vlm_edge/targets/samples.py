@@ -214,7 +214,7 @@ def picture_arrays(bundle: Bundle, modality: Modality, picture: str | Path | Ima
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def modality_feeds(bundle: Bundle, role: str, pictures: Sequence[str | Path]) -> Iterator[Feeds]:
+def modality_feeds(bundle: Bundle, role: str, pictures: Sequence[str | Path | Image.Image]) -> Iterator[Feeds]:
     """Inputs of one graph of an image modality for each picture, through the portable graphs before it.
 
     What pictures do not say (the text of an instruction) is random. Raises TargetError when something is missing.

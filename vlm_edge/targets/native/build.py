@@ -10,6 +10,7 @@ from vlm_edge_runtime.bundle.manifest import GenerativeContract, GraphEntry, Ten
 from vlm_edge_runtime.bundle.writer import BuildWriter
 from vlm_edge_runtime.errors import TargetError
 
+from .balanced import balanced
 from .compile import Compiler
 from .embed import embedding_plan, graph_rows
 from .encoder import EncoderCompiler
@@ -74,15 +75,18 @@ def _decoder(job: Job, model: ir.Model) -> Lowered:
 
 
 def _encoder(job: Job, role: str, model: ir.Model) -> Lowered:
-    """`int8` computes in 8 bits, with weights per output and activations per row, measured while it runs: calibration pictures
+    """`int8` computes in 8 bits, with weights per output and activations per row, measured while it runs; pictures tell only
 
-    are not needed. `int8w` and `int4` store weights per block; activations are 8 bits per block, as with accuracy level 4.
+    which channels are large (`balanced`). `int8w` and `int4` store weights per block; activations are 8 bits per block, as with
+    accuracy level 4.
     """
     word, options = job.words[role], job.target.options
     if word in ("int8w", "int4") and options.accuracy_level != 4:
         raise NotExpressible(f"weights of {word} with activations in floats (accuracy_level {options.accuracy_level})")
     integer = word == "int8"
     lowered = lower_encoder(model, precision="fp32" if integer else word, block_size=job.block_size, options=options)
+    if integer:
+        lowered.changes += balanced(job, role, lowered.model)
     compiler = EncoderCompiler(lowered.model, integer=integer, keep_first=options.keep_first, keep_last=options.keep_last)
     lowered.plan = compiler.compile()
     return lowered
