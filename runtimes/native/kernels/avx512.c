@@ -323,6 +323,7 @@ INLINE void tile_bytes(const ByteMatrix *weight, size_t panel, const size_t coun
         UNROLL
         for (size_t p = 0; p < count; p++) {
             dots[t][p] = _mm512_setzero_si512();
+            __builtin_prefetch(out + t * stride + p * PANEL, 1); /* lines of many rows, far apart: written without waiting for them later */
         }
     }
     for (; at < end; at += 64, codes += 4) {

@@ -37,6 +37,7 @@
 #define HEAD_SIZE_MOST 256 /* numbers of an attention head */
 #define ATTENTION_KEYS 64 /* keys that are taken together */
 #define FLASH_KEYS 128    /* and by many queries */
+#define FLASH_PACKED 1024 /* keys of bfloat16 that are packed before any query sees them, where all see all */
 
 typedef enum { WEIGHT_INT4 = 0, WEIGHT_INT8, WEIGHT_FLOAT16, WEIGHT_FLOAT32, WEIGHT_FORMATS } WeightFormat;
 
@@ -173,7 +174,7 @@ static inline size_t byte_panel(size_t depth) { return (depth + BLOCK - 1) / BLO
 /* The scratch of an attention. */
 static inline size_t attention_bytes(size_t rows, size_t size) {
     const size_t padded = (size + 31) / 32 * 32, lines = (rows + 31) / 16 * 16; /* tiles of up to 16 */
-    return (lines * (2 * padded + 17) + 2 * FLASH_KEYS * padded) * sizeof(float);
+    return (lines * (2 * padded + 17) + FLASH_PACKED * padded) * sizeof(float); /* of which a block of floats is 2 · FLASH_KEYS · padded */
 }
 
 /* Those of plain C, which a table without its own takes. */

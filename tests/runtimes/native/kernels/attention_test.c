@@ -20,9 +20,10 @@ static void hide(const void *context, size_t row, size_t key, size_t count, floa
     }
 }
 
-static void test_one(const Kernels *k, size_t round) {
+/* `pictured`: keys of a picture, more than are packed at once, of which every query sees all. */
+static void test_one(const Kernels *k, size_t round, size_t pictured) {
     const size_t size = (size_t[]){64, 16, 80, 7, 1, 128, 72, 256}[round % 8], group = 1 + below(3), tokens = 1 + below(round % 10 == 0 ? 200 : 40), rows = tokens * group;
-    const size_t past = below(round % 10 == 1 ? 400 : 90), keys = past + tokens, extra = below(3);
+    const size_t past = pictured > 0 ? pictured : below(round % 10 == 1 ? 400 : 90), keys = past + tokens, extra = below(3);
     const CacheFormat format = round % 2 ? CACHE_FLOAT16 : CACHE_FLOAT32;
     const size_t element = format == CACHE_FLOAT16 ? 2 : 4, query_stride = group * size + below(3), stride = size + below(5);
     const float large = (float[]){1.0f, 1.0f, 1e-20f, 1.0f, 1.0f, 30.0f}[round % 6]; /* products of 1e-40 too */
@@ -104,7 +105,10 @@ static void test_one(const Kernels *k, size_t round) {
 
 void test_head_attention(const Kernels *k) {
     for (size_t round = 0; round < 120; round++) {
-        test_one(k, round);
+        test_one(k, round, 0);
+    }
+    for (size_t i = 0; i < 4; i++) { /* rounds in halves, with nothing hidden, capped or added */
+        test_one(k, (size_t[]){0, 9, 18, 24}[i], (size_t[]){1024 - 30, 2048, 1153, 700}[i]);
     }
     /* NaN is seen in what comes out, and only in its own row. */
     float queries[2] = {NAN, 1.0f}, keys[3] = {1.0f, 2.0f, 3.0f}, out[2];
@@ -114,9 +118,12 @@ void test_head_attention(const Kernels *k) {
     a.scale = 0.0f;
     a.out = out;
     a.scratch = memory(attention_bytes(2, 1), 0);
-    k->attention(&a);
-    check("attention: NaN", out[0], NAN, 0);
-    check("attention: beside NaN", out[1], 2.0, 1e-2);
+    for (int half = 0; half < 2; half++) {
+        a.half = half != 0;
+        k->attention(&a);
+        check("attention: NaN", out[0], NAN, 0);
+        check("attention: beside NaN", out[1], 2.0, 1e-2);
+    }
     release(a.scratch, 0);
     /* Without keys there is nothing to take a mean of, and without queries nothing is written. */
     float kept[2] = {7.0f, 7.0f};
