@@ -7,7 +7,7 @@ this package, by as much.
 """
 
 from .base import EncodedImage, ImageProcessor
-from .image import ImageLike, content_hash, load_image
+from .image import ImageFile, ImageLike, content_hash, load_image, read_image
 from .registry import PROCESSORS, load_image_processor
 from .video import VIDEO_PROCESSORS, load_video_processor
 
@@ -15,10 +15,12 @@ __all__ = [
     "PROCESSORS",
     "VIDEO_PROCESSORS",
     "EncodedImage",
+    "ImageFile",
     "ImageLike",
     "ImageProcessor",
     "content_hash",
     "load_image",
     "load_image_processor",
     "load_video_processor",
+    "read_image",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image, ImageSequence
 
 from vlm_edge_runtime.bundle.manifest import TensorSpec
 from vlm_edge_runtime.errors import CapabilityError, ImageError, PromptError
-from vlm_edge_runtime.preprocess import EncodedImage, ImageProcessor, content_hash, load_image
+from vlm_edge_runtime.preprocess import EncodedImage, ImageFile, ImageProcessor, content_hash, load_image, read_image
 from vlm_edge_runtime.preprocess.video import VideoProcessor
 
 from .media import digest
@@ -29,13 +28,13 @@ class ImageReader:
         self.fingerprint = processor.fingerprint
         self._processor = processor
 
-    def open(self, source: Any) -> tuple[Image.Image, str]:
-        """A decoded image and a hash of its pixels. Raises ImageError."""
-        image = load_image(source)
+    def open(self, source: Any) -> tuple[Image.Image | ImageFile, str]:
+        """An image and a hash of it: a file's bytes, which are decoded when they are processed, or pixels. Raises ImageError."""
+        image = read_image(source)
         return image, content_hash(image)
 
     def process(self, opened: Any) -> EncodedImage:
-        """The vision encoder's inputs. Raises ImageError."""
+        """The vision encoder's inputs. Raises ImageError, for bytes that are no image too."""
         return self._processor(opened)
 
 
@@ -48,19 +47,22 @@ class VideoReader:
         self.fingerprint = processor.fingerprint if processor is not None else ""
         self._processor = processor
 
-    def open(self, source: Any) -> tuple[tuple[list[Image.Image], float | None], str]:
-        """Decoded frames with their rate, and a hash of all pixels. Raises ImageError; CapabilityError without a processor."""
+    def open(self, source: Any) -> tuple[ImageFile | tuple[list[Image.Image], float | None], str]:
+        """A file's bytes, or decoded frames with their rate; and a hash. Raises ImageError, CapabilityError without processor."""
         if self._processor is None:
             raise CapabilityError(
                 "this bundle takes videos, but has no video processor that this version knows: pass single frames as images."
             )
+        stored = isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview))
+        if stored and isinstance(file := read_image(source), ImageFile):
+            return file, content_hash(file)
         frames, fps = open_video(source)
         return (frames, fps), digest("/".join([repr(fps), *map(content_hash, frames)]).encode())
 
     def process(self, opened: Any) -> EncodedImage:
         """The vision encoder's inputs. Raises ImageError."""
         assert self._processor is not None  # `open` refuses
-        frames, fps = opened
+        frames, fps = open_video(opened) if isinstance(opened, ImageFile) else opened
         return self._processor(frames, fps)
 
 
@@ -137,18 +139,14 @@ def is_one_vector(rank: int) -> Callable[[Any], bool]:
 
 
 def _animation(source: Any) -> tuple[list[Image.Image], float | None]:
-    opened: Any = source
-    if isinstance(source, (str, os.PathLike)) and not str(source).startswith(("data:", "http:", "https:")):
+    opened: Any = source if isinstance(source, Image.Image) else read_image(source)
+    if isinstance(opened, ImageFile):
+        source = opened
         try:
-            opened = Path(source).read_bytes()
-        except (OSError, ValueError):
-            return [load_image(source)], None  # which says what is wrong
-    if isinstance(opened, (bytes, bytearray, memoryview)):
-        try:
-            opened = Image.open(io.BytesIO(bytes(opened)))
+            opened = Image.open(io.BytesIO(source.content))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return [load_image(source)], None
-    if not isinstance(opened, Image.Image) or getattr(opened, "n_frames", 1) == 1:
+            return [load_image(source)], None  # which says what is wrong
+    if getattr(opened, "n_frames", 1) == 1:
         return [load_image(source)], None
     frames, milliseconds = [], 0.0
     try:

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.image_utils import load_image as reference_load_image
 
 from vlm_edge_runtime.errors import ImageError, VlmEdgeError
-from vlm_edge_runtime.preprocess import content_hash, load_image, load_image_processor
+from vlm_edge_runtime.preprocess import content_hash, load_image, load_image_processor, read_image
 from vlm_edge_runtime.preprocess.image import to_rgb
 
 PROCESSOR = load_image_processor({"image_processor_type": "CLIPImageProcessor"})
@@ -171,3 +171,22 @@ def test_content_hash_sees_palette_and_pixels(photo: Image.Image) -> None:
     images = [photo, photo.rotate(180), photo.convert("L"), photo.resize((60, 90)), palette, other]
     assert len({content_hash(image) for image in images}) == len(images)
     assert content_hash(photo) == content_hash(photo.copy())
+
+
+def test_a_file_is_known_by_its_bytes(photo: Image.Image, tmp_path: Path) -> None:
+    """However it is passed, and with its orientation; a picture that is held in memory is known by its pixels."""
+    content, exif = encoded(photo, "PNG"), Image.Exif()
+    exif[0x0112] = 6
+    turned = io.BytesIO()
+    photo.save(turned, "PNG", exif=exif)
+    path = tmp_path / "photo.png"
+    path.write_bytes(content)
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    same = [path, str(path), content, bytearray(content), memoryview(content), io.BytesIO(content), url]
+    known = {content_hash(read_image(source)) for source in same}
+    assert len(known) == 1
+    assert content_hash(read_image(turned.getvalue())) not in known
+    assert content_hash(read_image(photo)) not in known
+    assert load_image(read_image(turned.getvalue())).size == photo.size[::-1]
+    path.write_bytes(turned.getvalue())
+    assert content_hash(read_image(path)) not in known, "what lies there now, not what it is called"
