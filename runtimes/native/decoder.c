@@ -57,7 +57,27 @@ static void keep_all_idle(Decoder *d, size_t first, size_t count, bool restore) 
     }
 }
 
-DecoderStatus decoder_run_marked(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
+/* Whether nobody looks at more than the largest logit of each running row. */
+static bool only_largest(const Decoder *d, size_t first, size_t count) {
+    bool only = d->kept_bytes > 0 && plan_ranks(d->decoder->plan, count);
+    for (size_t i = first; i < first + count; i++) {
+        only = only && (!d->running[i] || (d->rows[i].has_sampler && sampler_takes_largest(&d->rows[i].sampler)));
+    }
+    return only;
+}
+
+DecoderStatus decoder_complete(Decoder *d, size_t row, char message[ORT_MESSAGE_SIZE]) {
+    if (!d->rows[row].rough) {
+        return DECODER_OK;
+    }
+    platform_mutex_lock(&d->decoder->run_lock);
+    const int result = plan_complete(d->decoder->plan, d->kept + row * d->kept_bytes, d->logits + row * d->vocab, message);
+    platform_mutex_unlock(&d->decoder->run_lock);
+    d->rows[row].rough = result != 0;
+    return result == 0 ? DECODER_OK : decoder_run_failed(d->decoder, message);
+}
+
+DecoderStatus decoder_run_marked(Decoder *d, bool choosing, char message[ORT_MESSAGE_SIZE]) {
     size_t first = 0, last = d->batch - 1;
     while (!d->running[first]) {
         first++;
@@ -91,10 +111,12 @@ DecoderStatus decoder_run_marked(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
     if (embed_seconds < 0) {
         return decoder_run_failed(d->embed, message);
     }
+    d->span_run->ranked = choosing && only_largest(d, first, count);
     const double seconds = decoder_execute(d, d->span_run, d->span_decoder, message);
     keep_all_idle(d, first, count, true);
     for (size_t i = first; i <= last; i++) {
         d->rows[i].logits_valid &= !d->running[i]; /* overwritten; valid again below */
+        d->rows[i].rough &= !d->running[i];
     }
     if (seconds < 0) {
         return decoder_run_failed(d->decoder, message);
@@ -112,6 +134,10 @@ DecoderStatus decoder_run_marked(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
             row->pending = -1;
             row->pushed = false;
             row->logits_valid = row->used = true;
+            row->rough = d->span_run->ranked;
+            if (row->rough) {
+                memcpy(d->kept + i * d->kept_bytes, d->kept + (d->batch + i - first) * d->kept_bytes, d->kept_bytes);
+            }
             decoder_keep_outputs(d, i, i - first, d->span_outputs, 1, d->span_sizes);
             decoder_keep_states(d, i);
         }
@@ -133,7 +159,7 @@ DecoderStatus decoder_logits(Decoder *d, size_t row, const float **logits, char 
         for (size_t i = 0; i < d->batch; i++) {
             d->running[i] = i == row;
         }
-        const DecoderStatus status = decoder_run_marked(d, message);
+        const DecoderStatus status = decoder_run_marked(d, false, message);
         if (status != DECODER_OK) {
             return status;
         }
@@ -142,7 +168,7 @@ DecoderStatus decoder_logits(Decoder *d, size_t row, const float **logits, char 
         return decoder_fail(DECODER_USAGE, message, "row %zu has no logits: prefill it first", row);
     }
     *logits = d->logits + row * d->vocab;
-    return DECODER_OK;
+    return decoder_complete(d, row, message);
 }
 
 static bool is_active(const DecoderRow *row) { return row->armed && !row->finished; }
@@ -239,11 +265,14 @@ DecoderStatus decoder_decode(Decoder *d, size_t steps, const atomic_bool *cancel
             status = step == 0 ? decoder_no_room(d, full, message) : DECODER_OK;
             break;
         }
-        if (marked > 0 && (status = decoder_run_marked(d, message)) != DECODER_OK) {
+        if (marked > 0 && (status = decoder_run_marked(d, true, message)) != DECODER_OK) {
             break;
         }
         for (size_t i = 0; status == DECODER_OK && i < d->batch; i++) {
-            if (is_active(&d->rows[i])) {
+            if (is_active(&d->rows[i]) && !sampler_takes_largest(&d->rows[i].sampler)) { /* one that was started since */
+                status = decoder_complete(d, i, message);
+            }
+            if (status == DECODER_OK && is_active(&d->rows[i])) {
                 status = decoder_emit(d, i, d->logits + i * d->vocab, &outputs[i], message);
             }
         }

@@ -68,6 +68,7 @@ typedef struct {
 typedef struct {
     size_t length;         /* valid cache entries */
     bool logits_valid;     /* `logits` holds what follows the last valid entry */
+    bool rough;            /* of those only the largest is right; see decoder_complete */
     bool armed;            /* `start` was called: takes part in decode */
     bool finished;         /* its EOS came */
     bool pushed;           /* the pending token came from outside, so `logits` is of before it */
@@ -134,6 +135,8 @@ typedef struct {
     uint8_t *saved; /* what a step would overwrite in rows that sit it out */
     size_t saved_row_bytes;
     RunTimes embed_times, decoder_times;
+    uint8_t *kept; /* [batch] what all logits of a rough row are made of, then the same of the rows of one run */
+    size_t kept_bytes; /* of a row; 0: this decoder has no rough logits */
     uint8_t *draft; /* what a run of drafts needs */
     size_t draft_bytes;
 } Decoder;
@@ -214,8 +217,11 @@ DecoderStatus decoder_no_room(const Decoder *decoder, size_t row, char message[O
 /* Reads both graphs' signatures: sizes, caches, further inputs and outputs. DECODER_DEVICE with the reason when they do not fit. */
 DecoderStatus decoder_read_signature(Decoder *decoder, char message[ORT_MESSAGE_SIZE]);
 
-/* Runs the pending tokens of the rows marked in `running`, all of which have room. */
-DecoderStatus decoder_run_marked(Decoder *decoder, char message[ORT_MESSAGE_SIZE]);
+/* Runs the pending tokens of the rows marked in `running`, all of which have room. `choosing`: their samplers are what the logits are for,
+ * so that rough ones may do. */
+DecoderStatus decoder_run_marked(Decoder *decoder, bool choosing, char message[ORT_MESSAGE_SIZE]);
+/* Makes a row's rough logits whole. */
+DecoderStatus decoder_complete(Decoder *decoder, size_t row, char message[ORT_MESSAGE_SIZE]);
 
 /* Samples the next token of an active row from `logits` [vocab]. */
 DecoderStatus decoder_emit(Decoder *decoder, size_t row, const float *logits, RowOutput *out, char message[ORT_MESSAGE_SIZE]);
@@ -262,6 +268,7 @@ typedef struct DecoderRun {
     uint8_t *const *inputs;
     uint8_t *const *outputs;
     float *each; /* NULL, or (of a plan) where logits of every token go, [rows · tokens][vocab], with rows as if run token by token */
+    bool ranked; /* only the largest logits matter */
 } DecoderRun;
 
 /* Binds embed_tokens for `each` tokens of `rows` rows; a plan is not bound to anything: *out is NULL. */

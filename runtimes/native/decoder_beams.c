@@ -42,7 +42,7 @@ DecoderStatus decoder_step(Decoder *d, const int64_t *tokens, char message[ORT_M
         row->finished = false;
         d->running[i] = true;
     }
-    status = decoder_run_marked(d, message);
+    status = decoder_run_marked(d, false, message);
     for (size_t i = 0; status != DECODER_OK && i < d->batch; i++) {
         DecoderRow *row = &d->rows[i];
         row->pending = before[i].pending;
@@ -148,7 +148,10 @@ DecoderStatus decoder_reorder(Decoder *d, const size_t *sources, char message[OR
     if (from == NULL) {
         return decoder_fail(DECODER_DEVICE, message, "out of memory");
     }
-    const DecoderStatus status = level_outputs(d, message);
+    DecoderStatus status = level_outputs(d, message);
+    for (size_t row = 0; row < d->batch && status == DECODER_OK; row++) {
+        status = decoder_complete(d, row, message);
+    }
     if (status != DECODER_OK) {
         free(from);
         return status;

@@ -137,6 +137,8 @@ double decoder_execute(Decoder *d, const DecoderRun *run, const OrtIoBinding *bi
                           .seqlens = run->seqlens,
                           .logits = run->each != NULL ? run->each : d->logits + run->first * d->vocab,
                           .each = run->each != NULL,
+                          .ranked = run->ranked,
+                          .kept = d->kept + d->batch * d->kept_bytes,
                           .caches = d->plan_caches,
                           .cache_row_bytes = d->plan_cache_bytes,
                           .inputs = (const uint8_t *const *)run->inputs,

@@ -77,12 +77,14 @@ static DecoderStatus allocate(Decoder *d, char message[ORT_MESSAGE_SIZE]) {
     d->seqlens = calloc(d->batch, sizeof *d->seqlens);
     d->running = calloc(d->batch, sizeof *d->running);
     d->span_run = calloc(1, sizeof *d->span_run);
+    d->kept_bytes = d->decoder->plan != NULL ? plan_kept_bytes(d->decoder->plan) : 0;
+    d->kept = malloc(2 * d->batch * d->kept_bytes + 1);
     d->plan_caches = calloc(d->cache_count + 1, sizeof *d->plan_caches);
     d->plan_cache_bytes = calloc(d->cache_count + 1, sizeof *d->plan_cache_bytes);
     d->plan_entries = calloc(d->input_count + 1, sizeof *d->plan_entries);
     d->saved = d->batch > 1 ? malloc((d->batch - 1) * d->saved_row_bytes) : NULL;
     if ((d->kv == NULL && total > 0) || d->rows == NULL || d->logits == NULL || d->embeds == NULL || d->tokens == NULL || d->positions == NULL ||
-        d->seqlens == NULL || d->running == NULL || d->span_run == NULL || d->plan_caches == NULL || d->plan_cache_bytes == NULL || d->plan_entries == NULL ||
+        d->seqlens == NULL || d->running == NULL || d->kept == NULL || d->span_run == NULL || d->plan_caches == NULL || d->plan_cache_bytes == NULL || d->plan_entries == NULL ||
         (d->batch > 1 && d->saved == NULL) || !allocate_further(d)) {
         return decoder_fail(DECODER_DEVICE, message, "no memory for a KV cache of %zu rows × %zu entries (%zu bytes): use a smaller context length or batch",
                             d->batch, d->capacity, total);
@@ -148,6 +150,7 @@ void decoder_free(Decoder *d) {
     platform_zeroed_free(d->kv, d->kv_bytes);
     free(d->rows);
     free(d->logits);
+    free(d->kept);
     free(d->caches);
     free(d->embeds);
     free(d->tokens);

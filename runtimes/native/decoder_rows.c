@@ -25,6 +25,7 @@ void decoder_forget(Decoder *d, size_t row) {
     r->pending = -1;
     r->pushed = false;
     r->logits_valid = false;
+    r->rough = false;
     r->armed = false;
     r->finished = false;
     decoder_set_token_values(d, row, NULL);

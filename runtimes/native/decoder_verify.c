@@ -135,6 +135,7 @@ static DecoderStatus take(Decoder *d, size_t index, const Draft *drafts, const f
         }
     }
     row->logits_valid = row->used = true;
+    row->rough = false;
     return status;
 }
 

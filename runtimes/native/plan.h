@@ -36,6 +36,8 @@ typedef enum {
     STEP_SELECT,       /* in0 where the token's block is not 0, else in1 → out0 */
     STEP_SEEN,         /* in0 where one of the token's numbers of further input arg0 is not 0, else 0 → out0 */
     STEP_GREATER,      /* 1 where in0 > real0, else 0 → out0 */
+    STEP_REFINE,       /* of the rough logits in0 · weight0 (the largest of each panel in in1) those that may be the largest, anew with weight2 → out0;
+                        * weight1: [blocks][panels] of (7.5 · the largest scale)². See plan_head.h */
     STEP_KINDS
 } StepKind;
 
@@ -128,6 +130,10 @@ typedef struct {
     /* Logits of every token, and all of it bit for bit as if the tokens were run one after another: attention takes them one by one,
      * and quantised products are the same for any number of rows. */
     bool each;
+    /* Of the logits only the largest is wanted (where plan_ranks, one token of each row): the others may be rough. `kept`: where what
+     * plan_complete needs goes, [rows][plan_kept_bytes]. */
+    bool ranked;
+    uint8_t *kept;
 } PlanRun;
 
 /* Opens a plan and makes its threads. `kernels`: a name, or NULL for the best. NULL with the reason in `message`. */
@@ -136,6 +142,12 @@ void plan_close(Plan *plan);
 
 /* One call at a time. −1 with the reason in `message`: memory ran out, or a position that a table does not have. */
 int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]);
+
+/* Whether a call of so many rows may be `ranked`. */
+bool plan_ranks(const Plan *plan, size_t rows);
+size_t plan_kept_bytes(const Plan *plan);
+/* All logits [vocab] of a row of a ranked call. One call at a time. −1 with the reason in `message`. */
+int plan_complete(Plan *plan, const uint8_t *kept, float *logits, char message[PLAN_MESSAGE_SIZE]);
 
 /* Shared by plan*.c: one call's state. */
 typedef struct {

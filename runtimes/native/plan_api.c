@@ -195,7 +195,7 @@ PyObject *native_plan_step(PyObject *module, PyObject *args) {
 /* A name, the width and the seconds of each step, all threads together, since the last call. The first call begins to measure. */
 PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
     static const char *const names[] = {"",     "quantize", "matmul", "gated", "norm", "angles", "rotary", "attention", "combine", "cross",
-                                        "last", "unary",    "add",    "multiply", "lookup", "select", "seen", "greater"};
+                                        "last", "unary",    "add",    "multiply", "lookup", "select", "seen", "greater",  "refine"};
     static const char *const graph_names[] = {"", "copy", "quantize", "matmul", "norm", "attention", "unary", "add", "multiply"};
     SessionCore *core = session_core_from_object(session);
     if (core == NULL) {

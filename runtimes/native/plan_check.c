@@ -1,5 +1,5 @@
 /* Whether the steps of a plan fit its buffers, weights and signature: what is checked here is not checked again when it runs. */
-#include "plan.h"
+#include "plan_head.h"
 
 #include <string.h>
 
@@ -39,6 +39,20 @@ static bool product_fits(const Plan *p, const PlanStep *s) {
     return optional_vector(p, s->weight[1], m->width) && ref_fits(p, s->in[0], m->depth, quantised) &&
            (!quantised || (m->depth + BLOCK - 1) / BLOCK == (buffer_width(p, s->in[0]) + BLOCK - 1) / BLOCK) && ref_fits(p, s->out[0], s->width, false) &&
            (s->in[1].buffer < 0 || ref_fits(p, s->in[1], s->width, false));
+}
+
+/* A weight of 8 bits in two planes: the upper one a matrix of 4 bits, the lower one as large without its scales. */
+static bool planes_fit(const Plan *p, const PlanStep *s) {
+    if (!weight_fits(p, s->weight[0], WEIGHT_INT4, 0, 0)) {
+        return false;
+    }
+    const PanelMatrix *m = &p->weights[s->weight[0]].matrix;
+    const size_t panels = (m->width + PANEL - 1) / PANEL, blocks = (m->depth + BLOCK - 1) / BLOCK;
+    const PlanRef rough = s->kind == STEP_REFINE ? s->in[1] : s->out[1];
+    return s->last && s->width == m->width && weight_fits(p, s->weight[2], WEIGHT_INTEGERS, panels, blocks * 64) && ref_fits(p, s->in[0], m->depth, true) &&
+           blocks == (buffer_width(p, s->in[0]) + BLOCK - 1) / BLOCK && ref_fits(p, rough, panels, false) && ref_fits(p, s->out[0], s->width, false) &&
+           (s->kind == STEP_REFINE ? weight_fits(p, s->weight[1], WEIGHT_VECTOR, blocks, panels)
+                                   : s->weight[1] < 0 && s->arg[0] == UNARY_IDENTITY && s->in[1].buffer < 0);
 }
 
 static bool norm_fits(const Plan *p, const PlanStep *s) {
@@ -151,9 +165,11 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
     switch ((StepKind)s->kind) {
     case STEP_QUANTIZE:
         return ref_fits(p, s->in[0], width, false) && buffer_width(p, s->out[0]) == width && ref_fits(p, s->out[0], width, true);
+    case STEP_REFINE:
+        return planes_fit(p, s);
     case STEP_MATMUL:
     case STEP_GATED:
-        return product_fits(p, s);
+        return product_fits(p, s) && (s->kind == STEP_GATED || s->weight[2] < 0 || planes_fit(p, s));
     case STEP_NORM:
         return norm_fits(p, s);
     case STEP_ANGLES:
@@ -270,7 +286,9 @@ const char *plan_check(Plan *p) {
             const uint32_t type = cache_value(p, s->arg[0])->type;
             s->cache = type == 3 ? CACHE_INT8 : type == 10 ? CACHE_FLOAT16 : CACHE_FLOAT32;
         }
-        const size_t scratch = s->kind == STEP_ATTENTION || s->kind == STEP_CROSS ? attention_scratch(s) : 64 * 1024;
+        const size_t scratch = s->kind == STEP_ATTENTION || s->kind == STEP_CROSS ? attention_scratch(s)
+                               : s->kind == STEP_REFINE || head_is_split(s)              ? 64 * 1024 + head_scratch(p, s)
+                                                                                         : 64 * 1024;
         p->thread_bytes = scratch > p->thread_bytes ? scratch : p->thread_bytes;
     }
     return NULL;

@@ -1,4 +1,5 @@
 /* Running a plan: which items each step has, and what one of them does. */
+#include "plan_head.h"
 #include "plan_work.h"
 #include "platform.h"
 
@@ -42,7 +43,7 @@ float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row) {
     return (float *)(void *)(call->plan->arena + b->offset * call->rows) + row * b->width + ref.column;
 }
 
-static QuantRows plan_codes(const PlanCall *call, PlanRef ref) {
+QuantRows plan_codes(const PlanCall *call, PlanRef ref) {
     const PlanBuffer *b = &call->plan->buffers[ref.buffer];
     const size_t blocks = (b->width + BLOCK - 1) / BLOCK;
     int8_t *codes = (int8_t *)call->plan->arena + b->offset * call->rows;
@@ -50,7 +51,7 @@ static QuantRows plan_codes(const PlanCall *call, PlanRef ref) {
     return (QuantRows){.codes = codes, .scales = scales, .offsets = (int32_t *)(void *)(scales + call->rows * blocks), .blocks = blocks};
 }
 
-static size_t rows_of(const PlanCall *call, const PlanStep *step) { return step->last && !call->run->each ? call->run->rows : call->rows; }
+size_t plan_rows_of(const PlanCall *call, const PlanStep *step) { return step->last && !call->run->each ? call->run->rows : call->rows; }
 
 static const float *vector(const Plan *plan, int32_t weight) {
     return weight >= 0 ? (const float *)(const void *)plan->weights[weight].matrix.data : NULL;
@@ -104,8 +105,12 @@ static void add_bias(const Kernels *kernels, const float *bias, float *block, si
 
 static void matmul_panel(const PlanCall *call, const PlanStep *step, size_t panel, uint8_t *scratch) {
     const PlanWeight *weight = &call->plan->weights[step->weight[0]];
-    const size_t rows = rows_of(call, step), rest = weight->matrix.width - panel * PANEL, width = rest < PANEL ? rest : PANEL;
+    const size_t rows = plan_rows_of(call, step), rest = weight->matrix.width - panel * PANEL, width = rest < PANEL ? rest : PANEL;
     const float *bias = vector(call->plan, step->weight[1]);
+    if (head_is_split(step)) {
+        (call->run->ranked ? head_rough : head_whole)(call, step, panel, scratch);
+        return;
+    }
     if (width == PANEL && bias == NULL && step->arg[0] == UNARY_IDENTITY && step->in[1].buffer < 0) {
         panel_product(call, step, weight, panel, 0, rows, plan_row(call, step->out[0], step->last, 0) + panel * PANEL, plan_stride(call, step->out[0]));
         return;
@@ -123,7 +128,7 @@ static void matmul_panel(const PlanCall *call, const PlanStep *step, size_t pane
 static void gated_panel(const PlanCall *call, const PlanStep *step, size_t pair, uint8_t *scratch) {
     const Kernels *kernels = call->plan->kernels;
     const PlanWeight *weight = &call->plan->weights[step->weight[0]];
-    const size_t rows = rows_of(call, step), rest = step->width - pair * PANEL, width = rest < PANEL ? rest : PANEL;
+    const size_t rows = plan_rows_of(call, step), rest = step->width - pair * PANEL, width = rest < PANEL ? rest : PANEL;
     const float *bias = vector(call->plan, step->weight[1]);
     float *gate = (float *)(void *)scratch, *up = gate + TILE_ROWS * PANEL;
     for (size_t first = 0; first < rows; first += TILE_ROWS) {
@@ -256,12 +261,12 @@ static size_t panels_of(const Plan *plan, const PlanStep *step) {
 }
 
 size_t plan_panels_per_item(const Plan *plan, const PlanStep *step) { return 1 + panels_of(plan, step) / (pool_threads(plan->pool) * 8); }
-static size_t rows_per_item(const PlanCall *call, const PlanStep *step) { return 1 + rows_of(call, step) / (pool_threads(call->plan->pool) * 8); }
+static size_t rows_per_item(const PlanCall *call, const PlanStep *step) { return 1 + plan_rows_of(call, step) / (pool_threads(call->plan->pool) * 8); }
 
 size_t plan_items(void *context, size_t index, bool *small) {
     const PlanCall *call = context;
     const PlanStep *step = &call->plan->steps[index];
-    const size_t rows = rows_of(call, step);
+    const size_t rows = plan_rows_of(call, step);
     if (step->last && call->first + call->tokens < call->run->tokens) {
         return 0; /* of the whole call's last tokens only */
     }
@@ -277,6 +282,10 @@ size_t plan_items(void *context, size_t index, bool *small) {
     }
     if (step->kind == STEP_CROSS) {
         return cross_items(call, step);
+    }
+    if (step->kind == STEP_REFINE) {
+        *small = false;
+        return call->run->ranked ? rows * HEAD_CHUNKS : 0;
     }
     *small = rows * step->width < SMALL_NUMBERS;
     const size_t each = rows_per_item(call, step);
@@ -297,8 +306,10 @@ static void do_item(void *context, size_t index, size_t item, size_t thread) {
         attention_work(call, step, item, scratch);
     } else if (step->kind == STEP_CROSS) {
         cross_work(call, step, item, scratch);
+    } else if (step->kind == STEP_REFINE) {
+        head_refine(call, step, item, scratch);
     } else {
-        const size_t each = rows_per_item(call, step), rows = rows_of(call, step);
+        const size_t each = rows_per_item(call, step), rows = plan_rows_of(call, step);
         for (size_t row = item * each; row < (item + 1) * each && row < rows; row++) {
             row_work(call, step, row);
         }
@@ -370,6 +381,9 @@ int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
     if (plan_ready(plan, run, message) != 0) {
         return -1;
     }
+    if (run->ranked && (!plan_ranks(plan, run->rows) || run->tokens != 1 || run->each)) {
+        return fail(message, "this plan cannot tell the largest logits of %zu rows alone", run->rows);
+    }
     const size_t chunk = run->each || run->rows > 1 || has_blocks(plan, run) || run->tokens < CHUNK ? run->tokens : CHUNK;
     for (size_t first = 0; first < run->tokens; first += chunk) {
         PlanCall call = {.plan = plan, .run = run, .first = first, .tokens = run->tokens - first < chunk ? run->tokens - first : chunk};
@@ -384,6 +398,9 @@ int plan_run(Plan *plan, const PlanRun *run, char message[PLAN_MESSAGE_SIZE]) {
         }
         const PoolJob job = {.steps = plan->step_count, .items = plan_items, .work = step_work, .ahead = plan_ahead, .context = &call};
         pool_run(plan->pool, &job);
+        if (run->ranked) {
+            head_keep(&call);
+        }
     }
     return 0;
 }

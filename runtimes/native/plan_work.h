@@ -4,6 +4,9 @@
 
 #include "plan.h"
 
+/* The rows that a step works on, and rows in 8 bits. */
+size_t plan_rows_of(const PlanCall *call, const PlanStep *step);
+QuantRows plan_codes(const PlanCall *call, PlanRef ref);
 size_t plan_items(void *call, size_t step, bool *small);
 /* Of a product: panels, or of a gated one pairs of them, of each item. */
 size_t plan_panels_per_item(const Plan *plan, const PlanStep *step);

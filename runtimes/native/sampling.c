@@ -108,6 +108,10 @@ void sampler_free(Sampler *s) {
     memset(s, 0, sizeof *s);
 }
 
+bool sampler_takes_largest(const Sampler *s) {
+    return s->params.temperature == 0.0 && s->params.logprobs < 0 && s->seen == NULL && !s->constrained;
+}
+
 void sampler_accept(Sampler *s, int64_t token) {
     if (s->constrained) {
         constraints_accept(&s->constraints, token);

@@ -52,6 +52,9 @@ void sampler_free(Sampler *sampler);
 /* Adds a token to what the penalty and the constraints look at; the penalty ignores tokens outside the vocabulary. */
 void sampler_accept(Sampler *sampler, int64_t token);
 
+/* Whether it looks at nothing but the largest logit. */
+bool sampler_takes_largest(const Sampler *sampler);
+
 /* Chooses from `logits` [vocab]. Advances the random stream by one draw unless greedy. `chosen->logprob` is set when
  * params.logprobs ≥ 0, `top` [min(logprobs, vocab)] when it is > 0: both of the raw logits, before penalty and filters. */
 SampleStatus sampler_choose(Sampler *sampler, const float *logits, TokenLogprob *chosen, TokenLogprob *top);

@@ -13,6 +13,7 @@ from vlm_edge.passes.graph import MICROSOFT, consumers, fixed_dim, only_consumer
 from .attention import cross_attention, self_attention, static_attention
 from .builder import PAST, SCALE, Context, Rows
 from .errors import NotExpressible
+from .head import split
 from .layout import Layout
 from .panels import BLOCK
 from .patterns import Gated, activation, gated
@@ -41,6 +42,7 @@ class Compiler:
         self.rowwise = RowWise(self.context)
         self.layout = Layout(self.context, self.rowwise)
         self.places: dict[ir.Value, Ref] = {}
+        self.two_planes = False
         self.done: set[ir.Node] = set()
 
     def compile(self) -> Plan:
@@ -105,6 +107,8 @@ class Compiler:
         if not rows.last or rows.ref.column or buffer.width != rows.width or buffer.kind != BufferKind.FLOATS:
             raise NotExpressible("logits that are not computed of the last token alone")
         buffer.kind = BufferKind.LOGITS
+        writer = next((step for step in reversed(self.made.steps) if any(ref and ref.buffer is buffer for ref in step.outputs)), None)
+        self.two_planes = writer is not None and split(self.made, writer)
 
     def _value(self, value: ir.Value) -> Value:
         dtype = value.dtype

@@ -38,6 +38,7 @@ class Kind(IntEnum):
     SELECT = 15
     SEEN = 16
     GREATER = 17
+    REFINE = 18
 
 
 class GraphKind(IntEnum):
