@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
+from . import llama_build
 from .contenders import OWN_ENVIRONMENT
+from .run import ROOT, PeerError, first_line, run
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["PEERS", "ROOT", "PeerError", "first_line", "install", "python_of", "run"]
 PEERS = ROOT / "out" / "peers"
 REQUIREMENTS = Path(__file__).parent / "requirements"
 UNWANTED = {"openvino_genai": ("torchvision",)}
 """What pip brings along and must go: PyPI's torchvision does not load beside PyTorch's CPU build, and importing it fails."""
-_MESSAGE = re.compile(r"^(ERROR: |error: |[\w.]+(Error|Exception|Exit|Interrupt)\b)")
-
-
-class PeerError(RuntimeError):
-    """A peer could not be installed, prepared or run; the message is one line."""
-
-
-def first_line(output: str, otherwise: str) -> str:
-    """What a failed process says is wrong: the last exception's line, or pip's first ERROR, or its last line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    said = [line for line in lines if _MESSAGE.match(line)]
-    pip = [line for line in said if line.startswith("ERROR: ")]
-    found = (pip[:1] or said[-1:] or lines[-1:] or [otherwise])[0]
-    return found.replace("|", "/")[:200]
 
 
 def python_of(peer: str, log: Path) -> str:
@@ -50,21 +35,7 @@ def install(peer: str, requirements: Path, folder: Path, log: Path) -> str:
     drop = [sys.executable, "-m", "pip", "--python", str(python), "uninstall", "--quiet", "--yes", *UNWANTED.get(peer, ())]
     for command in (make, fill, drop) if peer in UNWANTED else (make, fill):
         run(command, log, f"{peer} cannot be installed")
+    if peer == "llama_cpp":
+        llama_build.build(sys.executable, str(python), folder.parent, log)
     stamp.write_text(wanted)
     return str(python)
-
-
-def run(command: list[str], log: Path, what: str, timeout: float | None = None, **environment: str) -> str:
-    """Runs a command in the project's root; its output goes to `log` too and comes back. Raises PeerError with one line."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
-        )
-    except subprocess.TimeoutExpired:
-        raise PeerError(f"{what}: still running after {timeout:.0f} s") from None
-    log.write_text(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}\nexit {done.returncode}\n")
-    if done.returncode != 0:
-        signal = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise PeerError(f"{what}: {first_line(done.stderr + done.stdout, signal)}")
-    return done.stdout

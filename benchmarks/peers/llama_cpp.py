@@ -187,22 +187,6 @@ class LlamaCpp:
         return {"files": self.files, **kept, "note": note, "arithmetic": own}
 
 
-def source(folder: Path, python: str) -> Path:
-    """llama.cpp's source as the Python package carries it: its converter is not in the installed one."""
-    unpacked = folder / "source"
-    if not (unpacked / "vendor/llama.cpp").is_dir():
-        version = importlib.import_module("importlib.metadata").version("llama-cpp-python")
-        pip = [python, "-m", "pip", "--python", sys.executable, "download", "--quiet", "--no-deps"]
-        only = ["--no-binary", "llama-cpp-python", "--dest", str(folder), f"llama-cpp-python=={version}"]
-        subprocess.run([*pip, *only], check=True)
-        unpacked.mkdir(exist_ok=True)
-        shutil.unpack_archive(next(folder.glob("llama_cpp_python-*.tar.gz")), unpacked)
-        inner = next(unpacked.iterdir())
-        for each in inner.iterdir():
-            each.rename(unpacked / each.name)
-    return unpacked / "vendor/llama.cpp"
-
-
 _CONVERT = """
 import runpy, sys
 root = sys.argv.pop(1)
@@ -218,7 +202,9 @@ def prepare(job: Job) -> None:
     text, projector = files_of(job)
     folder = text.parent
     folder.mkdir(parents=True, exist_ok=True)
-    root = source(Path(job["environment"]), job["python"])
+    root = Path(job["environment"], "source", "vendor", "llama.cpp")
+    if not root.is_dir():
+        raise SystemExit(f"{root} is missing: remove {job['environment']}/env/installed.txt, and it is unpacked again")
     convert = [sys.executable, "-c", _CONVERT.format(pre=job["pre_tokenizer"]), str(root)]
 
     def make(out: Path, *arguments: str) -> None:

@@ -66,7 +66,7 @@ class Ours:
         entry = bundle.build.graphs["decoder"] if bundle.build else bundle.manifest.graphs["decoder"]
         decoder = entry.model.bytes + sum(data.bytes for data in entry.data)
         kv = bundle.kv
-        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[kv.dtype if kv else "float32"]
+        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1 + 2 / 32}[kv.dtype if kv else "float32"]
         note = "picture decoded and preprocessed inside every figure; " + ", ".join(
             f"{role} {graph.precision}"
             for role, graph in (bundle.build.graphs if bundle.build else bundle.manifest.graphs).items()
@@ -79,11 +79,12 @@ class Ours:
         """Weights of 4 and 8 bits meet activations of 8; native attention beside them is in bfloat16 where the CPU has it."""
         graphs = bundle.build.graphs if bundle.build else bundle.manifest.graphs
         narrow = "bf16" if "avx512_bf16" in cpu_flags() else "fp32"
-        found = []
+        found: dict[str, tuple[str, str]] = {}
         for role in ("decoder", "vision_encoder"):
             coded, native = graphs[role].precision.startswith("int"), graphs[role].format == "plan"
-            found += ["int8" if coded else "fp32", narrow if coded and native else "fp32"]
-        return arithmetic(*found, "precisions in the manifest; native attention in bfloat16 where the CPU has it")
+            found[role] = ("int8" if coded else "fp32", narrow if coded and native else "fp32")
+        known = "precisions in the manifest; native attention in bfloat16 where the CPU has it"
+        return arithmetic(*found["decoder"], *found["vision_encoder"], known)
 
     def _files(self, bundle: Any) -> list[str]:
         graphs = bundle.build.graphs if bundle.build else bundle.manifest.graphs

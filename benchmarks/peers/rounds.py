@@ -192,13 +192,13 @@ def run_rounds(
             journal.add(number, contender.key, {"error": str(error)})
             tell(f"  {error}")
             continue
-        jobs[contender.key].with_suffix(".files").write_text("\n".join(row.pop("files")))
+        jobs[contender.key].with_suffix(".files").write_text("\n".join([*row.pop("files"), *row.pop("mapped", ())]))
         journal.add(number, contender.key, row)
     return failed, left
 
 
 def _cached(job: Path) -> None:
-    """Reads the files that the contender told of in an earlier round, so that a cold start never waits for the disk."""
+    """Reads the files and libraries that the contender told of before, so that a cold start does not wait for the disk."""
     hints = job.with_suffix(".files")
     if not hints.is_file():
         return

@@ -136,7 +136,7 @@ def measure(make: Callable[[Job], Contender], job: Job) -> dict[str, Any]:
     found["rss_long_mb"] = peak_rss_mb()
     facts = contender.facts()
     files = facts.pop("files")
-    found.update(size_mb=files_bytes(files) / 1e6, files=[str(file) for file in files], **facts)
+    found.update(size_mb=files_bytes(files) / 1e6, files=[str(file) for file in files], mapped=mapped_files(), **facts)
     if not facts["whole"]:  # half a model's memory and size say nothing beside a whole one's
         for name in ("rss_mb", "rss_long_mb", "size_mb", "cold_s"):
             found.pop(name, None)
@@ -178,6 +178,13 @@ def _texts(contender: Contender, job: Job) -> dict[str, Any]:
     return found
 
 
+def mapped_files() -> list[str]:
+    """Files that this process has mapped: libraries, weights. Read before, they do not keep a cold start waiting for the disk."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.is_file() else []
+    return sorted({parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6 and parts[5].startswith("/")})
+
+
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of packages; one that is missing is left out."""
     found = {}
@@ -197,5 +204,5 @@ def main(make: Callable[[Job], Contender], prepare: Callable[[Job], None], packa
         prepare(job)
         return
     found = measure(make, job)
-    sys.stdout.write(MARK + json.dumps({**found, "versions": versions(*packages)}) + "\n")
+    sys.stdout.write("\n" + MARK + json.dumps({**found, "versions": versions(*packages)}) + "\n")
     sys.stdout.flush()
