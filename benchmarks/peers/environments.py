@@ -10,7 +10,7 @@ from .contenders import OWN_ENVIRONMENT
 from .run import ROOT, PeerError, first_line, run
 
 __all__ = ["PEERS", "ROOT", "PeerError", "first_line", "install", "python_of", "run"]
-PEERS = ROOT / "out" / "peers"
+PEERS = (ROOT / "out" / "peers").resolve()
 REQUIREMENTS = Path(__file__).parent / "requirements"
 UNWANTED = {"openvino_genai": ("torchvision",)}
 """What pip brings along and must go: PyPI's torchvision does not load beside PyTorch's CPU build, and importing it fails."""
