@@ -1,6 +1,7 @@
 /* `vlm_edge_runtime._native`: what Python sees of this folder. */
 #include "kernels/kernels.h"
 #include "native.h"
+#include "platform.h"
 
 PyObject *native_device_error;
 PyObject *native_context_length_error;
@@ -19,6 +20,13 @@ static PyObject *native_kernels(PyObject *module, PyObject *args) {
     return list;
 }
 
+static PyObject *native_trim_heap(PyObject *module, PyObject *args) {
+    Py_BEGIN_ALLOW_THREADS;
+    platform_trim_heap();
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"load_runtime", native_load_runtime, METH_VARARGS, "Opens ONNX Runtime's shared library; returns its version."},
     {"runtime_version", native_runtime_version, METH_NOARGS, "Version of the opened ONNX Runtime, or None."},
@@ -34,6 +42,7 @@ static PyMethodDef functions[] = {
     {"graph_run", native_graph_run, METH_VARARGS, "Runs a graph's plan: {name: input array}, {name: output array}, which is filled."},
     {"rows_run", native_rows_run, METH_VARARGS, "Runs an embedding's plan: int64 tokens, float32 rows, which are filled."},
     {"plan_step", native_plan_step, METH_VARARGS, "One step of a decoder plan on arrays."},
+    {"trim_heap", native_trim_heap, METH_NOARGS, "Gives back what the C library keeps of freed memory."},
     {"uniform", native_uniform, METH_VARARGS, "The step-th draw of a seed's stream, in [0, 1)."},
     {"philox", native_philox, METH_VARARGS, "Philox4x32-10 of a counter and a key."},
     {NULL, NULL, 0, NULL},

@@ -8,6 +8,7 @@
 
 #define TOGETHER 512       /* rows that are worth computing together: small images go through several at a time */
 #define BLOCK_ROWS 128     /* rows of a product's item: their activations stay in the cache while the weights pass by */
+#define MUCH (1 << 20)     /* bytes of an arena that are not kept from call to call: what comes after an image is text, which needs memory too */
 #define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
 
 typedef struct {
@@ -373,6 +374,9 @@ int graph_run(Plan *plan, const GraphRun *run, char message[PLAN_MESSAGE_SIZE]) 
         GraphCall call = {.plan = plan, .run = run, .first = first, .images = run->images - first < most ? run->images - first : most};
         const PoolJob job = {.steps = plan->step_count, .items = step_items, .work = step_work, .context = &call};
         pool_run(plan->pool, &job);
+    }
+    if (plan->arena_bytes >= MUCH) {
+        platform_forget(plan->arena, plan->arena_bytes);
     }
     return 0;
 }

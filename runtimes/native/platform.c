@@ -47,6 +47,13 @@ void platform_zeroed_free(void *memory, size_t bytes) {
     }
 }
 
+void platform_forget(void *memory, size_t bytes) {
+    (void)memory;
+    (void)bytes;
+}
+
+void platform_trim_heap(void) {}
+
 double platform_seconds(void) {
     LARGE_INTEGER now, frequency;
     QueryPerformanceCounter(&now);
@@ -67,6 +74,10 @@ void platform_mutex_unlock(PlatformMutex *mutex) { ReleaseSRWLockExclusive((SRWL
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 void *platform_library_open(const char *path, char *message, size_t message_size) {
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
@@ -105,6 +116,24 @@ void platform_zeroed_free(void *memory, size_t bytes) {
     }
 }
 #endif
+
+void platform_forget(void *memory, size_t bytes) {
+#ifdef __linux__ /* elsewhere MADV_DONTNEED is a hint that changes nothing */
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)memory + page - 1) / page * page, last = ((uintptr_t)memory + bytes) / page * page;
+    if (memory != NULL && last > first) {
+        madvise((void *)first, last - first, MADV_DONTNEED);
+    }
+#else
+    (void)memory;
+    (void)bytes;
+#endif
+}
+
+void platform_trim_heap(void) {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
 
 double platform_seconds(void) {
     struct timespec now;

@@ -13,6 +13,12 @@ void *platform_library_symbol(void *library, const char *name);
 void *platform_zeroed_alloc(size_t bytes);
 void platform_zeroed_free(void *memory, size_t bytes);
 
+/* Gives the pages of memory back that holds nothing any more; it stays allocated, and is taken anew where it is written. Does nothing
+ * on systems without such a call. */
+void platform_forget(void *memory, size_t bytes);
+/* Gives back what the C library keeps of freed memory, where it can be told to. */
+void platform_trim_heap(void);
+
 /* Seconds of a monotonic clock. */
 double platform_seconds(void);
 

@@ -153,6 +153,9 @@ def rows_run(session: Session, tokens: Buffer, rows: Buffer) -> None:
     Raises DeviceError for a token that the table has no row of, TypeError and ValueError for other types and shapes.
     """
 
+def trim_heap() -> None:
+    """Gives back what the C library keeps of freed memory, where it can be told to (glibc)."""
+
 def plan_seconds(session: Session) -> list[tuple[str, int, float]]:
     """(kind, width, seconds of all threads together) of each step of a plan since the last call; the first begins to measure."""
 

@@ -7,6 +7,8 @@ transformers' PIL image processors (`image_transforms.py`), which are Pillow's r
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +29,7 @@ RESAMPLE_NAMES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "b
 
 # A sliver of 8000 × 1 whose shorter side is brought to 224 would take 1.2 GB.
 _MAX_RESIZED_PIXELS = 1 << 27
+_OWN_PAGES = 4 << 20
 
 
 def _import_native() -> ModuleType | None:
@@ -79,11 +82,25 @@ def _resample(pixels: Pixels, size: tuple[int, int], resample: int) -> Pixels:
         return pixels
     # Nearest is another algorithm, and Pillow multiplies alpha in first: both stay with Pillow.
     if native is not None and resample != 0 and channels in (1, 3):
-        resized = np.empty((*size, channels), np.uint8)
+        resized = _pixels((*size, channels))
         native.resize_u8(_whole_pixels(pixels), resized, RESAMPLE_NAMES[resample], threads=_threads())
         return resized
     squeezed = np.ascontiguousarray(pixels[..., 0] if channels == 1 else pixels)
     return np.asarray(Image.fromarray(squeezed).resize((size[1], size[0]), Image.Resampling(resample))).reshape(*size, channels)
+
+
+def _pixels(shape: tuple[int, int, int]) -> Pixels:
+    """Pixels that nothing was written to. Large images (SmolVLM brings a small one to 2048 × 2048 first) have pages of their own,
+
+    which go back to the system with them: freed memory of this size would stay with the process while the encoder runs.
+    """
+    count = math.prod(shape)
+    if count < _OWN_PAGES:
+        return np.empty(shape, np.uint8)
+    pages = mmap.mmap(-1, count)
+    if sys.platform == "linux":
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.uint8).reshape(shape)
 
 
 def _whole_pixels(pixels: Pixels) -> Pixels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -104,10 +105,13 @@ class PromptBuilder:
         self._memory = memory
         self._token_inputs = token_inputs
         self.tokenizer = load_tokenizer(bundle)
-        self._template = load_chat_template(bundle, self.tokenizer.special_tokens)
         self._tokens: dict[str, str | None] = {
             modality.kind: placeholder_token(modality.placeholder) for modality in contract.modalities
         }
+
+    @cached_property
+    def _template(self) -> ChatTemplate | None:
+        return load_chat_template(self._bundle, self.tokenizer.special_tokens)
 
     def require_template(self) -> ChatTemplate:
         """The chat template. Raises PromptError when the bundle has none."""

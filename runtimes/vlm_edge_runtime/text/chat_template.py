@@ -6,22 +6,18 @@ a message become inert placeholders, which is enough for a template that asks wh
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vlm_edge_runtime.errors import BundleError, PromptError
 
 from .files import Source, optional_json, side_files
+
+if TYPE_CHECKING:
+    import jinja2
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "…" or [{"type": "image"}, {"type": "text", "text": "…"}]}`, and what else a template reads."""
@@ -37,11 +33,16 @@ class ChatTemplate:
         """Raises BundleError when a template is not valid Jinja."""
         self.sources: dict[str, str] = {"default": source} if isinstance(source, str) else dict(source)
         self._special_tokens = dict(special_tokens or {})
-        environment = _environment()
+        import jinja2  # here and not above: most of what imports this module renders nothing
+
+        from .chat_jinja import environment
+
+        compiler = environment()
+        self._refusal: type[jinja2.TemplateError] = jinja2.TemplateError
         self._templates: dict[str, jinja2.Template] = {}
         for name, text in self.sources.items():
             try:
-                self._templates[name] = environment.from_string(text)
+                self._templates[name] = compiler.from_string(text)
             except jinja2.TemplateSyntaxError as error:
                 raise BundleError(
                     f"the chat template '{name}' is not valid Jinja, line {error.lineno}: {error.message}"
@@ -80,7 +81,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **context,
             )
-        except jinja2.TemplateError as error:
+        except self._refusal as error:
             raise PromptError(f"the chat template refused the messages: {error.message or type(error).__name__}") from error
         except (
             TypeError,
@@ -207,75 +208,3 @@ def _cut_at_end(text: str, final: str) -> str:
     end = text.rindex(tag)
     # A template that trims messages took the tag's space away, and the message's own before it.
     return text[:end] if text[end : end + len(_TAG)] == _TAG else text[:end].rstrip()
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks what the assistant wrote, for training; here it only renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own attribute)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace()` without underscore names, through which a template could reach Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, rest = args[0], args[1:]
-        attributes: dict[Any, Any] = dict(*rest, **kwargs)
-        for name in attributes:
-            _refuse_underscore(name)
-        jinja2.utils.Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        jinja2.utils.Namespace.__setitem__(self, name, value)
-
-
-def _refuse_underscore(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}, which begins with an underscore")
-
-
-class _Dict:
-    """`dict` as templates use it, without the class behind it."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which would change what the model reads.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
-    return environment

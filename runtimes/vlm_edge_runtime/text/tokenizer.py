@@ -6,7 +6,6 @@ post-processor in `tokenizer.json` already says what is added around a text.
 
 from __future__ import annotations
 
-import json
 import re
 import string
 import threading
@@ -76,8 +75,9 @@ class Tokenizer:
         self.padding_side: Literal["left", "right"] = "left" if self.config.get("padding_side") == "left" else "right"
         self._canonical = str(self.config.get("tokenizer_class")).startswith("SiglipTokenizer")
         self.cleanup: Cleanup = cleanup_of(self._backend, self.config)
-        decoder = _component(self._backend, "decoder")
-        self.byte_fallback_ids = self._byte_fallback_ids() if "ByteFallback" in decoder else frozenset[int]()
+        # What pickling gives: the component as JSON. The whole tokenizer's would cost more than reading it.
+        decoder = self._backend.decoder.__getstate__() if self._backend.decoder is not None else b""
+        self.byte_fallback_ids = self._byte_fallback_ids() if b"ByteFallback" in decoder else frozenset[int]()
         self._truncating: dict[int, tokenizers.Tokenizer] = {}
         self._lock = threading.Lock()
 
@@ -192,8 +192,3 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and (content := _content(value)) is not None:
             named[name] = content
     return named
-
-
-def _component(backend: tokenizers.Tokenizer, name: str) -> str:
-    """One part of the pipeline as JSON text."""
-    return json.dumps(json.loads(backend.to_str()).get(name))
