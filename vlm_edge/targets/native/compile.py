@@ -42,7 +42,6 @@ class Compiler:
         self.rowwise = RowWise(self.context)
         self.layout = Layout(self.context, self.rowwise)
         self.places: dict[ir.Value, Ref] = {}
-        self.two_planes = False
         self.done: set[ir.Node] = set()
 
     def compile(self) -> Plan:
@@ -107,8 +106,11 @@ class Compiler:
         if not rows.last or rows.ref.column or buffer.width != rows.width or buffer.kind != BufferKind.FLOATS:
             raise NotExpressible("logits that are not computed of the last token alone")
         buffer.kind = BufferKind.LOGITS
-        writer = next((step for step in reversed(self.made.steps) if any(ref and ref.buffer is buffer for ref in step.outputs)), None)
-        self.two_planes = writer is not None and split(self.made, writer)
+        writer = next(
+            (step for step in reversed(self.made.steps) if any(ref and ref.buffer is buffer for ref in step.outputs)), None
+        )
+        if writer is not None:
+            split(self.made, writer)
 
     def _value(self, value: ir.Value) -> Value:
         dtype = value.dtype

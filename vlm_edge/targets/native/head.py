@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from .builder import Builder
 from .panels import BLOCK, PANEL
-from .plan_file import Format, Kind, Step, Unary, Weight
+from .plan_file import BufferKind, Format, Kind, Plan, Step, Unary, Weight
 
-OPTION = "decoder.head"
 TWO_PLANES = "8 bits in two planes of 4: greedy decoding reads the lower one where the largest logit may be"
+_READ = {Format.INT4: "4 bits", Format.INT8: "8 bits, read whole", Format.FLOAT16: "float16", Format.FLOAT32: "float32"}
 
 _LINE = 64
 _CODES = BLOCK * PANEL // 2
@@ -37,8 +37,19 @@ def split(made: Builder, step: Step) -> bool:
     return True
 
 
+def read_as(plan: Plan) -> str:
+    """How a decoder's plan reads the product that chooses tokens; empty for a plan without one."""
+    if any(step.kind == Kind.REFINE for step in plan.steps) and not plan.graph:
+        return TWO_PLANES
+    for step in plan.steps if not plan.graph else ():
+        weight = step.weights[0] if step.kind == Kind.MATMUL else None
+        if weight is not None and any(ref and ref.buffer.kind == BufferKind.LOGITS for ref in step.outputs):
+            return _READ.get(weight.format, "")
+    return ""
+
+
 def planes(weight: Weight) -> tuple[Weight, Weight, Weight]:
-    """A weight of 8 bits as (the upper halves, a matrix of 4 bits; (7.5 · the largest scale)² of [blocks, panels]; the lower halves)."""
+    """A weight of 8 bits as three: upper halves, a matrix of 4 bits; (7.5 · largest scale)² of [blocks, panels]; lower halves."""
     panels, blocks = -(-weight.width // PANEL), -(-weight.depth // BLOCK)
     pair = 2 * weight.block // BLOCK
     panel_bytes = -(-blocks // pair) * _LINE + blocks * _CODES
@@ -75,10 +86,10 @@ def _parts(weight: Weight, panels: int, blocks: int, pair: int) -> dict[str, npt
     packed = {name: (half[:, :, 0] | half[:, :, 1] << 4).reshape(panels, blocks, _CODES) for name, half in halves.items()}
     padded = np.zeros((panels, len(starts) * 2, PANEL), np.float16)
     padded[:, :groups] = scales
-    pieces = []
+    pieces: list[npt.NDArray[np.uint8]] = []
     for number in range(len(starts)):
         pieces.append(padded[:, 2 * number : 2 * number + 2].copy().view(np.uint8).reshape(panels, _LINE))
-        pieces.append(packed["upper"][:, number * pair : (number + 1) * pair].reshape(panels, -1))
+        pieces.append(packed["upper"][:, number * pair : (number + 1) * pair].reshape(panels, -1).astype(np.uint8))
     largest = np.abs(scales.astype(np.float32)).max(axis=2) * weight.scale * 7.5
     table = np.repeat(np.square(largest), pair // 2, axis=1)[:, :blocks].T
     return {
