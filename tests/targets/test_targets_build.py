@@ -15,6 +15,7 @@ from small_decoder import decoder, feeds
 from small_graphs import largest_difference
 
 from vlm_edge.targets.build import build
+from vlm_edge.targets.native import build as native_build
 from vlm_edge.targets.samples import run_graph, session
 from vlm_edge_runtime.bundle.reader import open_bundle, read_manifest
 from vlm_edge_runtime.errors import BundleError, TargetError
@@ -26,14 +27,17 @@ def contents(folder):
     }
 
 
-def test_fp32(vlm_bundle):
-    made = build(vlm_bundle, "cpu-fp32")
-    assert set(made.graphs) == {"vision_encoder", "decoder"}, "graphs that no pass changes are taken from portable/"
+@pytest.mark.parametrize("kernels", ["native", "onnxruntime"])
+def test_fp32(vlm_bundle, kernels):
+    made = build(vlm_bundle, "cpu-fp32" if kernels == "native" else graph_target("cpu-fp32"))
+    changed = {"vision_encoder", "decoder"} | ({"projector", "embed_tokens"} if kernels == "native" else set())
+    assert set(made.graphs) == changed, "graphs that no pass changes are taken from portable/"
+    assert {entry.format for entry in made.graphs.values()} == {"plan" if kernels == "native" else "onnx"}
     assert made.kv.shared_buffer and made.backend == "ort-cpu" and made.precision["lm_head"] == "fp32"
     assert made.options["decoder.relative"] <= 1e-4 and made.options["vision_encoder.relative"] <= 1e-4
     opened = open_bundle(vlm_bundle, build="cpu-fp32")
     assert opened.build == made == read_manifest(vlm_bundle).builds["cpu-fp32"]
-    assert opened.graph_path("projector").parent.name == "portable"
+    assert (opened.graph_path("projector").parent.name == "portable") == (kernels == "onnxruntime")
     portable, lowered = feeds(SHAPE, sequence=5, past=7)
     wanted = run_graph(session(open_bundle(vlm_bundle).graph_path("decoder")), portable)
     found = run_graph(session(opened.graph_path("decoder")), lowered)
@@ -207,12 +211,13 @@ def test_weights_that_are_not_numbers_stay_fp32_and_are_named(vlm_bundle, tmp_pa
         build(path, "cpu-int8")
 
 
-def test_full_disk(vlm_bundle, monkeypatch):
+@pytest.mark.parametrize("kernels", ["native", "onnxruntime"])
+def test_full_disk(vlm_bundle, monkeypatch, kernels):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ir, "save", full)
+    monkeypatch.setattr(native_build, "write", full) if kernels == "native" else monkeypatch.setattr(ir, "save", full)
     before = contents(vlm_bundle)
     with pytest.raises(BundleError, match="no space left"):
-        build(vlm_bundle, "cpu-int4")
+        build(vlm_bundle, "cpu-int4" if kernels == "native" else graph_target("cpu-int4"))
     assert contents(vlm_bundle) == before and not (vlm_bundle / "builds").exists()

@@ -161,7 +161,7 @@ def byte_matrix(depth: int, width: int, matrix: Callable[[], Floats], bias: Floa
         whole = np.zeros((rows, panels * PANEL), np.float32)
         whole[:depth, :width] = matrix()
         scales = np.abs(whole).max(axis=0) / 127
-        codes = np.rint(whole / np.where(scales > 0, scales, 1)).astype(np.int8)
+        codes = np.rint(np.nan_to_num(whole / np.where(scales > 0, scales, 1))).astype(np.int8)  # a NaN is in the scale too
         filled = np.zeros(panels * PANEL, np.float32)
         filled[:width] = 0 if bias is None else bias
         sums = codes.sum(axis=0, dtype=np.int32)
