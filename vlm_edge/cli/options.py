@@ -20,7 +20,7 @@ _LOWERING = (
     click.option(
         "--calibrate",
         type=click.Path(exists=True, path_type=Path),
-        help="Folder of pictures: int8 activations get static ranges from them. Native kernels measure ranges while they run, and "
+        help="Folder of pictures: int8 activations get static ranges from them. Native kernels measure ranges while they run and "
         "take the means of channels from the pictures.",
     ),
 )
