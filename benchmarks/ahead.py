@@ -1,6 +1,6 @@
 """What looking ahead saves: drafts of tokens that repeat, and the next picture encoded while an answer is decoded.
 
-    python -m benchmarks.ahead BUNDLE [--build NAME] [--frames 12] [--tokens 32] [--rounds 5]
+    python -m benchmarks.ahead BUNDLE [--build NAME] [--frames 12] [--tokens 32] [--rounds 5] [--out FILE]
 
 First what a draft costs: one pass over a row's newest token with 1, 2, 4 … refused tokens after it, in units of a plain step;
 from that, from how many accepted tokens on a draft pays. Then frames answered one after the other against `watch`, whose next
@@ -93,8 +93,7 @@ def frame_rates(chosen: argparse.Namespace) -> dict[str, float]:
         vlm.generate(ASK, images=frames[0], **options)
         if name != "divided":
             variants[f"one after the other, {name}"] = (after, vlm)
-        if name != "all threads":
-            variants[f"next frame encoded meanwhile, {name}"] = (ahead, vlm)
+        variants[f"next frame encoded meanwhile, {name}"] = (ahead, vlm)
     found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(chosen.rounds):
         for name, (run, vlm) in variants.items():
@@ -107,7 +106,7 @@ def frame_rates(chosen: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints both tables, and writes them to a file where one is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--build", default="cpu-int4")
@@ -119,17 +118,22 @@ def main() -> None:
     parser.add_argument("--one-tile", action="store_true", help="SmolVLM: one tile a frame instead of many.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("drafts", "frames"))
+    parser.add_argument("--out", type=Path, help="Where to write what is printed.")
     chosen = parser.parse_args()
+    lines: list[str] = []
     if chosen.only != "frames":
-        print(f"A pass with refused drafts, in plain steps (context {chosen.context}, processor time, one thread):")
+        lines.append(f"A pass with refused drafts, in plain steps (context {chosen.context}, processor time, one thread):")
         for count, ratio in draft_costs(chosen.bundle, chosen.build, chosen.context, 4 * chosen.rounds).items():
-            print(f"  {count:2d} drafted: {ratio:5.2f}, so it pays from {max(0.0, ratio - 1):.1f} accepted on")
+            lines.append(f"  {count:2d} drafted: {ratio:5.2f}, so it pays from {max(0.0, ratio - 1):.1f} accepted on")
     if chosen.only != "drafts":
         rates = frame_rates(chosen)
         base = next(iter(rates.values()))
-        print(f"Frames a second, {chosen.tokens} tokens each, {chosen.cores} cores:")
+        lines.append(f"Frames a second, {chosen.tokens} tokens each, {chosen.cores} cores:")
         for name, rate in rates.items():
-            print(f"  {rate:7.3f}  {rate / base:5.2f} ×  {name}")
+            lines.append(f"  {rate:7.3f}  {rate / base:5.2f} ×  {name}")
+    print("\n".join(lines))
+    if chosen.out is not None:
+        chosen.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
