@@ -60,6 +60,7 @@ typedef struct {
     int32_t weight[STEP_WEIGHTS]; /* −1: none */
     int32_t arg[STEP_ARGUMENTS];
     float real[4];
+    uint32_t chain;    /* of a graph: GraphChain, found when the plan is opened */
     CacheFormat cache; /* of the caches it reads or writes; what they are says it, not the file */
 } PlanStep;
 

@@ -1,5 +1,5 @@
 /* Running the plan of a graph: which items each step has, and what one of them does. */
-#include "plan_graph.h"
+#include "plan_graph_call.h"
 #include "platform.h"
 
 #include <stdio.h>
@@ -7,76 +7,8 @@
 #include <string.h>
 
 #define TOGETHER 512       /* rows that are worth computing together: small images go through several at a time */
-#define BLOCK_ROWS 128     /* rows of a product's item: their activations stay in the cache while the weights pass by */
 #define MUCH (1 << 20)     /* bytes of an arena that are not kept from call to call: what comes after an image is text, which needs memory too */
 #define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
-
-typedef struct {
-    Plan *plan;
-    const GraphRun *run;
-    size_t first, images; /* [first, first + images) are computed now */
-} GraphCall;
-
-static const PlanBuffer *buffer_of(const GraphCall *call, PlanRef ref) { return &call->plan->buffers[ref.buffer]; }
-
-/* Row `row` of all images' rows. */
-static float *row_at(const GraphCall *call, PlanRef ref, size_t row) {
-    const PlanBuffer *b = buffer_of(call, ref);
-    float *base;
-    if (b->kind == BUFFER_INPUT) {
-        base = (float *)(uintptr_t)call->run->inputs[b->offset] + call->first * b->rows * b->width;
-    } else if (b->kind == BUFFER_OUTPUT) {
-        base = call->run->outputs[b->offset] + call->first * b->rows * b->width;
-    } else {
-        base = (float *)(void *)(call->plan->arena + b->offset * call->images);
-    }
-    return base + row * b->width + ref.column;
-}
-
-static QuantRows codes_of(const GraphCall *call, PlanRef ref) {
-    const PlanBuffer *b = buffer_of(call, ref);
-    const size_t blocks = (b->width + BLOCK - 1) / BLOCK, rows = call->images * b->rows;
-    int8_t *codes = (int8_t *)call->plan->arena + b->offset * call->images;
-    float *scales = (float *)(void *)(codes + rows * blocks * BLOCK);
-    return (QuantRows){.codes = codes, .scales = scales, .offsets = (int32_t *)(void *)(scales + rows * blocks), .blocks = blocks};
-}
-
-static ByteRows bytes_of(const GraphCall *call, PlanRef ref) {
-    const PlanBuffer *b = buffer_of(call, ref);
-    const size_t stride = byte_stride(b->width), rows = call->images * b->rows;
-    uint8_t *codes = call->plan->arena + b->offset * call->images;
-    float *scales = (float *)(void *)(codes + rows * stride);
-    return (ByteRows){.codes = codes, .scales = scales, .zeros = (int32_t *)(void *)(scales + rows), .stride = stride};
-}
-
-static const PanelMatrix *matrix_of(const GraphCall *call, int32_t weight) { return &call->plan->weights[weight].matrix; }
-
-static const float *vector(const GraphCall *call, int32_t weight) {
-    return weight >= 0 ? (const float *)(const void *)matrix_of(call, weight)->data : NULL;
-}
-
-size_t graph_byte_matrix_bytes(const PanelMatrix *matrix) {
-    const size_t panels = (matrix->width + PANEL - 1) / PANEL;
-    return panels * (3 * PANEL * sizeof(float) + byte_panel(matrix->depth));
-}
-
-ByteMatrix graph_byte_matrix(const PanelMatrix *matrix) {
-    const size_t padded = (matrix->width + PANEL - 1) / PANEL * PANEL;
-    const float *scales = (const float *)(const void *)matrix->data;
-    return (ByteMatrix){.depth = matrix->depth,
-                        .width = matrix->width,
-                        .scales = scales,
-                        .bias = scales + padded,
-                        .sums = (const int32_t *)(const void *)(scales + 2 * padded),
-                        .codes = (const int8_t *)(const void *)(scales + 3 * padded)};
-}
-
-/* The buffer that says how many rows a step has. */
-static PlanRef result_of(const PlanStep *step) {
-    return step->out[0].buffer >= 0 ? step->out[0] : step->out[1].buffer >= 0 ? step->out[1] : step->out[2];
-}
-
-static size_t rows_of(const GraphCall *call, const PlanStep *step) { return call->images * buffer_of(call, result_of(step))->rows; }
 
 static void quantize_row(const GraphCall *call, PlanRef out, size_t width, const float *x, size_t row) {
     if (buffer_of(call, out)->kind == BUFFER_BYTES) {
@@ -85,109 +17,6 @@ static void quantize_row(const GraphCall *call, PlanRef out, size_t width, const
     } else {
         const QuantRows codes = codes_of(call, out);
         call->plan->kernels->quantize(x, width, &codes, row);
-    }
-}
-
-/* --- products --- */
-
-static size_t units_of(const GraphCall *call, const PlanStep *step) {
-    const size_t panels = (matrix_of(call, step->weight[0])->width + PANEL - 1) / PANEL;
-    return (panels + GRAPH_UNIT - 1) / GRAPH_UNIT;
-}
-
-/* A product's items: blocks of rows, and so many parts of the panels that there are enough for all threads. */
-static size_t parts_of(const GraphCall *call, const PlanStep *step) {
-    const size_t blocks = (rows_of(call, step) + BLOCK_ROWS - 1) / BLOCK_ROWS, units = units_of(call, step);
-    const size_t parts = (pool_threads(call->plan->pool) * 4 + blocks - 1) / blocks;
-    return parts < units ? parts : units;
-}
-
-/* Rows [first, first + rows) of in0 times panels [panel, panel + panels): `out` [rows][stride]. */
-static void panel_products(const GraphCall *call, const PlanStep *step, size_t panel, size_t panels, size_t first, size_t rows, float *out, size_t stride) {
-    const Kernels *kernels = call->plan->kernels;
-    const PanelMatrix *m = matrix_of(call, step->weight[0]);
-    for (size_t p = panel; p < panel + panels; p++, out += PANEL) {
-        const uint8_t *data = m->data + p * m->panel_bytes;
-        if (m->block > 0) {
-            const QuantRows x = codes_of(call, step->in[0]);
-            (m->format == WEIGHT_INT4 ? kernels->int4 : kernels->int8)(m, data, &x, first, rows, out, stride);
-            continue;
-        }
-        const float *x = row_at(call, step->in[0], first);
-        const size_t x_stride = buffer_of(call, step->in[0])->width;
-        if (m->format == WEIGHT_FLOAT16) {
-            kernels->float16((const uint16_t *)(const void *)data, PANEL, m->depth, x, x_stride, rows, out, stride, false);
-        } else {
-            kernels->float32((const float *)(const void *)data, PANEL, m->depth, x, x_stride, rows, out, stride, false);
-        }
-    }
-}
-
-static void write_rows(const GraphCall *call, const PlanStep *step, size_t column, size_t width, size_t first, size_t rows, const float *block, size_t stride) {
-    for (size_t row = 0; row < rows; row++) {
-        memcpy(row_at(call, step->out[0], first + row) + column, block + row * stride, width * sizeof(float));
-    }
-}
-
-static void add_bias(const Kernels *kernels, const float *bias, float *block, size_t rows, size_t width, size_t stride) {
-    for (size_t row = 0; bias != NULL && row < rows; row++) {
-        kernels->add(block + row * stride, bias, width, block + row * stride);
-    }
-}
-
-static void matmul_unit(const GraphCall *call, const PlanStep *step, size_t unit, size_t first, size_t rows, float *block) {
-    const Kernels *kernels = call->plan->kernels;
-    const size_t width = matrix_of(call, step->weight[0])->width, column = unit * GRAPH_UNIT * PANEL, rest = width - column;
-    const size_t some = rest < GRAPH_UNIT * PANEL ? rest : GRAPH_UNIT * PANEL, panels = (some + PANEL - 1) / PANEL, stride = GRAPH_UNIT * PANEL;
-    const float *bias = vector(call, step->weight[1]);
-    panel_products(call, step, unit * GRAPH_UNIT, panels, first, rows, block, stride);
-    add_bias(kernels, bias != NULL ? bias + column : NULL, block, rows, some, stride);
-    for (size_t row = 0; step->arg[0] != UNARY_IDENTITY && row < rows; row++) {
-        kernels->unary((Unary)step->arg[0], block + row * stride, some, block + row * stride);
-    }
-    write_rows(call, step, column, some, first, rows, block, stride);
-}
-
-/* Weights of one scale per output: the kernel does what follows the product too. */
-static void bytes_units(const GraphCall *call, const PlanStep *step, size_t unit, size_t units, size_t first, size_t rows, float *block) {
-    const PanelMatrix *m = matrix_of(call, step->weight[0]);
-    const ByteMatrix weight = graph_byte_matrix(m);
-    const ByteRows x = bytes_of(call, step->in[0]);
-    const size_t stride = buffer_of(call, step->out[0])->width, whole = m->width / PANEL, begin = unit * GRAPH_UNIT, stop = begin + units * GRAPH_UNIT;
-    const size_t end = stop < whole ? stop : whole;
-    const Unary unary = (Unary)step->arg[0];
-    const bool add = step->arg[1] != 0;
-    if (end > begin) {
-        call->plan->kernels->bytes(&weight, begin, end - begin, &x, first, rows, unary, add, row_at(call, step->out[0], first) + begin * PANEL, stride);
-    }
-    const size_t rest = m->width % PANEL;
-    for (size_t row = 0; rest > 0 && stop > whole && row < rows; row += GRAPH_TILE) { /* a panel that is wider than what is left of a row */
-        const size_t some = rows - row < GRAPH_TILE ? rows - row : GRAPH_TILE;
-        call->plan->kernels->bytes(&weight, whole, 1, &x, first + row, some, unary, false, block, PANEL);
-        for (size_t r = 0; r < some; r++) {
-            float *out = row_at(call, step->out[0], first + row + r) + whole * PANEL;
-            for (size_t i = 0; i < rest; i++) {
-                out[i] = add ? out[i] + block[r * PANEL + i] : block[r * PANEL + i];
-            }
-        }
-    }
-}
-
-static void product_work(const GraphCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
-    const size_t parts = parts_of(call, step), units = units_of(call, step), each = (units + parts - 1) / parts, rows = rows_of(call, step);
-    const size_t block = item / parts * BLOCK_ROWS, end = block + BLOCK_ROWS < rows ? block + BLOCK_ROWS : rows;
-    const size_t unit = item % parts * each, last = unit + each < units ? unit + each : units;
-    if ((int)matrix_of(call, step->weight[0])->format == WEIGHT_BYTES) {
-        if (unit < last) {
-            bytes_units(call, step, unit, last - unit, block, end - block, (float *)(void *)scratch);
-        }
-        return;
-    }
-    for (size_t u = unit; u < last; u++) {
-        for (size_t row = block; row < end; row += GRAPH_TILE) {
-            const size_t some = end - row < GRAPH_TILE ? end - row : GRAPH_TILE;
-            matmul_unit(call, step, u, row, some, (float *)(void *)scratch);
-        }
     }
 }
 
@@ -308,10 +137,13 @@ static size_t step_items(void *context, size_t index, bool *small) {
     const GraphCall *call = context;
     const PlanStep *step = &call->plan->steps[index];
     const size_t rows = rows_of(call, step);
+    if (step->chain == CHAIN_INNER) {
+        return 0;
+    }
     *small = rows * step->width < SMALL_NUMBERS;
     if (step->kind == GRAPH_MATMUL) {
         *small = rows * step->width * matrix_of(call, step->weight[0])->depth < 64 * SMALL_NUMBERS;
-        return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * parts_of(call, step);
+        return step->chain == CHAIN_FIRST ? chain_items(call, step) : product_items(call, step);
     }
     if (step->kind == GRAPH_ATTENTION) {
         *small = rows * buffer_of(call, step->in[1])->rows * step->width < 64 * SMALL_NUMBERS;
@@ -338,14 +170,25 @@ static void do_item(const GraphCall *call, size_t index, size_t item, size_t thr
     }
 }
 
+double graph_counted(const Plan *plan, size_t thread, size_t index, double begin) {
+    if (plan->seconds == NULL) {
+        return 0.0;
+    }
+    const double end = platform_seconds();
+    plan->seconds[thread * plan->step_count + index] += end - begin;
+    return end;
+}
+
 static void step_work(void *context, size_t index, size_t item, size_t thread) {
     const GraphCall *call = context;
     const Plan *plan = call->plan;
+    if (plan->steps[index].chain == CHAIN_FIRST) {
+        chain_work(call, index, item, thread, plan->scratch + thread * plan->thread_bytes);
+        return;
+    }
     const double begin = plan->seconds != NULL ? platform_seconds() : 0.0;
     do_item(call, index, item, thread);
-    if (plan->seconds != NULL) {
-        plan->seconds[thread * plan->step_count + index] += platform_seconds() - begin;
-    }
+    graph_counted(plan, thread, index, begin);
 }
 
 size_t graph_scratch(const PlanStep *step) {
@@ -354,6 +197,9 @@ size_t graph_scratch(const PlanStep *step) {
         bytes = step->width * sizeof(float);
     } else if (step->kind == GRAPH_ATTENTION) {
         bytes = attention_bytes(GRAPH_QUERIES, (size_t)step->arg[1]);
+    } else if (step->chain == CHAIN_FIRST) {
+        const size_t padded = (step->width + PANEL - 1) / PANEL * PANEL;
+        bytes = GRAPH_TILE * PANEL * sizeof(float) + GRAPH_CHAIN_ROWS * (padded * sizeof(float) + 2 * sizeof(float) + byte_stride(step->width));
     }
     return (bytes + 63) / 64 * 64;
 }

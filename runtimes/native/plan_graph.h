@@ -41,7 +41,13 @@ ByteMatrix graph_byte_matrix(const PanelMatrix *matrix);
 
 #define GRAPH_TILE 48      /* rows of a product that are finished before the next ones */
 #define GRAPH_UNIT 4       /* panels of a product that are finished together */
-#define GRAPH_QUERIES 256  /* of an item of attention: each item brings the keys and values into the order of products anew */
+#define GRAPH_QUERIES 512  /* of an item of attention: each item brings the keys and values into the order of products anew */
+
+#define GRAPH_CHAIN_ROWS 24 /* of an item of a chain, at most */
+
+/* A product, its result in 8 bits and the product of those, with nothing else that reads what lies between: run as one step, some rows at a
+ * time, so that the wide rows of a transformer's two layers are neither written to memory nor read from it. */
+typedef enum { CHAIN_NONE = 0, CHAIN_FIRST, CHAIN_INNER } GraphChain;
 
 /* Bytes of a thread's memory that a step needs. */
 size_t graph_scratch(const PlanStep *step);

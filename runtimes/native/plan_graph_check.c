@@ -186,6 +186,46 @@ static bool signature_fits(const Plan *p) {
     return p->input_count > 0;
 }
 
+/* How many steps read or write a buffer. */
+static size_t uses(const Plan *p, int32_t buffer) {
+    size_t count = 0;
+    for (uint32_t i = 0; i < p->step_count; i++) {
+        for (size_t k = 0; k < STEP_INPUTS; k++) {
+            count += p->steps[i].in[k].buffer == buffer;
+        }
+        for (size_t k = 0; k < STEP_OUTPUTS; k++) {
+            count += p->steps[i].out[k].buffer == buffer;
+        }
+    }
+    return count;
+}
+
+/* Whether two buffers share no memory. Rows of one are written while those of the other are still read. */
+static bool apart(const Plan *p, PlanRef x, PlanRef y) {
+    const PlanBuffer *a = buffer_at(p, x), *b = buffer_at(p, y);
+    if (b->kind != BUFFER_FLOATS) {
+        return true; /* memory of the caller */
+    }
+    const uint64_t a_end = a->offset + a->rows * (byte_stride(a->width) + 8), b_end = b->offset + (uint64_t)b->rows * b->width * sizeof(float);
+    return a_end <= b->offset || b_end <= a->offset;
+}
+
+static bool multiplies_bytes(const Plan *p, const PlanStep *s) { return s->kind == GRAPH_MATMUL && (int)weight_at(p, s->weight[0])->format == WEIGHT_BYTES; }
+
+static void find_chains(Plan *p) {
+    for (uint32_t i = 0; i + 2 < p->step_count; i++) {
+        PlanStep *up = &p->steps[i], *codes = up + 1, *down = up + 2;
+        if (multiplies_bytes(p, up) && codes->kind == GRAPH_QUANTIZE && multiplies_bytes(p, down) && up->arg[1] == 0 && up->out[0].buffer == codes->in[0].buffer &&
+            up->out[0].column == 0 && codes->in[0].column == 0 && codes->width == up->width && buffer_at(p, up->out[0])->kind == BUFFER_FLOATS &&
+            buffer_at(p, up->out[0])->width == up->width && codes->out[0].buffer == down->in[0].buffer && buffer_at(p, down->in[0])->kind == BUFFER_BYTES &&
+            uses(p, up->out[0].buffer) == 2 && uses(p, down->in[0].buffer) == 2 && apart(p, up->in[0], down->out[0])) {
+            up->chain = CHAIN_FIRST;
+            codes->chain = down->chain = CHAIN_INNER;
+            i += 2;
+        }
+    }
+}
+
 const char *graph_check(Plan *p) {
     if (!signature_fits(p)) {
         return "its signature is not that of a graph for images";
@@ -200,7 +240,10 @@ const char *graph_check(Plan *p) {
         if (s->width == 0 || !step_fits(p, s)) {
             return "a step does not fit its buffers or weights";
         }
-        const size_t scratch = graph_scratch(s);
+    }
+    find_chains(p);
+    for (uint32_t i = 0; i < p->step_count; i++) {
+        const size_t scratch = graph_scratch(&p->steps[i]);
         p->thread_bytes = scratch > p->thread_bytes ? scratch : p->thread_bytes;
     }
     return outputs_fit(p) ? NULL : "an output is never written";

@@ -14,7 +14,7 @@ from damaged_plans import PARTS, refused, survives
 from vlm_edge.targets.build import build
 from vlm_edge.targets.native.encoder import EncoderCompiler
 from vlm_edge.targets.native.errors import NotExpressible
-from vlm_edge.targets.native.plan_file import GraphKind, write
+from vlm_edge.targets.native.plan_file import Buffer, BufferKind, GraphKind, Ref, Step, Unary, write
 from vlm_edge.targets.native.session import PlanSession
 from vlm_edge.targets.pipeline import lower_encoder
 from vlm_edge.targets.samples import Samples, run_graph, session
@@ -123,6 +123,33 @@ def test_threads_change_no_bit_and_neighbours_nothing(portable_bundle, precision
             np.testing.assert_array_equal(array, wanted[name][2:3])
         else:  # a row of floats adds up in an order of its own where it is alone in a tile
             assert np.abs(array - wanted[name][2:3]).max() < FP32_TOLERANCE * np.abs(array).max()
+
+
+def test_products_that_are_run_as_one_give_the_same_bits(portable_bundle, tmp_path):
+    """Up, activation, 8 bits and down take some rows at a time; where something else reads what lies between, they are steps."""
+    path = portable_bundle("tiny-smolvlm")
+    chained = EncoderCompiler(lowered(path, "vision_encoder"), integer=True).compile()
+    kinds = [step.kind for step in chained.steps]
+    wanted = [GraphKind.MATMUL, GraphKind.QUANTIZE, GraphKind.MATMUL]
+    places = [index for index in range(len(kinds)) if kinds[index : index + 3] == wanted]
+    assert places
+    write(chained, tmp_path / "chained.plan")
+    for index in places:
+        between = chained.steps[index].outputs[0]
+        assert between is not None
+        spare = Buffer(BufferKind.FLOATS, between.buffer.width, rows=between.buffer.rows)
+        reals = [1.0, 1.0]
+        chained.steps.append(Step(GraphKind.UNARY, spare.width, False, [between], [Ref(spare)], [], [int(Unary.IDENTITY)], reals))
+    write(chained, tmp_path / "apart.plan")
+    feeds = Samples(open_bundle(path)).inputs("vision_encoder", rows=3)
+    for kernels in _native.kernels():
+        for threads in (1, 3):
+            runs = [
+                run_graph(PlanSession(tmp_path / f"{name}.plan", threads=threads, kernels=kernels), feeds)
+                for name in ("chained", "apart")
+            ]
+            for name, array in runs[0].items():
+                np.testing.assert_array_equal(array, runs[1][name], err_msg=f"{kernels}, {threads} threads")
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
