@@ -37,5 +37,5 @@ def coded(entries: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[
 def decoded(codes: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> Floats:
     """What they stand for."""
     batch, heads, count, size = codes.shape
-    by_entry = scales.reshape(batch, heads, -1, count).transpose(0, 1, 3, 2).astype(np.float32)
+    by_entry = scales.reshape(batch, heads, -(-size // BLOCK), count).transpose(0, 1, 3, 2).astype(np.float32)
     return codes.astype(np.float32) * np.repeat(by_entry, BLOCK, axis=-1)[..., :size]
