@@ -68,7 +68,7 @@ def test_quantised(vlm_bundle, target, stored):
         assert {role: entry.precision for role, entry in made.graphs.items()} == {
             "vision_encoder": "int8",
             "projector": "int8",
-            "embed_tokens": "fp16",
+            "embed_tokens": "int8" if target == "cpu-int4" else "fp16",
             "decoder": stored,
         }
         assert all(made.options[f"{role}.cosine"] > 0.9 for role in made.graphs)

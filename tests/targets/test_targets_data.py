@@ -9,7 +9,7 @@ from vlm_edge_runtime.errors import TargetError
 def test_shipped_targets():
     assert {"cpu-fp32", "cpu-int4", "cpu-int8", "rtx-40", "jetson-orin-nano-jp62"} <= {target.name for target in targets()}
     int4 = load_target("cpu-int4")
-    assert int4.precision["decoder"] == "int4" and int4.precision["embed_tokens"] == "fp16"
+    assert int4.precision["decoder"] == "int4" and int4.precision["embed_tokens"] == "int8"
     assert int4.options.accuracy_level == 4, "from the shared base"
 
 

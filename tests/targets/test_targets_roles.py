@@ -74,7 +74,7 @@ def test_any_role_is_built_as_an_encoder(bundle):
         "qformer": "int8",
         "projector": "int8",
         "state_encoder": "int8",
-        "embed_tokens": "fp16",
+        "embed_tokens": "int8",
         "decoder": "int4",
     }
     assert made.precision["vq"] == "fp32", "what gives codes is not quantised"
