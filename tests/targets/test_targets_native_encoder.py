@@ -45,8 +45,12 @@ MORE = [
     "janus",
     "vipllava",
     "minigpt_v2",
+    "coca",
 ]
-"""Class and distillation tokens, layer scales, features of several layers, learned queries, pooling by attention, merging."""
+"""Class and distillation tokens, layer scales, features of several layers, learned queries, pooling by attention, merging;
+
+windows averaged (Gemma 3), an attention in Einstein's notation (IDEFICS), one whose scores are scaled (CoCa).
+"""
 
 
 def lowered(path: Path, role: str, precision: str = "fp32") -> ir.Model:
@@ -62,7 +66,8 @@ def planned(path: Path, role: str, out: Path, precision: str = "fp32") -> Path:
 
 
 def roles(path: Path) -> list[str]:
-    return [role for role in open_bundle(path).graphs if role in ("vision_encoder", "qformer")]
+    known = ("vision_encoder", "qformer", "projector", "resampler", "contrast_head")
+    return [role for role in open_bundle(path).graphs if role in known]
 
 
 def exact(path: Path, out: Path) -> None:

@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from vlm_edge.passes.graph import MICROSOFT, attribute_int, consumers, is_weight, only_consumer
 
-from .encoder_attention import Pending, attention, pending
+from .encoder_attention import Pending, attention, einsum, pending, scored
 from .encoder_products import Linear, activated, alike, linear, stacked
-from .encoder_rows import activate, binary, divide, multiply, norm, skip_norm, unary
+from .encoder_rows import activate, average_pool, binary, divide, multiply, norm, skip_norm, unary
 from .encoder_views import Array, Known, Sources, View, folded, moved
 from .errors import NotExpressible
 from .panels import integers, vector
@@ -199,7 +199,9 @@ class EncoderCompiler:
             ("", "MatMul"): self._matmul,
             (MICROSOFT, "MatMulNBits"): self._matmul,
             (MICROSOFT, "MultiHeadAttention"): lambda one: attention(self, one),
+            ("", "Einsum"): lambda one: einsum(self, one),
             ("", "Softmax"): lambda one: pending(self, one),
+            ("", "AveragePool"): lambda one: average_pool(self, one),
             ("", "LayerNormalization"): lambda one: norm(self, one),
             ("", "RMSNormalization"): lambda one: norm(self, one),
             (MICROSOFT, "SkipLayerNormalization"): lambda one: skip_norm(self, one),
@@ -215,6 +217,8 @@ class EncoderCompiler:
             (MICROSOFT, "FastGelu"): lambda one: activate(self, one),
             (MICROSOFT, "QuickGelu"): lambda one: activate(self, one),
         }
+        if not node.domain and node.op_type in ("Mul", "Div", "Sub", "ReduceMax") and scored(self, node):
+            return
         handler = handlers.get((node.domain, node.op_type))
         if handler is None:
             raise NotExpressible(node.op_type)

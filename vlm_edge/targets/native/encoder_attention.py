@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,11 +22,16 @@ _LARGEST_HEAD = 256
 
 @dataclass(slots=True, frozen=True)
 class Pending:
-    """Scores of an attention that is written out: queries [heads, rows, size] times keys [heads, size, keys]; then softmax."""
+    """Scores of an attention that is written out: queries [heads, rows, size] times keys [heads, size, keys]; then softmax.
+
+    `largest`: not the scores, but the largest of each row, which is taken off them before the softmax and changes nothing there.
+    """
 
     queries: View
     keys: View
+    scale: float = 1.0
     softmax: bool = False
+    largest: bool = False
 
 
 def attention(c: EncoderCompiler, node: ir.Node) -> None:
@@ -65,9 +70,61 @@ def _heads(view: View) -> View:
     return View(view.places.reshape(-1, *view.shape[-2:]))
 
 
-def _product(c: EncoderCompiler, node: ir.Node) -> None:
+def einsum(c: EncoderCompiler, node: ir.Node) -> None:
+    """The two products of an attention in Einstein's notation. Raises NotExpressible for others."""
+    equation = node.attributes["equation"].as_string().replace(" ", "").replace("...", "")
+    left, _, rest = equation.partition(",")
+    right, _, out = rest.partition("->")
+    plain = len(left) == len(right) == len(out) >= 2 and len(set(left) | set(right)) == len(left) + 1
+    if not plain or left[:-2] != right[:-2] or out[:-1] != left[:-1]:
+        raise NotExpressible(f"Einsum '{equation}'")
+    if (left[-1], out[-1]) == (right[-1], right[-2]):
+        _product(c, node, turned=True)
+    elif (left[-1], out[-1]) == (right[-2], right[-1]):
+        _product(c, node)
+    else:
+        raise NotExpressible(f"Einsum '{equation}'")
+
+
+def scored(c: EncoderCompiler, node: ir.Node) -> bool:
+    """Whether a node only scales an attention's scores, or takes the largest of each row off them; it is then done."""
+    scores = c.pending.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+    if scores is None or scores.softmax:
+        return False
+    if node.op_type == "ReduceMax":
+        axes = c.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        rank = scores.queries.ndim
+        if (
+            axes is None
+            or axes.size != 1
+            or int(axes.reshape(-1)[0]) % rank != rank - 1
+            or not attribute_int(node, "keepdims", 1)
+        ):
+            return False
+        c.pending[node.outputs[0]] = replace(scores, largest=True)
+        return True
+    if scores.largest:
+        return False
+    if node.op_type == "Sub":
+        other = c.pending.get(node.inputs[1]) if node.inputs[1] is not None else None
+        if other is None or other != replace(scores, largest=True):
+            return False
+        c.pending[node.outputs[0]] = scores
+        return True
+    factor = c.constant(node.inputs[1])
+    if factor is None or factor.size != 1:
+        return False
+    number = float(factor.reshape(-1)[0])
+    c.pending[node.outputs[0]] = replace(scores, scale=scores.scale * number if node.op_type == "Mul" else scores.scale / number)
+    return True
+
+
+def _product(c: EncoderCompiler, node: ir.Node, *, turned: bool = False) -> None:
+    """`turned`: the right side has the axis that is summed over last."""
     weights = c.pending.get(node.inputs[0]) if node.inputs[0] is not None else None
     right = c.view(node.inputs[1])
+    if turned:
+        right = View(np.ascontiguousarray(np.swapaxes(right.places, -1, -2)))
     if weights is None:
         left = c.view(node.inputs[0])
         if left.ndim < 3 or left.shape[:-2] != right.shape[:-2]:
@@ -85,7 +142,7 @@ def _product(c: EncoderCompiler, node: ir.Node) -> None:
         View(np.ascontiguousarray(places).reshape(-1, heads * size))
         for places in (queries.places.transpose(1, 0, 2), keys.places.transpose(2, 0, 1), values.places.transpose(1, 0, 2))
     ]
-    out = _emit(c, flat, heads, 1.0)
+    out = _emit(c, flat, heads, weights.scale)
     places = out.places.reshape(rows, heads, size).transpose(1, 0, 2)
     c.define(node.outputs[0], View(np.ascontiguousarray(places).reshape(*lead, rows, size)))
 
@@ -94,6 +151,6 @@ def pending(c: EncoderCompiler, node: ir.Node) -> None:
     """The softmax between the two products of an attention. Raises NotExpressible for any other."""
     scores = c.pending.get(node.inputs[0]) if node.inputs[0] is not None else None
     dims = len(node.inputs[0].shape) if node.inputs[0] is not None and node.inputs[0].shape is not None else 0
-    if scores is None or scores.softmax or attribute_int(node, "axis", -1) not in (-1, dims - 1):
+    if scores is None or scores.softmax or scores.largest or attribute_int(node, "axis", -1) not in (-1, dims - 1):
         raise NotExpressible("a Softmax outside of an attention")
-    c.pending[node.outputs[0]] = Pending(scores.queries, scores.keys, softmax=True)
+    c.pending[node.outputs[0]] = replace(scores, softmax=True)

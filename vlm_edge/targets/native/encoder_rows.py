@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from vlm_edge.passes.graph import attribute_float, attribute_int, consumers
+from vlm_edge.passes.graph import attribute_float, attribute_int, attribute_ints, consumers
 
 from .encoder_views import Array, View
 from .errors import NotExpressible
@@ -117,6 +117,29 @@ def divide(c: EncoderCompiler, node: ir.Node) -> None:
     if divisor is None or divisor.size != 1 or not divisor.reshape(-1)[0]:
         raise NotExpressible("a division by what is not a constant number")
     unary(c, node, Unary.IDENTITY, node.inputs[0], 1.0 / float(divisor.reshape(-1)[0]))
+
+
+def average_pool(c: EncoderCompiler, node: ir.Node) -> None:
+    """Means over windows that lie side by side: their rows of channels, added up one after another."""
+    view, kernel = c.view(node.inputs[0]), attribute_ints(node, "kernel_shape") or ()
+    spatial = view.shape[2:]
+    plain = attribute_ints(node, "strides") == kernel and not any(attribute_ints(node, "pads") or ())
+    whole = len(spatial) == len(kernel) == 2 and all(size % step == 0 for size, step in zip(spatial, kernel, strict=True))
+    if not plain or not whole or (attribute_ints(node, "dilations") or (1, 1)) != (1, 1):
+        raise NotExpressible("an AveragePool whose windows do not lie side by side")
+    places = view.places[0].transpose(1, 2, 0)
+    down, across = kernel
+    parts = [View(np.ascontiguousarray(places[i::down, j::across])) for i in range(down) for j in range(across)]
+    total, width = c.rows_of(parts[0]), view.shape[1]
+    rows = parts[0].size // width
+    for part in parts[1:]:
+        out = c.fresh(rows, width)
+        c.add(GraphKind.ADD, width, [total, c.rows_of(part)], [out])
+        total = out
+    out = c.fresh(rows, width)
+    c.add(GraphKind.UNARY, width, [total], [out], [], [int(Unary.IDENTITY)], [1.0, 1.0 / len(parts)])
+    found = c.sources.columns(out.buffer, 0, parts[0].shape)
+    c.define(node.outputs[0], View(np.ascontiguousarray(found.places.transpose(2, 0, 1))[None]))
 
 
 def binary(c: EncoderCompiler, node: ir.Node, kind: GraphKind) -> None:
