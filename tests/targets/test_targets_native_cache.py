@@ -83,9 +83,9 @@ def test_new_entries_are_the_codes_of_what_a_float_cache_keeps(portable_bundle, 
 
 
 def close(path: Path, out: Path) -> None:
-    """Beside float caches of the same codes only the new tokens' rounding is left, half of 1/127 of a block's largest number: some
+    """Beside float caches of the same codes only the new tokens' rounding is left, half of 1/127 of a block's largest number:
 
-    hundredths of the largest logit where scores are sharp (T5's are not divided by the root of the head's size).
+    some hundredths of the largest logit where scores are sharp (T5's are not divided by the root of the head's size).
     """
     reference = session(open_bundle(path).graph_path("decoder"))
     planned(path, out)

@@ -1,4 +1,4 @@
-"""The engine on a KV cache in 8 bits: rows, prefixes, drafts and beams as on one of floats, and the answers of the trained models."""
+"""The engine on a KV cache in 8 bits: rows, prefixes, drafts and beams as on one of floats, and what trained models answer."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def test_rows_and_threads_change_no_bit(bundle, decoder):
         assert [(row.tokens, row.logprobs) for row in again] == [(row.tokens, row.logprobs) for row in together]
 
 
-def test_beams_chat_and_kept_prefixes(bundle, scene):
-    """A second turn, whose first is not run again, is what both turns at once give; beams are the same on any number of threads."""
+def test_beams_and_kept_prefixes(bundle, scene):
+    """A prompt whose prefix is kept is answered as if it were run again; beams are the same on any number of threads."""
     picture, answer = scene
     found = []
     for threads in (1, 2):
@@ -152,7 +152,7 @@ def test_beams_chat_and_kept_prefixes(bundle, scene):
 
 @pytest.mark.slow
 def test_accuracy_is_pytorchs_within_a_point(portable_bundle, tmp_path):
-    """128 held-out questions on trained models: the portable graphs (PyTorch's answers), and 4-bit weights with a cache in 8 bits."""
+    """128 held-out questions: the portable graphs (PyTorch's answers), and 4-bit weights with a cache in 8 bits."""
     from benchmarks.train import scenes
 
     examples = scenes.held_out_examples(128, seed=11)
