@@ -52,6 +52,11 @@ void platform_forget(void *memory, size_t bytes) {
     (void)bytes;
 }
 
+void platform_large_pages(void *memory, size_t bytes) {
+    (void)memory;
+    (void)bytes;
+}
+
 void platform_trim_heap(void) {}
 
 double platform_seconds(void) {
@@ -122,6 +127,18 @@ void platform_forget(void *memory, size_t bytes) {
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)memory + page - 1) / page * page, last = ((uintptr_t)memory + bytes) / page * page;
     if (memory != NULL && last > first) {
         madvise((void *)first, last - first, MADV_DONTNEED);
+    }
+#else
+    (void)memory;
+    (void)bytes;
+#endif
+}
+
+void platform_large_pages(void *memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = ((uintptr_t)memory + page - 1) / page * page, last = ((uintptr_t)memory + bytes) / page * page;
+    if (memory != NULL && last > first) {
+        madvise((void *)first, last - first, MADV_HUGEPAGE);
     }
 #else
     (void)memory;

@@ -16,6 +16,9 @@ void platform_zeroed_free(void *memory, size_t bytes);
 /* Gives the pages of memory back that holds nothing any more; it stays allocated, and is taken anew where it is written. Does nothing
  * on systems without such a call. */
 void platform_forget(void *memory, size_t bytes);
+/* Asks for large pages for memory of many megabytes that is not yet written: it is then there in a few steps instead of one per 4 KiB. Whole
+ * large pages within it only, and only a request. */
+void platform_large_pages(void *memory, size_t bytes);
 /* Gives back what the C library keeps of freed memory, where it can be told to. */
 void platform_trim_heap(void);
 
