@@ -124,7 +124,7 @@ typedef struct {
     const int64_t *positions; /* [position_axes][rows · tokens] */
     const int32_t *seqlens;   /* [rows]: valid entries after this call, minus one */
     float *logits;            /* [rows][vocab]; with `each` [rows · tokens][vocab] */
-    uint8_t *const *caches;   /* each [rows][heads][capacity][head size] */
+    uint8_t *const *caches;   /* each [rows][heads][capacity][head size]; those of codes have their scales in others, [rows][heads · blocks][capacity] */
     const size_t *cache_row_bytes;
     const uint8_t *const *inputs; /* further inputs, in the order of the file's */
     const size_t *input_sizes;    /* per further input: entries of static keys and of their mask, or numbers per token */
