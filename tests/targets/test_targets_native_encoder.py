@@ -17,7 +17,7 @@ from vlm_edge.targets.native.errors import NotExpressible
 from vlm_edge.targets.native.plan_file import Buffer, BufferKind, GraphKind, Ref, Step, Unary, write
 from vlm_edge.targets.native.session import PlanSession
 from vlm_edge.targets.pipeline import lower_encoder
-from vlm_edge.targets.samples import Samples, run_graph, session
+from vlm_edge.targets.samples import Samples, modality_feeds, run_graph, session
 from vlm_edge.targets.selfcheck import FP32_TOLERANCE, Difference
 from vlm_edge.targets.target import load_target
 from vlm_edge_runtime import _native, load
@@ -222,6 +222,24 @@ def test_a_build_has_plans_and_says_why_not(portable_bundle, tmp_path, scene):
         left, right = (one.embed_image([str(picture), str(picture)]) for one in (native, portable))
     assert left.shape == right.shape
     assert cosine(left, right) > 0.999
+
+
+def test_a_build_says_what_calibration_pictures_are_for(portable_bundle, tmp_path, scene):
+    """They bring a plan closer, and are not needed; which pictures it was tried on is not told by it."""
+    picture, _ = scene
+    path = shutil.copytree(portable_bundle("tiny-llava"), tmp_path / "llava.vlm")
+    made = build(path, "cpu-int8", calibration=[picture], name="seen")
+    assert "means" in str(made.options["vision_encoder.calibration"]) and made.graphs["vision_encoder"].format == "plan"
+    plain = build(path, "cpu-int8", name="plain")
+    assert "vision_encoder.calibration" not in plain.options
+    bundle = open_bundle(path)
+    (feeds,) = modality_feeds(bundle, "vision_encoder", [picture])
+    ((_, wanted),) = run_graph(session(bundle.graph_path("vision_encoder")), feeds).items()
+    far = []
+    for name in ("seen", "plain"):
+        ((_, found),) = run_graph(session(open_bundle(path, build=name).graph_path("vision_encoder")), feeds).items()
+        far.append(1 - cosine(found, wanted))
+    assert far[0] < far[1] < 1e-3
 
 
 def test_arrays_that_do_not_fit_are_refused(portable_bundle, tmp_path):
