@@ -32,7 +32,8 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def kernel_sources() -> list[Path]:
-    return [*(TESTS / f"{name}_test.c" for name in ("kernels", "products", "numbers", "bytes", "attention", "cache")), *sorted((NATIVE / "kernels").glob("*.c"))]
+    tests = ("kernels", "products", "numbers", "bytes", "attention", "cache")
+    return [*(TESTS / f"{name}_test.c" for name in tests), *sorted((NATIVE / "kernels").glob("*.c"))]
 
 
 @pytest.fixture(scope="module")

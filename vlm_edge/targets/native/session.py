@@ -47,7 +47,7 @@ class PlanSession:
     def run(self, names: Sequence[str] | None, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         """The named outputs (None: all). Caches are given and returned whole, and copied; floats are cast to the plan's type.
 
-        Caches in 8 bits are floats here, as if there were no codes; only they have inputs and outputs `…_scale`, which are hidden.
+        Caches in 8 bits are floats here, as if there were no codes; their scales (`…_scale`) are hidden.
         """
         given = self._given(feeds)
         wanted = names if names is not None else [one.name for one in self.get_outputs()]
