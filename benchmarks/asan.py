@@ -26,6 +26,7 @@ TESTS = (
     "tests/runtimes/engines/test_ort_cuda_loop.py",
     "tests/targets/test_targets_native_plan.py",
     "tests/targets/test_targets_native_encoder.py",
+    "tests/targets/test_targets_native_embed.py",
 )
 """What runs C of the extension. Engines for GPUs do so through the same loop; their kernels have a sanitizer of their own."""
 SANITIZERS = "address,undefined"

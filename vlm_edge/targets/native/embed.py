@@ -8,6 +8,7 @@ rows depend on nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,6 +111,8 @@ def _parts(run: Run, count: int, chunk: int) -> Iterator[Floats]:
 
 
 def _table(form: Format, count: int, width: int, parts: Callable[[], Iterator[Floats]]) -> Weight:
+    dtype: np.dtype[Any]
+    pack: Callable[[Floats], npt.NDArray[Any]]
     if form == Format.BYTE_ROWS:
         stride, dtype, pack = 4 + -(-width // 4) * 4, np.dtype(np.uint8), _byte_rows
     else:
