@@ -40,7 +40,7 @@ class Pipeline:
         self.genai = importlib.import_module("openvino_genai")
         self.ov, self.numpy = importlib.import_module("openvino"), importlib.import_module("numpy")
         self.job, self.folder = job, folder_of(job)
-        self.whole = job["variant"].startswith("vlm")
+        self.whole, self.asked = job["variant"].startswith("vlm"), -1
         make = self.genai.VLMPipeline if self.whole else self.genai.LLMPipeline
         self.pipeline = make(str(self.folder), "CPU", **settings(job))
         genai = self.genai
@@ -68,10 +68,17 @@ class Pipeline:
         pixels = self.numpy.frombuffer(Path(self.job["image"]["raw"]).read_bytes(), self.numpy.uint8)
         return self.ov.Tensor(pixels.reshape(1, height, width, 3).copy())
 
+    def _text(self) -> str:
+        """The image prompt with other words before the image in each call, as many in all: the pipeline keeps prefixes."""
+        image, *words = self.job["image"]["text"].split(" ")
+        self.asked += 1
+        first = words[len(words) - self.asked % len(words) :]
+        return "".join(f" {word}" for word in first) + image + "".join(f" {word}" for word in words[: len(words) - len(first)])
+
     def picture(self) -> float | None:
         if not self.whole:
             return None
-        return self._generate(self.job["image"]["text"], 1, images=[self._image()])[0][0]
+        return self._generate(self._text(), 1, images=[self._image()])[0][0]
 
     def turn(self) -> float | None:
         if not self.whole:
@@ -85,7 +92,7 @@ class Pipeline:
     def vision(self) -> float | None:
         if not self.whole:
             return None
-        _, done = self._generate(self.job["image"]["text"], 1, images=[self._image()])
+        _, done = self._generate(self._text(), 1, images=[self._image()])
         return float(done.perf_metrics.get_prepare_embeddings_duration().mean) / 1e3
 
     def text(self, prompt: dict[str, Any], new_tokens: int) -> Sequence[float]:
