@@ -60,7 +60,7 @@ KERNELS = (
     "vlm_weights",
     "vlm_choose",
 )
-SOURCES = ("decode_step.cu", "decode_sample.cu")
+SOURCES = ("decode_step.cu", "decode_sample.cu", "decode_draw.cu")
 HEADERS = ("decode_layout.h",)
 MAX_THREADS = 512
 """Threads of a block at most; a power of two."""

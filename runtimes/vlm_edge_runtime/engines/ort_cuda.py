@@ -33,7 +33,7 @@ from .ort_cuda_decoder import OrtCudaDecoder
 from .ort_cuda_graphs import OrtGraph
 from .ort_cuda_place import Place, cuda_place
 from .portable import PortableDecoder
-from .tensorrt_step import StepCounts
+from .tensorrt_counts import StepCounts
 
 GRAPH_VARIABLE = "VLM_EDGE_CUDA_GRAPH"
 _KEPT_TIMES = 1 << 16

@@ -15,11 +15,11 @@ from vlm_edge_runtime.errors import BundleError, DeviceError, TargetError
 
 from .base import Decoder, EngineOptions
 from .cuda_device import CudaDevice, Device
+from .tensorrt_counts import StepCounts
 from .tensorrt_decoder import TensorRTDecoder
 from .tensorrt_graph import TensorRTGraph
 from .tensorrt_program import Program
 from .tensorrt_seam import MODULES, Runtime, platform_tag
-from .tensorrt_step import StepCounts
 
 _KEPT_TIMES = 1 << 16
 _DECODER = "decoder"

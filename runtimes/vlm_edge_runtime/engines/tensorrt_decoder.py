@@ -15,11 +15,11 @@ from vlm_edge_runtime.errors import DeviceError
 
 from .cuda_device import Device
 from .tensorrt_contexts import DecoderPrograms
+from .tensorrt_counts import StepCounts
 from .tensorrt_graph import TensorRTGraph
 from .tensorrt_program import Program
 from .tensorrt_signature import Signature, read_signature
 from .tensorrt_state import TensorRTDecoderState
-from .tensorrt_step import StepCounts
 
 MAX_BATCH = 1024
 

@@ -14,8 +14,9 @@ from vlm_edge_runtime.errors import ContextLengthError, DeviceError
 from .cuda_sampler import RowSampler
 from .decoder_inputs import newest
 from .tensorrt_contexts import DecoderPrograms
+from .tensorrt_counts import StepCounts
 from .tensorrt_rows import Named, Row, stacked_inputs
-from .tensorrt_step import DecoderSteps, StepCounts
+from .tensorrt_step import DecoderSteps
 
 
 class DeviceRows:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from .cuda_memory import Buffers
 from .tensorrt_cache import DeviceCache
 from .tensorrt_capture import Decode, Pieces, captured, free_pieces
 from .tensorrt_contexts import DecoderPrograms
+from .tensorrt_counts import StepCounts
 from .tensorrt_graph import buffer_size
 from .tensorrt_program import Shape
 from .tensorrt_row_run import RowRuns
@@ -34,17 +34,6 @@ SLOTS = 64
 _KEEP_BLOCKS = 8
 _PER_BLOCK = 4096
 """Vocabulary entries of one block that computes exponentials."""
-
-
-@dataclass(slots=True)
-class StepCounts:
-    """What ran: rows by themselves, steps queued one by one, steps launched as captured graphs, tokens chosen on the host."""
-
-    rows: int = 0
-    queued: int = 0
-    captured: int = 0
-    host_sampled: int = 0
-    not_captured_because: str = ""
 
 
 class DecoderSteps:

@@ -16,6 +16,7 @@ _LAUNCHER = """
 #define VLM_HOST
 #include "decode_step.cu"
 #include "decode_sample.cu"
+#include "decode_draw.cu"
 
 typedef void (*Kernel)(const Step *);
 typedef struct {

@@ -1,4 +1,4 @@
-/* Memory that the host and the kernels of decode_step.cu and decode_sample.cu share; cuda_layout.py has the same structures as numpy types.
+/* Memory that the host and the kernels of the decode_*.cu share; cuda_layout.py has the same structures as numpy types.
  *
  * Everything is addressed by 64-bit integers, so that one layout serves the device, and a host that runs the kernels as plain C++. */
 #ifndef VLM_DECODE_LAYOUT_H
