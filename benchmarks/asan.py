@@ -24,8 +24,11 @@ TESTS = (
     *sorted(str(path.relative_to(ROOT)) for path in ENGINES.glob("test_engines_*.py")),
     "tests/runtimes/engines/test_cuda_loop.py",
     "tests/runtimes/engines/test_ort_cuda_loop.py",
+    "tests/runtimes/engines/test_ort_cuda_bound_run.py",
     "tests/targets/test_targets_native_plan.py",
     "tests/targets/test_targets_native_encoder.py",
+    "tests/targets/test_targets_native_decoder_steps.py",
+    "tests/targets/test_targets_native_graph_steps.py",
     "tests/targets/test_targets_native_embed.py",
 )
 """What runs C of the extension. Engines for GPUs do so through the same loop; their kernels have a sanitizer of their own."""
