@@ -70,7 +70,8 @@ class Pipeline:
 
     def _text(self) -> str:
         """The image prompt with other words before the image in each call, as many in all: the pipeline keeps prefixes."""
-        image, *words = self.job["image"]["text"].split(" ")
+        asked: str = self.job["image"]["text"]
+        image, *words = asked.split(" ")
         self.asked += 1
         first = words[len(words) - self.asked % len(words) :]
         return "".join(f" {word}" for word in first) + image + "".join(f" {word}" for word in words[: len(words) - len(first)])
