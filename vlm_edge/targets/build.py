@@ -23,7 +23,7 @@ from vlm_edge_runtime.errors import BundleError, TargetError
 from .backend import Backend, CompileOptions, Job, Option, backend_of, checked, settle_one_word
 from .examine import Examination
 from .native.build import save_plan
-from .native.head import read_as
+from .native.head import greedy_bytes, read_as
 from .pipeline import Lowered
 from .precision import bundle_roles, resolve_precision, stored_as
 from .samples import Samples
@@ -133,7 +133,7 @@ def _lowered(job: Job, backend: Backend, overwrite: bool) -> Build:
                     if lowered.kernels:
                         options[f"{name}.kernels"] = lowered.kernels
                     if lowered.plan is not None and (head := read_as(lowered.plan)):
-                        options[f"{name}.head"] = head
+                        options |= {f"{name}.head": head, f"{name}.token_bytes": greedy_bytes(lowered.plan)}
                     if lowered.kernels.partition(": ")[2]:
                         detail = f"{detail}; {lowered.kernels}"
             except BaseException as error:

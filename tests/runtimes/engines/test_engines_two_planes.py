@@ -219,4 +219,6 @@ def test_the_build_says_how_its_head_is_read(portable_bundle, tmp_path):
     path = tmp_path / "tiny.vlm"
     shutil.copytree(portable_bundle("tiny-llava"), path)
     build(path, "cpu-int4")
-    assert open_bundle(path, build="cpu-int4").build.options["decoder.head"] == TWO_PLANES
+    built = open_bundle(path, build="cpu-int4").build
+    assert built.options["decoder.head"] == TWO_PLANES
+    assert 0.5 * built.graphs["decoder"].model.bytes < built.options["decoder.token_bytes"] < built.graphs["decoder"].model.bytes

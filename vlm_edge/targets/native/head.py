@@ -48,6 +48,12 @@ def read_as(plan: Plan) -> str:
     return ""
 
 
+def greedy_bytes(plan: Plan) -> int:
+    """Bytes of weights that a greedily decoded token reads at least: all but the lower halves of the product that chooses it."""
+    lower = [step.weights[2] for step in plan.steps if step.kind == Kind.REFINE and not plan.graph]
+    return sum(weight.size for weight in plan.weights if not any(weight is one for one in lower))
+
+
 def planes(weight: Weight) -> tuple[Weight, Weight, Weight]:
     """A weight of 8 bits as three: upper halves, a matrix of 4 bits; (7.5 · largest scale)² of [blocks, panels]; lower halves."""
     panels, blocks = -(-weight.width // PANEL), -(-weight.depth // BLOCK)
