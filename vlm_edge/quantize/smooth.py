@@ -34,7 +34,7 @@ class SmoothActivations(GraphPass):
     grows, for what was small on a few pictures need not be small on the next. How far (`strength` a, 0 to 1) differs from
     model to model, and so does whether it helps at all (1 − cosine of three trained vision encoders in int8, 6 pictures to
     calibrate on, 6 others: 3.0e-4 → 1.6e-4, 4.8e-5 → 2.5e-5, but 1.5e-4 → 7.9e-4): off unless a target's options ask for it.
-    With one scale for each row, measured while it runs (the CPU's plans), five of six get closer and one does not (relative errors
+    With one scale for each row, measured while it runs (CPU plans), five of six get closer and one does not (relative errors
     of tiny-visual_gpt, smolvlm, llava, clip, blip2, paligemma without and with 0.7, on drawn pictures: 0.0128, 0.0056, 0.0127,
     0.0094, 0.0100, 0.0135; 0.0089, 0.0040, 0.0088, 0.0113, 0.0073, 0.0082).
     Done where a norm with stored gain feeds MatMuls with stored weights and nothing else.
