@@ -152,7 +152,8 @@ def main(
         those = tuple(one for one in CONTENDERS if journal.of(one.key) or one.key in journal.errors())
         if not journal.limits() or not those:
             raise click.ClickException(f"{journal.path} holds nothing of a run with these options.")
-    made = prepared(model, those, wanted) if ready or only_report else prepare(model, those, wanted, rebuild, console)
+    prepare_now = not (ready or only_report)
+    made = prepare(model, those, wanted, rebuild, console) if prepare_now else prepared(model, those, wanted, run=not only_report)
     left = 0
     if not only_report:
         running = [one for one in those if one.key not in made.failed]
@@ -209,7 +210,7 @@ def _document(
         "title": f"{model.title}, {job['tiles']} tile{'s' * (job['tiles'] > 1)}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "`, `".join(sorted({row["command"] for own in rows.values() for row in own if "command" in row})),
-        "commit": commit(),
+        "commit": ", ".join(sorted({row["commit"] for own in rows.values() for row in own if row.get("commit")})) or commit(),
         "machine": machine(threads),
         "rounds": max((len(own) for own in rows.values()), default=0),
         "warning": next((row["busy"] for own in rows.values() for row in own if row.get("busy")), None),

@@ -9,7 +9,7 @@ from . import llama_build
 from .contenders import OWN_ENVIRONMENT
 from .run import ROOT, PeerError, first_line, run
 
-__all__ = ["PEERS", "ROOT", "PeerError", "first_line", "install", "python_of", "run"]
+__all__ = ["PEERS", "ROOT", "PeerError", "first_line", "install", "python_of", "ready", "run"]
 PEERS = (ROOT / "out" / "peers").resolve()
 REQUIREMENTS = Path(__file__).parent / "requirements"
 UNWANTED = {"openvino_genai": ("torchvision",)}
@@ -21,6 +21,17 @@ def python_of(peer: str, log: Path) -> str:
     if peer not in OWN_ENVIRONMENT:
         return sys.executable
     return install(peer, REQUIREMENTS / f"{peer}.txt", PEERS / peer / "env", log)
+
+
+def ready(peer: str) -> str:
+    """The interpreter of a peer's environment that is there already, as it should be. Raises PeerError."""
+    if peer not in OWN_ENVIRONMENT:
+        return sys.executable
+    folder, wanted = PEERS / peer / "env", REQUIREMENTS / f"{peer}.txt"
+    stamp = folder / "installed.txt"
+    if not stamp.is_file() or stamp.read_text() != wanted.read_text():
+        raise PeerError(f"the environment of {peer} in {folder} is missing or of other versions: run with --prepare-only first")
+    return str(folder / "bin" / "python")
 
 
 def install(peer: str, requirements: Path, folder: Path, log: Path) -> str:

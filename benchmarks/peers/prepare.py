@@ -71,9 +71,10 @@ def prepare(
     return made
 
 
-def prepared(model: models.Model, those: Sequence[Contender], wanted: Mapping[str, Any]) -> Prepared:
-    """Takes the jobs that are there, so that a piece of a run begins at once. `wanted`: tiles, runs, threads, quick.
+def prepared(model: models.Model, those: Sequence[Contender], wanted: Mapping[str, Any], run: bool) -> Prepared:
+    """Takes the jobs that are there, so that a piece of a run begins at once. `wanted`: tiles, runs, threads, quick; `run`:
 
+    whether the environments will be used, and must be as they should.
     Raises ClickException where a job is missing or was written for another run.
     """
     found = Prepared({})
@@ -87,8 +88,10 @@ def prepared(model: models.Model, those: Sequence[Contender], wanted: Mapping[st
         if differing:
             raise click.ClickException(f"{one.label} is prepared with other {', '.join(differing)}: {again}.")
         found.job, found.jobs[one.key] = job, path
+        if not run:
+            continue
         try:
-            found.pythons[one.peer] = environments.python_of(one.peer, environments.PEERS / one.peer / "install.log")
+            found.pythons[one.peer] = environments.ready(one.peer)
         except environments.PeerError as error:
             found.failed[one.key] = str(error)
     return found

@@ -29,6 +29,8 @@ DISK_MB = 10.0
 TIMEOUT_S = 600.0
 UNKNOWN_S = 90.0
 """What a contender is given in a run of limited time before it was ever timed."""
+COMPILED = ("_native", "libllama", "libggml")
+"""Libraries that are compiled here, and belong to what was measured."""
 Row = dict[str, Any]
 
 
@@ -86,7 +88,9 @@ def measured(python: str, contender: Contender, job: Path, log: Path) -> Row:
         "steal": (after.steal - before.steal) / wall,
         "disk_mb": after.disk - before.disk,
     }
-    return {**found, **around, "artefact": fingerprint(found["files"])}
+    compiled = [name for name in found.get("mapped", ()) if Path(name).name.startswith(COMPILED)]
+    files = [*found["files"], *compiled]
+    return {**found, **around, "measured": files, "artefact": fingerprint(files)}
 
 
 def fingerprint(names: Sequence[str]) -> str:
@@ -119,11 +123,14 @@ class Journal:
         if resume and path.is_file():
             kept = [json.loads(line) for line in path.read_text().splitlines()]
             self.rows = [row for row in kept if row["settings"] == self.settings]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        if not resume:
+            path.write_text("")
 
     def has(self, number: int, key: str) -> bool:
         """Whether that contender (or "limits") is done in that round, with the files that it has now."""
-        return any(row["round"] == number for row in self.of(key))
+        rows = self.of(key)
+        now = not rows or "measured" not in rows[-1] or fingerprint(rows[-1]["measured"]) == rows[-1]["artefact"]
+        return now and any(row["round"] == number for row in rows)
 
     def add(self, number: int, key: str, row: Row) -> None:
         """Keeps a row, on disk at once."""

@@ -35,8 +35,22 @@ def test_a_journal_goes_on_only_with_the_same_settings(tmp_path):
     again = rounds.Journal(path, {"runs": 2}, resume=True)
     assert again.has(0, "ours-int4") and not again.has(1, "ours-int4")
     assert again.limits()[0].int8 == 2.0
-    assert not rounds.Journal(path, {"runs": 3}, resume=True).rows
+    other = rounds.Journal(path, {"runs": 3}, resume=True)
+    assert not other.rows
+    other.add(0, "ours-int4", {"ttft_s": 2.0})
+    assert len(rounds.Journal(path, {"runs": 2}, resume=True).rows) == 2  # nobody's rows are lost
+    rounds.Journal(path, {"runs": 2}, resume=False)
     assert not path.read_text()
+
+
+def test_files_that_are_made_anew_are_measured_again(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"old")
+    journal = rounds.Journal(tmp_path / "journal.jsonl", {}, resume=False)
+    journal.add(0, "ours-int4", {"measured": [str(file)], "artefact": rounds.fingerprint([str(file)])})
+    assert journal.has(0, "ours-int4")
+    file.write_bytes(b"newer")
+    assert not journal.has(0, "ours-int4")
 
 
 def test_a_busy_machine_is_said(monkeypatch):

@@ -53,8 +53,12 @@ def command(
     need_extra("export", "torch", "transformers", "onnxscript")
     from vlm_edge.targets import load_target
 
-    for target in targets:
-        load_target(target)  # a wrong name is said before minutes of tracing, not after
+    for target in targets:  # what is wrong is said before minutes of tracing, not after
+        chosen = load_target(target)
+        if kv == "int8" and chosen.backend != "ort-cpu":
+            raise click.UsageError(
+                f"--kv int8 is for native decoders on the CPU, and {chosen.name} is not built for one: leave it out."
+            )
     if (precision or kv) and not targets:
         raise click.UsageError(f"{'--precision' if precision else '--kv'} says how a build is quantised: name one with --target.")
     with progress(quiet=as_json) as listener:

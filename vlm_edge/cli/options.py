@@ -21,7 +21,7 @@ _LOWERING = (
         "--calibrate",
         type=click.Path(exists=True, path_type=Path),
         help="Folder of pictures: int8 activations get static ranges from them. Native kernels measure ranges while they run and "
-        "take the means of channels from the pictures.",
+        "take channels' maxima and means from the pictures (of the first 32).",
     ),
 )
 

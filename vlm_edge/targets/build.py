@@ -52,10 +52,10 @@ def build(
     number of weights per scale of weight-only graphs (None: what the backend takes by itself); `calibration` are pictures for
     static int8 activation ranges (none: dynamic ranges on CPUs; a decoder on TensorRT answers prompts about drawn pictures);
     `compiling`: what is compiled, for targets with compiled engines; `kv`: in what a native decoder on the CPU keeps keys and
-    values (None: what the target says). A graph that native kernels can run becomes a plan at once
-    (targets/native) and is not lowered; calibration pictures are of no use to it, its ranges are measured while it runs. Every
-    built graph is run against its portable one: fp32 graphs must agree to 1e-4, for others the distance is recorded in the
-    build's options. Graphs that no pass changes are not copied; the runtime takes them from `portable/`.
+    values (None: what the target says). A graph that native kernels can run becomes a plan at once (targets/native) and is not
+    lowered; its ranges are measured while it runs, and pictures tell it how large channels are and, where a norm has a shift,
+    their means. Every built graph is run against its portable one: fp32 graphs must agree to 1e-4, for others the distance is
+    recorded in the build's options. Graphs that no pass changes are not copied; the runtime takes them from `portable/`.
 
     A build with engines that is there already is gone on with: what is missing or stale is compiled, nothing is lowered again.
     Raises TargetError (unknown target or precision, a graph that the target cannot run), BundleError (damage, the name is
@@ -65,7 +65,10 @@ def build(
     if kv is not None:
         chosen = msgspec.structs.replace(chosen, options=msgspec.structs.replace(chosen.options, kv=kv))
     if chosen.options.kv != "float" and chosen.backend != "ort-cpu":
-        raise TargetError(f"{chosen.name}: an int8 KV cache is one of native decoders on the CPU; build it without --kv.")
+        raise TargetError(
+            f"{chosen.name}: an int8 KV cache is one of native decoders on the CPU; build it without --kv "
+            '(kv = "float" in the target file).'
+        )
     label = _checked_name(name or chosen.name)
     if block_size is not None and block_size not in BLOCK_SIZES:
         raise TargetError(f"block size {block_size} is not possible; it can be: {', '.join(map(str, BLOCK_SIZES))}.")

@@ -72,8 +72,8 @@ class CpuBackend(Backend):
         """See `Backend.describe`; where calibration pictures are given, says what a plan takes from them."""
         options, remark = super().describe(job, role, entry)
         if entry.format == "plan" and job.words[role] == "int8" and job.calibration(role) is not None:
-            options |= {f"{role}.calibration": "ranges are measured while it runs; the pictures tell the means of channels"}
-            remark = "its ranges are measured while it runs, the pictures tell the means of channels only"
+            options |= {f"{role}.calibration": "ranges are measured while it runs; the pictures tell channels' maxima and means"}
+            remark = "its ranges are measured while it runs, the pictures tell channels' maxima and means"
         return options, remark
 
     def kv(self, job: Job, graphs: Mapping[str, GraphEntry]) -> KVLayout | None:

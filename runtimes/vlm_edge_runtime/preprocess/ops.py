@@ -6,6 +6,7 @@ transformers' PIL image processors (`image_transforms.py`), which are Pillow's r
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import sys
@@ -97,8 +98,10 @@ def _pixels(shape: tuple[int, int, int]) -> Pixels:
     count = math.prod(shape)
     if count < _OWN_PAGES:
         return np.empty(shape, np.uint8)
-    pages = mmap.mmap(-1, count)
-    if sys.platform == "linux":
+    if sys.platform != "linux":
+        return np.frombuffer(mmap.mmap(-1, count), np.uint8).reshape(shape)
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint8).reshape(shape)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 import onnx_ir as ir
 
 from vlm_edge.passes.base import Changes, run_passes
@@ -17,8 +15,10 @@ from vlm_edge_runtime.errors import VlmEdgeError
 
 from .encoder import IMAGES
 
-_PICTURES = 4
-"""Which channels are large, and how large, shows on few."""
+_DRAWN = 4
+"""Which channels are large, and how large, shows on few drawn pictures."""
+_GIVEN = 32
+"""Of calibration pictures, the first so many say what channels' means and maxima are."""
 
 
 def balanced(job: Job, role: str, model: ir.Model) -> list[Changes]:
@@ -31,10 +31,10 @@ def balanced(job: Job, role: str, model: ir.Model) -> list[Changes]:
     """
     names = {str(norm.outputs[0].name): norm for norm in smoothable(model.graph)}
     strength = job.target.options.smooth
-    feeds = _seen(job, role) if names and (strength or job.pictures) else []
+    shifted = [str(norm.outputs[0].name) for norm in centrable(model.graph)] if job.pictures else []
+    feeds = _seen(job, role) if names and (strength or shifted) else []
     changes: list[Changes] = []
-    if feeds and job.pictures:
-        shifted = [str(norm.outputs[0].name) for norm in centrable(model.graph)]
+    if feeds and shifted:
         changes += run_passes(model, [CentreActivations(channel_means(model, shifted, feeds))])
     if feeds and strength:
         changes += run_passes(model, [SmoothActivations(channel_maxima(model, names, feeds), strength)])
@@ -48,7 +48,7 @@ def _seen(job: Job, role: str) -> list[Feeds]:
     counted = {spec.name for spec in job.bundle.graphs[role].inputs if spec.shape and spec.shape[0] in IMAGES}
     found = []
     try:
-        for feeds in islice(modality_feeds(job.bundle, role, job.pictures or drawn_pictures(_PICTURES)), _PICTURES):
+        for feeds in modality_feeds(job.bundle, role, job.pictures[:_GIVEN] or drawn_pictures(_DRAWN)):
             found.append({name: array[:1] if name in counted else array for name, array in feeds.items()})
     except VlmEdgeError:
         if job.pictures:

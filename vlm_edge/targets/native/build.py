@@ -75,10 +75,10 @@ def _decoder(job: Job, model: ir.Model) -> Lowered:
 
 
 def _encoder(job: Job, role: str, model: ir.Model) -> Lowered:
-    """`int8` computes in 8 bits, with weights per output and activations per row, measured while it runs; pictures tell only
+    """`int8` computes in 8 bits, with weights per output and activations per row, measured while it runs; pictures tell how large
 
-    which channels are large (`balanced`). `int8w` and `int4` store weights per block; activations are 8 bits per block, as with
-    accuracy level 4.
+    channels are and, where calibration pictures are given, their means (`balanced`). `int8w` and `int4` store weights per block;
+    activations are 8 bits per block, as with accuracy level 4.
     """
     word, options = job.words[role], job.target.options
     if word in ("int8w", "int4") and options.accuracy_level != 4:
