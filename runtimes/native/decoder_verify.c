@@ -198,7 +198,10 @@ DecoderStatus decoder_verify(Decoder *d, const Draft *drafts, const atomic_bool 
         DecoderRow *row = &d->rows[i];
         if (!waits(row)) {
             if (row->armed && !row->finished) { /* its first token, from the prompt's logits */
-                status = decoder_emit(d, i, d->logits + i * d->vocab, &outputs[i], message);
+                if (!sampler_takes_largest(&row->sampler)) { /* one that was started since */
+                    status = decoder_complete(d, i, message);
+                }
+                status = status == DECODER_OK ? decoder_emit(d, i, d->logits + i * d->vocab, &outputs[i], message) : status;
             }
             i++;
             continue;

@@ -174,6 +174,7 @@ const char *plan_check(Plan *plan);
 
 /* At least `bytes` of memory, aligned to 64; what was in it is lost. NULL, with nothing kept, when there is none. */
 uint8_t *plan_grown(uint8_t *memory, size_t *have, size_t bytes);
+void plan_freed(void *memory); /* what plan_grown gave */
 
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
 size_t plan_stride(const PlanCall *call, PlanRef ref);

@@ -51,7 +51,8 @@ static bool planes_fit(const Plan *p, const PlanStep *s) {
     const PlanRef rough = s->kind == STEP_REFINE ? s->in[1] : s->out[1];
     return s->last && s->width == m->width && weight_fits(p, s->weight[2], WEIGHT_INTEGERS, panels, blocks * 64) && ref_fits(p, s->in[0], m->depth, true) &&
            blocks == (buffer_width(p, s->in[0]) + BLOCK - 1) / BLOCK && ref_fits(p, rough, panels, false) && ref_fits(p, s->out[0], s->width, false) &&
-           (s->kind == STEP_REFINE ? weight_fits(p, s->weight[1], WEIGHT_VECTOR, blocks, panels)
+           (s->kind == STEP_REFINE ? weight_fits(p, s->weight[1], WEIGHT_VECTOR, blocks, panels) && s->width == p->vocab && s->out[0].column == 0 &&
+                                         p->buffers[s->out[0].buffer].kind == BUFFER_LOGITS /* plan_complete writes them by themselves */
                                    : s->weight[1] < 0 && s->arg[0] == UNARY_IDENTITY && s->in[1].buffer < 0);
 }
 
@@ -149,6 +150,18 @@ static bool input_fits(const Plan *p, int32_t index, uint32_t type, uint32_t ran
     return false;
 }
 
+/* The input that numbers the blocks of tokens, one number for each: [batch, sequence] of int64. */
+static bool blocks_fit(const Plan *p) {
+    int64_t index = p->block_input;
+    for (uint32_t i = 0; i < p->input_count && index >= 0; i++) {
+        const PlanValue *v = &p->inputs[i];
+        if (is_further(v) && index-- == 0) {
+            return v->type == 7 && v->rank == 2 && v->shape[0] < 0 && v->shape[1] < 0 && v->symbols[1] != NULL && strcmp(v->symbols[1], "sequence") == 0;
+        }
+    }
+    return false;
+}
+
 static bool cross_fits(const Plan *p, const PlanStep *s) {
     const int32_t *a = s->arg; /* keys, values, heads, kv heads, head size, mask, what each token sees, whether those that see nothing see all */
     if (a[2] <= 0 || a[3] <= 0 || a[4] <= 0 || a[4] > HEAD_SIZE_MOST || a[2] % a[3] != 0 || !input_fits(p, a[0], 1, 4, a[3], a[4]) ||
@@ -183,7 +196,7 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
     case STEP_CROSS:
         return cross_fits(p, s);
     case STEP_SELECT:
-        return input_fits(p, p->block_input, 7, 2, 0, 0) && !s->last && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->in[1], width, false) &&
+        return blocks_fit(p) && !s->last && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->in[1], width, false) &&
                ref_fits(p, s->out[0], width, false);
     case STEP_SEEN:
         return token_input_fits(p, s->arg[0], 7, 0) && ref_fits(p, s->in[0], width, false) && ref_fits(p, s->out[0], width, false);
@@ -274,7 +287,7 @@ const char *plan_check(Plan *p) {
     for (uint32_t i = 0; i < p->input_count; i++) {
         p->cache_count += strncmp(p->inputs[i].name, "past_key_values.", 16) == 0;
     }
-    if (p->block_input >= 0 && !input_fits(p, p->block_input, 7, 2, 0, 0)) {
+    if (p->block_input >= 0 && !blocks_fit(p)) {
         return "the numbers of blocks are no input";
     }
     for (uint32_t i = 0; i < p->step_count; i++) {

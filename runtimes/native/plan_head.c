@@ -163,6 +163,9 @@ void head_refine(const PlanCall *call, const PlanStep *step, size_t item, uint8_
     for (size_t i = 1; i < width_of(m, top); i++) {
         least = block[i] > least ? block[i] : least;
     }
+    if (top >= begin && top < end) { /* even where its own bound would leave it out */
+        memcpy(logits + top * PANEL, block, width_of(m, top) * sizeof *block);
+    }
     spreads_of(table, &x, row, begin, end, spreads);
     for (size_t p = next_panel(rough, spreads, begin, begin, end, least), next; p < end; p = next) {
         next = next_panel(rough, spreads, begin, p + 1, end, least);

@@ -258,9 +258,9 @@ void plan_close(Plan *p) {
     free(p->buffers);
     free(p->weights);
     free(p->steps);
-    free(p->arena);
-    free(p->scratch);
-    free(p->parts);
+    plan_freed(p->arena);
+    plan_freed(p->scratch);
+    plan_freed(p->parts);
     free(p->seconds);
     free(p);
 }

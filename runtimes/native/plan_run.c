@@ -335,11 +335,19 @@ static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
     return -1;
 }
 
+void plan_freed(void *memory) {
+#ifdef _WIN32
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
+}
+
 uint8_t *plan_grown(uint8_t *memory, size_t *have, size_t bytes) {
     if (bytes <= *have) {
         return memory;
     }
-    free(memory);
+    plan_freed(memory);
 #ifdef _WIN32
     memory = _aligned_malloc(bytes, 64);
 #else
@@ -354,7 +362,8 @@ static int reserve(Plan *plan, const PlanCall *call, char message[PLAN_MESSAGE_S
     size_t parts = 0;
     for (uint32_t i = 0; i < plan->step_count && plan_single(call) && call->parts > 1; i++) {
         const PlanStep *s = &plan->steps[i];
-        const size_t needed = s->kind == STEP_ATTENTION ? call->rows * (size_t)s->arg[2] * call->parts * ((size_t)s->arg[4] + 2) : 0;
+        const bool attends = s->kind == STEP_ATTENTION || s->kind == STEP_COMBINE;
+        const size_t needed = attends ? call->rows * (size_t)s->arg[2] * call->parts * ((size_t)s->arg[4] + 2) : 0;
         parts = needed > parts ? needed : parts;
     }
     plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan->token_bytes * call->rows + 64);

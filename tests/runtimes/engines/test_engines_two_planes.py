@@ -14,7 +14,7 @@ from vlm_edge.targets.build import build
 from vlm_edge.targets.native import compile as compiling
 from vlm_edge.targets.native.head import TWO_PLANES, planes, read_as, split
 from vlm_edge.targets.native.panels import Quantised, quantised
-from vlm_edge.targets.native.plan_file import Format, Weight, write
+from vlm_edge.targets.native.plan_file import Buffer, BufferKind, Format, Kind, Ref, Weight, write
 from vlm_edge.targets.pipeline import lower_decoder
 from vlm_edge_runtime import _native
 from vlm_edge_runtime.bundle.reader import open_bundle
@@ -211,6 +211,20 @@ def test_drafts_are_accepted_as_single_steps_choose(plans, portable_bundle):
     whole = filled(opened(plans, portable_bundle, "tiny-llava-whole"), 2)
     whole.decode(9)
     np.testing.assert_array_equal(state.logits(1), whole.logits(1))
+
+
+def test_a_plan_that_refines_anything_but_the_logits_is_refused(portable_bundle, tmp_path):
+    bundle = open_bundle(portable_bundle(NAMES[0]))
+    model = ir.load(bundle.graph_path("decoder"))
+    context = bundle.manifest.contract.context_length
+    lower_decoder(model, precision="int4", head="int8", context_length=context, branches=False)
+    plan = compiling.Compiler(model).compile()
+    step = next(step for step in plan.steps if step.kind == Kind.REFINE)
+    step.outputs[0] = Ref(Buffer(BufferKind.FLOATS, step.width))
+    write(plan, tmp_path / "damaged.plan")
+    ensure_runtime()
+    with pytest.raises(DeviceError, match="a step does not fit its buffers or weights"):
+        _native.Session(str(tmp_path / "damaged.plan"), "decoder", threads=1, spin=False, plan=True)
 
 
 def test_the_build_says_how_its_head_is_read(portable_bundle, tmp_path):
