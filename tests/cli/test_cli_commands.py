@@ -72,7 +72,7 @@ def test_an_unknown_target_is_said_before_anything_is_traced(tmp_path):
 
 def test_an_int8_cache_for_a_gpu_is_refused_before_anything_is_traced(tmp_path):
     done = vlm_edge("export", ROOT / "tests/checkpoints/tiny-llava", tmp_path / "x.vlm", "--target", "rtx-40", "--kv", "int8")
-    assert done.returncode == 64
+    assert done.returncode == EXIT_USAGE
     assert "rtx-40 is not built for one" in " ".join(done.stderr.split())
     assert list(tmp_path.iterdir()) == []
 
