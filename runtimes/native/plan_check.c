@@ -51,8 +51,8 @@ static bool planes_fit(const Plan *p, const PlanStep *s) {
     const PlanRef rough = s->kind == STEP_REFINE ? s->in[1] : s->out[1];
     return s->last && s->width == m->width && weight_fits(p, s->weight[2], WEIGHT_INTEGERS, panels, blocks * 64) && ref_fits(p, s->in[0], m->depth, true) &&
            blocks == (buffer_width(p, s->in[0]) + BLOCK - 1) / BLOCK && ref_fits(p, rough, panels, false) && ref_fits(p, s->out[0], s->width, false) &&
-           (s->kind == STEP_REFINE ? weight_fits(p, s->weight[1], WEIGHT_VECTOR, blocks, panels) && s->width == p->vocab && s->out[0].column == 0 &&
-                                         p->buffers[s->out[0].buffer].kind == BUFFER_LOGITS /* plan_complete writes them by themselves */
+           (s->kind == STEP_REFINE ? weight_fits(p, s->weight[1], WEIGHT_VECTOR, blocks, panels) &&
+                                         p->buffers[s->out[0].buffer].kind == BUFFER_LOGITS /* where plan_complete writes; perhaps not all of them */
                                    : s->weight[1] < 0 && s->arg[0] == UNARY_IDENTITY && s->in[1].buffer < 0);
 }
 

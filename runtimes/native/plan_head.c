@@ -238,7 +238,7 @@ int plan_complete(Plan *plan, const uint8_t *kept, float *logits, char message[P
         return -1;
     }
     uint8_t *data = (uint8_t *)(uintptr_t)kept;
-    Completion c = {.plan = plan, .step = step, .logits = logits};
+    Completion c = {.plan = plan, .step = step, .logits = logits + step->out[0].column};
     c.x = (QuantRows){.codes = (int8_t *)data, .scales = (float *)(void *)(data + blocks * BLOCK), .blocks = blocks};
     c.x.offsets = (int32_t *)(void *)(c.x.scales + blocks);
     const PoolJob job = {.steps = 1, .items = complete_items, .work = complete_work, .context = &c};

@@ -10,7 +10,8 @@ from vlm_edge.passes.cleanup import Cleanup
 from vlm_edge.passes.gemm import GemmToMatMul
 from vlm_edge.quantize.blockwise import BlockFormat, choose_scales, dequantize, quantize
 from vlm_edge.quantize.embedding import EmbeddingStorage
-from vlm_edge.quantize.weight_only import WeightOnlyMatMul, logits_product
+from vlm_edge.quantize.weight_only import WeightOnlyMatMul, logits_products
+from vlm_edge_runtime.bundle.reader import open_bundle
 
 RANDOM = np.random.default_rng(0)
 
@@ -76,7 +77,7 @@ def test_codes_are_computed_when_saved(tmp_path):
 
 def test_head_has_a_format_of_its_own():
     model = decoder(Shape())
-    assert logits_product(model.graph).name == "lm_head"
+    assert [node.name for node in logits_products(model.graph)] == ["lm_head"]
     changes = WeightOnlyMatMul(BlockFormat(4, 16), head=BlockFormat(8, 16)).apply(model)
     assert changes.counts["int8 block 16 head"] == 1 and changes.counts["int4 block 16"] == 14
     model = decoder(Shape())
@@ -85,6 +86,15 @@ def test_head_has_a_format_of_its_own():
     model = decoder(Shape())
     WeightOnlyMatMul(None, head=BlockFormat(8, 16)).apply(model)
     assert ops(model).count("MatMulNBits") == 1
+
+
+def test_a_head_of_two_matrices_is_one(portable_bundle):
+    """IDEFICS: the logits of added tokens are appended."""
+    model = ir.load(open_bundle(portable_bundle("idefics")).graph_path("decoder"))
+    heads = logits_products(model.graph)
+    assert sorted(node.inputs[1].shape[1] for node in heads) == [2, 382]
+    changes = WeightOnlyMatMul(BlockFormat(4, 32), head=BlockFormat(8, 32)).apply(model)
+    assert changes.counts["int8 block 32 head"] == 2
 
 
 def test_gemm_layers_are_reached():

@@ -15,7 +15,7 @@ from vlm_edge.passes.graph import add_initializer, insert, lazy_tensor, like
 from .blockwise import BlockFormat, Scheme, choose_scales, quantize
 from .qdq_formats import INT8, at_least_opset, read_weight, store_per_channel, stored_scales
 from .qdq_linear import linear_nodes
-from .weight_only import logits_product
+from .weight_only import logits_products
 
 BLOCKS = (128, 64, 32)
 """Weights per scale that TensorRT's parser was seen to take."""
@@ -52,10 +52,10 @@ class BlockwiseDQ(GraphPass):
     def apply(self, model: ir.Model) -> Changes:
         changes = Changes(self.name)
         graph = model.graph
-        last = logits_product(graph)
+        heads = logits_products(graph)
         stored: dict[tuple[ir.Value, int], ir.Value] = {}
         for node, weight in list(linear_nodes(graph)):
-            bits = self.bits[node is last]
+            bits = self.bits[node in heads]
             if node.op_type != "MatMul" or bits is None:
                 continue
             if (weight, bits) not in stored:
@@ -65,7 +65,7 @@ class BlockwiseDQ(GraphPass):
                     changes.note(f"{weight.name}: stays as it is: {error}")
                     continue
             node.replace_input_with(1, stored[weight, bits])
-            changes.add(f"int{bits}" + (" head" if node is last else ""))
+            changes.add(f"int{bits}" + (" head" if node in heads else ""))
         if stored:
             at_least_opset(graph, OPSET)
         for weight, _ in stored:

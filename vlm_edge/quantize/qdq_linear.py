@@ -14,7 +14,7 @@ from vlm_edge.passes.graph import add_initializer, fixed_dim, insert, is_weight,
 from vlm_edge.passes.islands import PRECISION
 
 from .qdq_formats import FP8, INT8, NumberFormat, store_per_channel, stored_scales
-from .weight_only import logits_product
+from .weight_only import logits_products
 
 _AXES = {"MatMul": 1, "Conv": 0}
 """The axis of output channels of each operator's weight."""
@@ -63,14 +63,14 @@ class LinearQDQ(GraphPass):
         graph = model.graph
         stored: dict[ir.Value, ir.Value] = {}
         quantised: dict[tuple[ir.Value, bool], ir.Value] = {}
-        last = logits_product(graph)
-        layers = [found for found in linear_nodes(graph) if found[0] is not last]
+        heads = logits_products(graph)
+        layers = [found for found in linear_nodes(graph) if found[0] not in heads]
         kept = layers[: self.keep_first] + (layers[-self.keep_last :] if self.keep_last else [])
         for _, weight in kept:
             changes.note(f"{weight.name}: kept (first {self.keep_first}, last {self.keep_last} layers)")
         chosen = layers[self.keep_first : len(layers) - self.keep_last] if self.body else []
-        if self.head and last is not None and last.inputs[1] is not None:
-            chosen.append((last, last.inputs[1]))
+        if self.head:
+            chosen += [(node, node.inputs[1]) for node in heads if node.inputs[1] is not None]
         for node, weight in chosen:
             source = node.inputs[0]
             assert source is not None
@@ -91,7 +91,7 @@ class LinearQDQ(GraphPass):
             node.replace_input_with(1, stored[weight])
             if self.thresholds is not None and node.op_type == "Conv":
                 _in_fp32(node)
-            changes.add(self.form.name + (" head" if node is last else "") + ("" if self.thresholds is not None else " weights"))
+            changes.add(self.form.name + (" head" if node in heads else "") + ("" if self.thresholds is not None else " weights"))
         for weight in stored:
             if not weight.uses():
                 graph.initializers.pop(str(weight.name), None)

@@ -14,7 +14,7 @@ from vlm_edge.passes.islands import PRECISION
 
 from .qdq_formats import FP4, FP8, Floats, at_least_opset, read_weight
 from .qdq_linear import linear_nodes
-from .weight_only import logits_product
+from .weight_only import logits_products
 
 BLOCK = 16
 OPSET = 23
@@ -38,10 +38,10 @@ class Nvfp4Weights(GraphPass):
     def apply(self, model: ir.Model) -> Changes:
         changes = Changes(self.name)
         graph = model.graph
-        last = logits_product(graph)
+        heads = logits_products(graph)
         stored: dict[ir.Value, ir.Value] = {}
         for node, weight in list(linear_nodes(graph)):
-            if node.op_type != "MatMul" or not (self.head if node is last else self.body):
+            if node.op_type != "MatMul" or not (self.head if node in heads else self.body):
                 continue
             if weight not in stored:
                 try:
@@ -50,7 +50,7 @@ class Nvfp4Weights(GraphPass):
                     changes.note(f"{weight.name}: stays as it is: {error}")
                     continue
             node.replace_input_with(1, stored[weight])
-            changes.add("nvfp4" + (" head" if node is last else ""))
+            changes.add("nvfp4" + (" head" if node in heads else ""))
         if stored:
             at_least_opset(graph, OPSET)
         for weight in stored:

@@ -75,11 +75,11 @@ class WeightOnlyMatMul(GraphPass):
     def apply(self, model: ir.Model) -> Changes:
         changes = Changes(self.name)
         graph = model.graph
-        last = logits_product(graph)
+        heads = logits_products(graph)
         stored: dict[tuple[ir.Value, BlockFormat], list[ir.Value]] = {}
         for node in [n for n in graph if n.op_type == "MatMul" and not n.domain]:
             weight = node.inputs[1]
-            form = self.head if node is last else self.form
+            form = self.head if node in heads else self.form
             if form is None or weight is None or not is_weight(weight):
                 continue
             label = str(weight.name)
@@ -96,24 +96,31 @@ class WeightOnlyMatMul(GraphPass):
                 if depth % form.block_size:
                     changes.note(f"{label}: {depth} rows padded to {form.blocks(depth) * form.block_size}")
             _replace(graph, node, weight, stored[weight, form], form, self.accuracy_level)
-            changes.add(f"int{form.bits} block {form.block_size}" + (" head" if node is last and form != self.form else ""))
+            changes.add(f"int{form.bits} block {form.block_size}" + (" head" if node in heads and form != self.form else ""))
         return changes
 
 
-def logits_product(graph: ir.Graph) -> ir.Node | None:
-    """The MatMul that makes the logits, behind at most elementwise nodes (bias, soft-capping, scaling)."""
-    value = next((out for out in graph.outputs if out.name == "logits"), None)
-    while value is not None:
-        node = value.producer()
+def logits_products(graph: ir.Graph) -> list[ir.Node]:
+    """The MatMuls that make the logits, behind at most elementwise nodes (bias, soft-capping, scaling).
+
+    Several where added tokens have a matrix of their own, whose logits are appended (IDEFICS); none if any are made otherwise.
+    """
+    products: list[ir.Node] = []
+    values = [out for out in graph.outputs if out.name == "logits"]
+    while values:
+        node = values.pop().producer()
         if node is None or node.domain:
-            return None
+            return []
         if node.op_type == "MatMul":
-            return node if is_weight(node.inputs[1]) else None
+            if not is_weight(node.inputs[1]):
+                return []
+            products.append(node)
+            continue
         computed = [v for v in node.inputs if v is not None and not is_weight(v)]
-        if node.op_type not in _AFTER_HEAD or len(computed) != 1:
-            return None
-        value = computed[0]
-    return None
+        if node.op_type != "Concat" and (node.op_type not in _AFTER_HEAD or len(computed) != 1):
+            return []
+        values += computed
+    return products
 
 
 def _store(graph: ir.Graph, weight: ir.Value, form: BlockFormat) -> list[ir.Value]:

@@ -88,6 +88,13 @@ def filled(decoder: NativeDecoder, rows: int, params: SamplingParams = GREEDY, s
     return state
 
 
+def pictures(graph: NativeGraph, generator) -> dict[str, np.ndarray]:
+    """Pictures of 5 tokens that every token attends to."""
+    specs = [one for one in graph.inputs if one.name.startswith("cross_key_values.")]
+    found = {one.name: generator.standard_normal((one.shape[1], 5, one.shape[3])).astype(np.float32) for one in specs}
+    return found | {"encoder_attention_mask": np.ones(5, np.int64)}
+
+
 def tokens_of(rows) -> list[list[int]]:
     return [row.tokens for row in rows]
 
@@ -222,6 +229,47 @@ def test_a_plan_that_refines_anything_but_the_logits_is_refused(portable_bundle,
     ensure_runtime()
     with pytest.raises(DeviceError, match="a step does not fit its buffers or weights"):
         _native.Session(str(tmp_path / "damaged.plan"), "decoder", threads=1, spin=False, plan=True)
+
+
+@pytest.mark.parametrize("kernels", _native.kernels())
+def test_a_head_with_a_table_of_further_tokens_beside_it(portable_bundle, tmp_path, kernels):
+    """IDEFICS computes the logits of its added tokens by a product of their own: the larger one is split, both are complete."""
+    ensure_runtime()
+    bundle = open_bundle(portable_bundle("idefics"))
+    found = []
+    for form in ("whole", "planes"):
+        model = ir.load(bundle.graph_path("decoder"))
+        context = bundle.manifest.contract.context_length
+        lower_decoder(model, precision="int4", head="int8", context_length=context, branches=False)
+        with pytest.MonkeyPatch.context() as patch:
+            if form == "whole":
+                patch.setattr(compiling, "split", lambda made, step: False)
+            plan = compiling.Compiler(model).compile()
+        writers = [one for one in plan.steps if any(ref and ref.buffer.kind == BufferKind.LOGITS for ref in one.outputs)]
+        logits = next(one for one in plan.outputs if one.name == "logits").shape[-1]
+        assert [one.kind for one in writers] == [Kind.MATMUL, Kind.MATMUL] + [Kind.REFINE] * (form == "planes")
+        assert writers[0].width + writers[1].width == logits and writers[-1].width == (max if form == "planes" else min)(
+            writers[0].width, writers[1].width
+        )
+        write(plan, tmp_path / f"{form}.plan")
+        session = _native.Session(str(tmp_path / f"{form}.plan"), "decoder", threads=2, spin=False, plan=True, kernels=kernels)
+        embed = _native.Session(str(bundle.graph_path("embed_tokens")), "embed_tokens")
+        graphs = NativeGraph(session, lambda _: None), NativeGraph(embed, lambda _: None)
+        decoder = NativeDecoder(*graphs, {"decoder": deque(), "embed_tokens": deque()})
+        state, generator, sees = decoder.allocate(2, 60), np.random.default_rng(3), np.ones(1, np.int64)
+        for row in range(2):
+            embeds = generator.standard_normal((6, decoder.hidden_size), np.float32)
+            state.bind(row, pictures(graphs[0], generator))
+            state.prefill(row, embeds, np.arange(6), {"cross_attention_mask": np.ones((6, 1), np.int64)})
+            state.start(row, GREEDY, np.zeros(0, np.int64), 6, {"cross_attention_mask": sees})
+        logits = [np.stack([state.logits(row) for row in range(2)])]
+        for _ in range(9):
+            said = tokens_of(state.decode(1))
+            logits.append(np.stack([state.logits(row) for row in range(2)]))
+            assert said == [[int(np.argmax(row))] for row in logits[-1]]
+        found.append(logits)
+    np.testing.assert_array_equal(*found)
+    assert len({tuple(np.argmax(step, axis=-1)) for step in found[0]}) > 1
 
 
 def test_the_build_says_how_its_head_is_read(portable_bundle, tmp_path):

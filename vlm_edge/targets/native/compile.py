@@ -106,11 +106,9 @@ class Compiler:
         if not rows.last or rows.ref.column or buffer.width != rows.width or buffer.kind != BufferKind.FLOATS:
             raise NotExpressible("logits that are not computed of the last token alone")
         buffer.kind = BufferKind.LOGITS
-        writer = next(
-            (step for step in reversed(self.made.steps) if any(ref and ref.buffer is buffer for ref in step.outputs)), None
-        )
-        if writer is not None:
-            split(self.made, writer)
+        writers = [step for step in self.made.steps if any(ref and ref.buffer is buffer for ref in step.outputs)]
+        if writers:  # several where further tokens have a table of their own: the largest is worth it
+            split(self.made, max(writers, key=lambda step: step.width))
 
     def _value(self, value: ir.Value) -> Value:
         dtype = value.dtype
