@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PLAN_VERSION 2
+#define PLAN_VERSION 3 /* one more with every change of what a file may hold or of what its numbers mean; plan_file.py has it too */
 #define PLAN_MESSAGE_SIZE 1024
 #define PLAN_MAX_RANK 8
 

@@ -172,7 +172,8 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
         return fail(message, "%s is not a plan", path);
     }
     if (version != PLAN_VERSION) {
-        return fail(message, "the plan %s has version %u, this runtime reads version %d: build it again", path, version, PLAN_VERSION);
+        return fail(message, "the plan %s has version %u of its format, this runtime runs version %d: %s", path, version, PLAN_VERSION,
+                    version < PLAN_VERSION ? "run `vlm-edge build` again" : "update vlm-edge, or run `vlm-edge build` again with this one");
     }
     const size_t data = ((size_t)(r.at - (const uint8_t *)p->file) + meta + PAGE - 1) / PAGE * PAGE;
     if (data > p->file_bytes) {

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-VERSION = 2
+VERSION = 3
+"""`PLAN_VERSION` of plan.h, where it says when it changes."""
 _MAGIC = b"VLMEPLAN"
 _PAGE, _LINE = 4096, 64
 _INPUTS, _OUTPUTS, _WEIGHTS, _ARGUMENTS, _REALS = 4, 3, 3, 12, 4
