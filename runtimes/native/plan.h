@@ -67,11 +67,12 @@ typedef struct {
 typedef enum { BUFFER_FLOATS = 0, BUFFER_CODES, BUFFER_EMBEDS, BUFFER_LOGITS, BUFFER_INPUT, BUFFER_OUTPUT, BUFFER_BYTES, BUFFER_KINDS } BufferKind;
 
 /* `offset`: bytes from the arena's beginning, per token of the call. BUFFER_INPUT: `offset` is the number of a further input.
- * BUFFER_INPUT, of a decoder: one with `width` floats per token.
- * `rows`: in the plan of a graph (plan_graph.h) the rows of an image; `offset` is then per image. */
+ * BUFFER_INPUT, of a decoder: one with `width` floats per token. Of a graph: of floats or int64, as the signature says.
+ * `rows`: in the plan of a graph (plan_graph.h) the rows of an image; `offset` is then per image. `place`: the offset in the file, where
+ * calls of other lengths have others. */
 typedef struct {
     uint32_t kind, width, rows;
-    uint64_t offset;
+    uint64_t offset, place;
 } PlanBuffer;
 
 /* WEIGHT_BYTES: a ByteMatrix, its scales, bias, sums and codes one after another (plan_graph.h). The last two: tables of plan_rows.h. */
@@ -93,6 +94,7 @@ typedef struct {
     const Kernels *kernels;
     Pool *pool;
     bool graph; /* steps and buffers are those of plan_graph.h, and it runs by graph_run */
+    bool joined; /* of a graph: all rows of a call are computed together, for some read others */
     bool rows;  /* it is a table that tokens take rows of (plan_rows.h), and runs by rows_run */
     void *file;
     size_t file_bytes;
@@ -106,6 +108,8 @@ typedef struct {
     PlanStep *steps;
     uint32_t step_count;
     uint64_t token_bytes;  /* of the arena, per token */
+    uint64_t place_bytes;  /* and in the file, where calls of other lengths have others */
+    size_t length, longest; /* of a graph whose calls bring a length: that its sizes are for now (0: none), and the most; 0: all sizes are fixed */
     size_t hidden, vocab;
     uint32_t position_axes;
     int32_t block_input;   /* the further input that numbers blocks of tokens, or −1 */

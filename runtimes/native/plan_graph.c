@@ -23,31 +23,54 @@ static void quantize_row(const GraphCall *call, PlanRef out, size_t width, const
 
 /* --- attention --- */
 
-static size_t query_blocks(const GraphCall *call, const PlanStep *step) { return (buffer_of(call, step->out[0])->rows + GRAPH_QUERIES - 1) / GRAPH_QUERIES; }
+static size_t query_blocks(const GraphCall *call, const PlanStep *step) {
+    const size_t rows = buffer_of(call, step->out[0])->rows * (step->arg[5] != OVER_IMAGE ? call->images : 1);
+    return (rows + GRAPH_QUERIES - 1) / GRAPH_QUERIES;
+}
 
-static void attention_item(const GraphCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
-    const size_t heads = (size_t)step->arg[0], size = (size_t)step->arg[1], blocks = query_blocks(call, step);
-    const size_t rows = buffer_of(call, step->out[0])->rows, keys = buffer_of(call, step->in[1])->rows;
-    const size_t image = item / blocks / heads, head = item / blocks % heads, first = item % blocks * GRAPH_QUERIES;
+/* Queries [first, first + queries) of a head over keys [key, key + keys), of all images' rows. */
+static void attend(const GraphCall *call, const PlanStep *step, size_t head, size_t first, size_t queries, size_t key, size_t keys, uint8_t *scratch) {
+    const size_t size = (size_t)step->arg[1];
+    const bool hides = step->arg[5] == OVER_IMAGE && (step->in[3].buffer >= 0 || step->arg[3] != 0);
+    const size_t rows = buffer_of(call, step->out[0])->rows;
+    const GraphSight sight = hides ? graph_sight(call, step, first / rows, first % rows) : (GraphSight){0};
     const HeadAttention a = {
         .size = size,
         .group = 1,
-        .rows = rows - first < GRAPH_QUERIES ? rows - first : GRAPH_QUERIES,
-        .queries = row_at(call, step->in[0], image * rows + first) + head * size,
+        .rows = queries,
+        .queries = row_at(call, step->in[0], first) + head * size,
         .query_stride = buffer_of(call, step->in[0])->width,
-        .keys = row_at(call, step->in[1], image * keys) + head * size,
-        .values = row_at(call, step->in[2], image * keys) + head * size,
+        .keys = row_at(call, step->in[1], key) + head * size,
+        .values = row_at(call, step->in[2], key) + head * size,
         .key_stride = buffer_of(call, step->in[1])->width,
         .value_stride = buffer_of(call, step->in[2])->width,
         .format = CACHE_FLOAT32,
         .end = keys,
         .half = step->arg[2] != 0,
+        .bytes = step->arg[2] != 0,
         .scale = step->real[0],
-        .out = row_at(call, step->out[0], image * rows + first) + head * size,
+        .hide = hides ? graph_hide : NULL,
+        .context = &sight,
+        .out = row_at(call, step->out[0], first) + head * size,
         .out_stride = buffer_of(call, step->out[0])->width,
         .scratch = scratch,
     };
     call->plan->kernels->attention(&a);
+}
+
+static void attention_item(const GraphCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
+    const size_t heads = (size_t)step->arg[0], blocks = query_blocks(call, step), all = step->arg[5] != OVER_IMAGE ? call->images : 1;
+    const size_t rows = buffer_of(call, step->out[0])->rows * all, keys = buffer_of(call, step->in[1])->rows * all;
+    const size_t image = item / blocks / heads, head = item / blocks % heads, first = item % blocks * GRAPH_QUERIES;
+    attend(call, step, head, image * rows + first, rows - first < GRAPH_QUERIES ? rows - first : GRAPH_QUERIES, image * keys, keys, scratch);
+}
+
+/* The queries, keys and values of one segment. */
+static void segment_item(const GraphCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
+    const size_t heads = (size_t)step->arg[0], begin = call->segments[item / heads], end = call->segments[item / heads + 1];
+    for (size_t first = begin; first < end; first += GRAPH_QUERIES) {
+        attend(call, step, item % heads, first, end - first < GRAPH_QUERIES ? end - first : GRAPH_QUERIES, begin, end - begin, scratch);
+    }
 }
 
 /* --- rows --- */
@@ -104,12 +127,21 @@ static void row_work(const GraphCall *call, const PlanStep *step, size_t row, ui
         if (step->in[1].buffer >= 0) {
             y = row_at(call, step->in[1], row);
         } else {
-            const PanelMatrix *table = matrix_of(call, step->weight[0]);
-            y = vector(call, step->weight[0]) + row % table->depth * width; /* one row, or all of an image */
+            const size_t each = matrix_of(call, step->weight[0])->depth > 1 ? buffer_of(call, step->out[0])->rows : 1;
+            y = vector(call, step->weight[0]) + row % each * width; /* one row, or all of an image, or more for longer ones */
         }
         (step->kind == GRAPH_ADD ? kernels->add : kernels->multiply)(row_at(call, step->in[0], row), y, width, row_at(call, step->out[0], row));
         break;
     }
+    case GRAPH_CONVERT:
+    case GRAPH_COSINE:
+    case GRAPH_ROTARY:
+    case GRAPH_GATHER:
+        place_work(call, step, row);
+        break;
+    case GRAPH_PICK:
+        pick_row(call, step, row);
+        break;
     default:
         break;
     }
@@ -134,23 +166,35 @@ static void copy_work(const GraphCall *call, const PlanStep *step, size_t item) 
     }
 }
 
+/* What a step that is neither a product nor an attention is divided into: pieces to copy, or rows. */
+static size_t units_of(const GraphCall *call, const PlanStep *step) {
+    if (step->kind == GRAPH_COPY) {
+        return pairs_of(call, step) * call->images;
+    }
+    return step->kind == GRAPH_SPREAD ? matrix_of(call, step->weight[0])->width / GRAPH_SPREAD_NUMBERS * call->images : rows_of(call, step);
+}
+
 static size_t step_items(void *context, size_t index, bool *small) {
     const GraphCall *call = context;
     const PlanStep *step = &call->plan->steps[index];
-    const size_t rows = rows_of(call, step);
-    if (step->chain == CHAIN_INNER) {
+    if (step->chain == CHAIN_INNER || step->kind == GRAPH_LENGTH) {
         return 0;
     }
+    const size_t rows = rows_of(call, step);
     *small = rows * step->width < SMALL_NUMBERS;
     if (step->kind == GRAPH_MATMUL) {
         *small = rows * step->width * matrix_of(call, step->weight[0])->depth < 64 * SMALL_NUMBERS;
         return step->chain == CHAIN_FIRST ? chain_items(call, step) : product_items(call, step);
     }
     if (step->kind == GRAPH_ATTENTION) {
-        *small = rows * buffer_of(call, step->in[1])->rows * step->width < 64 * SMALL_NUMBERS;
-        return call->images * (size_t)step->arg[0] * query_blocks(call, step);
+        const size_t keys = buffer_of(call, step->in[1])->rows * (step->arg[5] != OVER_IMAGE ? call->images : 1);
+        *small = rows * keys * step->width < 64 * SMALL_NUMBERS;
+        if (step->arg[5] == OVER_SEGMENTS) {
+            return call->segment_count * (size_t)step->arg[0];
+        }
+        return (step->arg[5] != OVER_IMAGE ? 1 : call->images) * (size_t)step->arg[0] * query_blocks(call, step);
     }
-    const size_t units = step->kind == GRAPH_COPY ? pairs_of(call, step) * call->images : rows, each = share(call, units);
+    const size_t units = units_of(call, step), each = share(call, units);
     return (units + each - 1) / each;
 }
 
@@ -160,13 +204,17 @@ static void do_item(const GraphCall *call, size_t index, size_t item, size_t thr
     if (step->kind == GRAPH_MATMUL) {
         product_work(call, step, item, scratch);
     } else if (step->kind == GRAPH_ATTENTION) {
-        attention_item(call, step, item, scratch);
+        (step->arg[5] == OVER_SEGMENTS ? segment_item : attention_item)(call, step, item, scratch);
     } else if (step->kind == GRAPH_COPY) {
         copy_work(call, step, item);
     } else {
-        const size_t rows = rows_of(call, step), each = share(call, rows);
-        for (size_t row = item * each; row < (item + 1) * each && row < rows; row++) {
-            row_work(call, step, row, scratch);
+        const size_t units = units_of(call, step), each = share(call, units);
+        for (size_t unit = item * each; unit < (item + 1) * each && unit < units; unit++) {
+            if (step->kind == GRAPH_SPREAD) {
+                spread_work(call, step, unit);
+            } else {
+                row_work(call, step, unit, scratch);
+            }
         }
     }
 }
@@ -206,11 +254,14 @@ size_t graph_scratch(const PlanStep *step) {
 }
 
 int graph_run(Plan *plan, const GraphRun *run, char message[PLAN_MESSAGE_SIZE]) {
+    if (graph_fit(plan, run->length, message) != 0) {
+        return -1;
+    }
     size_t rows = 1;
     for (uint32_t i = 0; i < plan->buffer_count; i++) {
         rows = plan->buffers[i].kind != BUFFER_INPUT && plan->buffers[i].rows > rows ? plan->buffers[i].rows : rows;
     }
-    const size_t together = rows < TOGETHER ? TOGETHER / rows : 1, most = together < run->images ? together : run->images;
+    const size_t together = plan->joined ? run->images : rows < TOGETHER ? TOGETHER / rows : 1, most = together < run->images ? together : run->images;
     const size_t before = plan->arena_bytes;
     plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan->token_bytes * most + 64);
     plan->scratch = plan_grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * pool_threads(plan->pool) + 64);
@@ -223,8 +274,12 @@ int graph_run(Plan *plan, const GraphRun *run, char message[PLAN_MESSAGE_SIZE]) 
     }
     for (size_t first = 0; first < run->images; first += most) {
         GraphCall call = {.plan = plan, .run = run, .first = first, .images = run->images - first < most ? run->images - first : most};
+        if (places_ready(&call, message) != 0) {
+            return -1;
+        }
         const PoolJob job = {.steps = plan->step_count, .items = step_items, .work = step_work, .context = &call};
         pool_run(plan->pool, &job);
+        free(call.segments);
     }
     if (plan->arena_bytes >= MUCH) {
         platform_forget(plan->arena, plan->arena_bytes);

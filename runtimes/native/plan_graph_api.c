@@ -9,9 +9,10 @@ typedef struct {
     size_t count; /* taken so far */
     size_t images;
     bool known; /* `images` is */
+    size_t length; /* the size that is open in the plan; 0: not known yet */
 } Arrays;
 
-/* Views of the named arrays, which all have a first dimension of one size and the plan's sizes otherwise. */
+/* Views of the named arrays, whose first dimensions are so many rows for each of one number of images; other sizes are the plan's. */
 static int take(Arrays *arrays, const SessionCore *core, const ValueInfo *values, size_t count, PyObject *given, bool writable) {
     for (size_t i = 0; i < count; i++) {
         const ValueInfo *info = &values[i];
@@ -29,17 +30,24 @@ static int take(Arrays *arrays, const SessionCore *core, const ValueInfo *values
         }
         arrays->count++;
         for (size_t d = 1; d < info->rank; d++) {
-            if (view->shape[d] != info->shape[d]) {
+            arrays->length = info->shape[d] < 0 && arrays->length == 0 ? (size_t)view->shape[d] : arrays->length;
+            const int64_t wanted = info->shape[d] < 0 ? (int64_t)arrays->length : info->shape[d];
+            if (view->shape[d] != wanted) {
                 PyErr_Format(native_device_error, "graph '%s': '%s' has size %zd in dimension %zu, expected %lld", core->name, info->name, view->shape[d], d,
-                             (long long)info->shape[d]);
+                             (long long)wanted);
                 return -1;
             }
         }
-        if (arrays->known && (size_t)view->shape[0] != arrays->images) {
-            PyErr_Format(native_device_error, "graph '%s': '%s' is for %zd images, others for %zu", core->name, info->name, view->shape[0], arrays->images);
+        const Py_ssize_t each = (Py_ssize_t)-info->shape[0], images = view->shape[0] / each;
+        if (view->shape[0] % each != 0) {
+            PyErr_Format(native_device_error, "graph '%s': '%s' has %zd rows, expected a multiple of %zd", core->name, info->name, view->shape[0], each);
             return -1;
         }
-        arrays->images = (size_t)view->shape[0];
+        if (arrays->known && (size_t)images != arrays->images) {
+            PyErr_Format(native_device_error, "graph '%s': '%s' is for %zd images, others for %zu", core->name, info->name, images, arrays->images);
+            return -1;
+        }
+        arrays->images = (size_t)images;
         arrays->known = true;
     }
     return 0;
@@ -48,7 +56,7 @@ static int take(Arrays *arrays, const SessionCore *core, const ValueInfo *values
 static int run(SessionCore *core, const Arrays *arrays) {
     char message[PLAN_MESSAGE_SIZE];
     const size_t inputs = core->input_count, outputs = core->output_count;
-    const float **from = calloc(inputs + 1, sizeof *from);
+    const void **from = calloc(inputs + 1, sizeof *from);
     float **to = calloc(outputs + 1, sizeof *to);
     int failed = -1;
     if (from == NULL || to == NULL) {
@@ -60,7 +68,7 @@ static int run(SessionCore *core, const Arrays *arrays) {
         for (size_t i = 0; i < outputs; i++) {
             to[i] = arrays->views[inputs + i].buf;
         }
-        const GraphRun call = {.images = arrays->images, .inputs = from, .outputs = to};
+        const GraphRun call = {.images = arrays->images, .length = arrays->length, .inputs = from, .outputs = to};
         Py_BEGIN_ALLOW_THREADS;
         platform_mutex_lock(&core->run_lock);
         failed = graph_run(core->plan, &call, message);

@@ -8,6 +8,8 @@ typedef struct {
     Plan *plan;
     const GraphRun *run;
     size_t first, images; /* [first, first + images) are computed now */
+    size_t *segments;     /* where those that see each other begin, and the end; NULL: no attention asks */
+    size_t segment_count;
 } GraphCall;
 
 static inline const PlanBuffer *buffer_of(const GraphCall *call, PlanRef ref) { return &call->plan->buffers[ref.buffer]; }
@@ -17,13 +19,23 @@ static inline float *row_at(const GraphCall *call, PlanRef ref, size_t row) {
     const PlanBuffer *b = buffer_of(call, ref);
     float *base;
     if (b->kind == BUFFER_INPUT) {
-        base = (float *)(uintptr_t)call->run->inputs[b->offset] + call->first * b->rows * b->width;
+        base = (float *)(uintptr_t)call->run->inputs[b->offset] + call->first * b->rows * b->width; /* never written */
     } else if (b->kind == BUFFER_OUTPUT) {
         base = call->run->outputs[b->offset] + call->first * b->rows * b->width;
     } else {
         base = (float *)(void *)(call->plan->arena + b->offset * call->images);
     }
     return base + row * b->width + ref.column;
+}
+
+/* The integers of all images. */
+static inline const int64_t *integers_of(const GraphCall *call, PlanRef ref) {
+    const PlanBuffer *b = buffer_of(call, ref);
+    return (const int64_t *)call->run->inputs[b->offset] + call->first * b->rows * b->width;
+}
+
+static inline size_t integers_count(const GraphCall *call, PlanRef ref) {
+    return call->images * buffer_of(call, ref)->rows * buffer_of(call, ref)->width;
 }
 
 static inline QuantRows codes_of(const GraphCall *call, PlanRef ref) {
@@ -62,6 +74,27 @@ void product_work(const GraphCall *call, const PlanStep *step, size_t item, uint
 /* The same of a chain, whose first step has the number `index`; what each of its steps took is counted. */
 size_t chain_items(const GraphCall *call, const PlanStep *step);
 void chain_work(const GraphCall *call, size_t index, size_t item, size_t thread, uint8_t *scratch);
+
+/* One row of a step that reads integers or turns by angles. */
+void place_work(const GraphCall *call, const PlanStep *step, size_t row);
+
+/* What a call's integers say: finds the segments (the caller frees them). −1 with the reason in `message`. */
+int places_ready(GraphCall *call, char message[PLAN_MESSAGE_SIZE]);
+
+/* Sizes for a length. −1 with the reason in `message`: the plan has none for it. */
+int graph_fit(Plan *plan, size_t length, char message[PLAN_MESSAGE_SIZE]);
+void spread_work(const GraphCall *call, const PlanStep *step, size_t unit);
+void pick_row(const GraphCall *call, const PlanStep *step, size_t image);
+
+/* What the queries from `query` on may see of an image's keys; `first`: the first key that the mask shows. For HeadAttention's `hide`. */
+typedef struct {
+    const int64_t *mask;
+    size_t query, keys, prefix, first;
+    bool causal;
+} GraphSight;
+
+GraphSight graph_sight(const GraphCall *call, const PlanStep *step, size_t image, size_t query);
+void graph_hide(const void *context, size_t row, size_t key, size_t count, float *scores);
 
 /* Counts the seconds since `begin` for a step, where they are measured, and returns what time it is. */
 double graph_counted(const Plan *plan, size_t thread, size_t index, double begin);

@@ -2,17 +2,23 @@
 #include "plan_graph.h"
 
 #define MOST_NUMBERS ((uint64_t)1 << 31) /* of a buffer, per image: places are int32 */
+#define MOST_TOGETHER (1 << 20)          /* rows of an array that are one image */
 
 static const PlanBuffer *buffer_at(const Plan *p, PlanRef ref) {
     return ref.buffer >= 0 && (uint32_t)ref.buffer < p->buffer_count ? &p->buffers[ref.buffer] : NULL;
 }
 
-static bool holds_floats(const PlanBuffer *b) { return b->kind == BUFFER_FLOATS || b->kind == BUFFER_INPUT || b->kind == BUFFER_OUTPUT; }
+/* Element types of ONNX that inputs have. */
+enum { TYPE_FLOAT = 1, TYPE_INT64 = 7 };
+
+static bool holds_floats(const Plan *p, const PlanBuffer *b) {
+    return b->kind == BUFFER_FLOATS || b->kind == BUFFER_OUTPUT || (b->kind == BUFFER_INPUT && p->inputs[b->offset].type == TYPE_FLOAT);
+}
 
 /* `rows` rows (0: any number) of floats, from the column on. */
 static bool floats_fit(const Plan *p, PlanRef ref, size_t rows, size_t width) {
     const PlanBuffer *b = buffer_at(p, ref);
-    return b != NULL && holds_floats(b) && (rows == 0 || b->rows == rows) && ref.column >= 0 && (size_t)ref.column + width <= b->width;
+    return b != NULL && holds_floats(p, b) && (rows == 0 || b->rows == rows) && ref.column >= 0 && (size_t)ref.column + width <= b->width;
 }
 
 static bool written_fits(const Plan *p, PlanRef ref, size_t rows, size_t width) {
@@ -52,7 +58,7 @@ static bool copy_fits(const Plan *p, const PlanStep *s) {
     }
     int64_t given = 0;
     if (s->in[0].buffer >= 0) {
-        if (from == NULL || !holds_floats(from) || s->in[0].column != 0) {
+        if (from == NULL || !holds_floats(p, from) || s->in[0].column != 0) {
             return false;
         }
         given = (int64_t)from->rows * from->width;
@@ -63,6 +69,38 @@ static bool copy_fits(const Plan *p, const PlanStep *s) {
     const int32_t *places = (const int32_t *)(const void *)m->data;
     for (size_t i = 0; i < m->width; i += 2) {
         if (places[i] < 0 || places[i] + length > (int64_t)to->rows * to->width || places[i + 1] < 0 || places[i + 1] + length > given) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* `count` pieces of `numbers` numbers, `step` apart, from `at` on, inside of `room`. */
+static bool pieces_fit(int64_t at, int64_t count, int64_t step, int64_t numbers, int64_t room) {
+    const int64_t last = at + (count - 1) * step;
+    return at >= 0 && last >= 0 && at <= room - numbers && last <= room - numbers;
+}
+
+static bool small_number(int64_t number) { return number >= -(int64_t)MOST_NUMBERS && number <= (int64_t)MOST_NUMBERS; }
+
+static bool spread_fits(const Plan *p, const PlanStep *s) {
+    const PanelMatrix *m = weight_at(p, s->weight[0]);
+    const PlanBuffer *to = buffer_at(p, s->out[0]), *from = buffer_at(p, s->in[0]);
+    if (m == NULL || (int)m->format != WEIGHT_INTEGERS || m->depth != 1 || m->width % GRAPH_SPREAD_NUMBERS != 0 || to == NULL || s->out[0].column != 0 ||
+        s->width != to->width || !written_fits(p, s->out[0], 0, to->width)) {
+        return false;
+    }
+    const PanelMatrix *table = s->in[0].buffer < 0 && table_fits(p, s->weight[1], 0, 0) ? weight_at(p, s->weight[1]) : NULL;
+    if (s->in[0].buffer >= 0 ? from == NULL || !holds_floats(p, from) || s->in[0].column != 0 : table == NULL) {
+        return false;
+    }
+    const int64_t room = (int64_t)to->rows * to->width, given = table != NULL ? (int64_t)(table->depth * table->width) : (int64_t)from->rows * from->width;
+    const int32_t *runs = (const int32_t *)(const void *)m->data;
+    for (size_t i = 0; i < m->width; i += GRAPH_SPREAD_NUMBERS) {
+        const GraphSpread r = graph_spread(runs + i, p->length);
+        if (!small_number(r.to) || !small_number(r.from) || !small_number(r.count) || !small_number(r.to_step) || !small_number(r.from_step) ||
+            r.numbers <= 0 || r.numbers > (int64_t)MOST_NUMBERS || r.count < 0 ||
+            (r.count > 0 && (!pieces_fit(r.to, r.count, r.to_step, r.numbers, room) || !pieces_fit(r.from, r.count, r.from_step, r.numbers, given)))) {
             return false;
         }
     }
@@ -99,14 +137,70 @@ static bool norm_fits(const Plan *p, const PlanStep *s) {
            optional_vector(p, s->weight[2], width);
 }
 
+/* An input of int64, all of it. */
+static const PlanBuffer *integers_at(const Plan *p, PlanRef ref) {
+    const PlanBuffer *b = buffer_at(p, ref);
+    return b != NULL && b->kind == BUFFER_INPUT && p->inputs[b->offset].type == TYPE_INT64 && ref.column == 0 ? b : NULL;
+}
+
+/* All attentions that go by integers go by the same, one for each row. */
+static bool segments_fit(const Plan *p, const PlanStep *s) {
+    const PlanBuffer *ids = integers_at(p, s->in[3]);
+    for (uint32_t i = 0; i < p->step_count; i++) {
+        if (p->steps[i].kind == GRAPH_ATTENTION && p->steps[i].arg[5] == OVER_SEGMENTS && p->steps[i].in[3].buffer != s->in[3].buffer) {
+            return false;
+        }
+    }
+    return ids != NULL && ids->width == 1 && ids->rows == rows_at(p, s->out[0]) && ids->rows == rows_at(p, s->in[1]);
+}
+
+/* An integer for each row of an image. */
+static bool row_integers_fit(const Plan *p, PlanRef ref, size_t rows) {
+    const PlanBuffer *b = integers_at(p, ref);
+    return b != NULL && b->width == 1 && b->rows == rows;
+}
+
+static bool mask_fits(const Plan *p, const PlanStep *s) {
+    const size_t keys = rows_at(p, s->in[1]);
+    const bool given = s->in[3].buffer >= 0;
+    if (s->arg[4] < 0 || (size_t)s->arg[4] > keys || (given ? !row_integers_fit(p, s->in[3], keys - (size_t)s->arg[4]) : s->arg[4] != 0)) {
+        return false;
+    }
+    return s->arg[3] == 0 || keys == rows_at(p, s->out[0]);
+}
+
 static bool attention_fits(const Plan *p, const PlanStep *s) {
     const int32_t *a = s->arg;
-    if (a[0] <= 0 || a[0] > (1 << 16) || a[1] <= 0 || a[1] > HEAD_SIZE_MOST) {
+    if (a[0] <= 0 || a[0] > (1 << 16) || a[1] <= 0 || a[1] > HEAD_SIZE_MOST || a[5] < 0 || a[5] > OVER_SEGMENTS) {
         return false;
     }
     const size_t width = (size_t)a[0] * (size_t)a[1];
+    if (a[5] == OVER_IMAGE ? !mask_fits(p, s) : a[3] != 0 || a[4] != 0 || (a[5] == OVER_SEGMENTS ? !segments_fit(p, s) : s->in[3].buffer >= 0)) {
+        return false;
+    }
     return s->width == width && floats_fit(p, s->in[0], rows_at(p, s->out[0]), width) && floats_fit(p, s->in[1], 0, width) &&
            floats_fit(p, s->in[2], rows_at(p, s->in[1]), width) && written_fits(p, s->out[0], 0, width);
+}
+
+static bool rotary_fits(const Plan *p, const PlanStep *s) {
+    const size_t rows = rows_at(p, s->out[0]);
+    if (s->arg[0] <= 0 || s->arg[0] > (1 << 16) || s->arg[1] <= 0 || s->arg[1] > (1 << 16) || s->arg[1] % 2 != 0) {
+        return false;
+    }
+    const size_t size = (size_t)s->arg[1];
+    return s->width == (size_t)s->arg[0] * size && floats_fit(p, s->in[0], rows, s->width) && floats_fit(p, s->in[1], rows, size) &&
+           floats_fit(p, s->in[2], rows, size) && written_fits(p, s->out[0], rows, s->width);
+}
+
+static bool gather_fits(const Plan *p, const PlanStep *s) {
+    const PlanBuffer *places = integers_at(p, s->in[1]);
+    return places != NULL && written_fits(p, s->out[0], (size_t)places->rows * places->width, s->width) &&
+           (s->in[0].buffer >= 0 ? floats_fit(p, s->in[0], 0, s->width) : table_fits(p, s->weight[0], 0, s->width));
+}
+
+/* One row, or as many as an image has; where lengths differ, those of shorter ones are the first of them. */
+static bool sum_table_fits(const Plan *p, int32_t index, size_t rows, size_t width) {
+    return table_fits(p, index, 0, width) && (weight_at(p, index)->depth == 1 || weight_at(p, index)->depth == rows || (p->longest > 0 && weight_at(p, index)->depth >= rows));
 }
 
 static bool step_fits(const Plan *p, const PlanStep *s) {
@@ -127,17 +221,40 @@ static bool step_fits(const Plan *p, const PlanStep *s) {
     case GRAPH_ADD:
     case GRAPH_MULTIPLY:
         return floats_fit(p, s->in[0], rows, width) && written_fits(p, s->out[0], rows, width) &&
-               (s->in[1].buffer >= 0 ? floats_fit(p, s->in[1], rows, width) : table_fits(p, s->weight[0], 1, width) || table_fits(p, s->weight[0], rows, width));
+               (s->in[1].buffer >= 0 ? floats_fit(p, s->in[1], rows, width) : sum_table_fits(p, s->weight[0], rows, width));
+    case GRAPH_CONVERT: {
+        const PlanBuffer *x = integers_at(p, s->in[0]);
+        return x != NULL && x->width == width && written_fits(p, s->out[0], x->rows, width);
+    }
+    case GRAPH_COSINE:
+        return floats_fit(p, s->in[0], rows, width) && written_fits(p, s->out[0], rows, width);
+    case GRAPH_ROTARY:
+        return rotary_fits(p, s);
+    case GRAPH_GATHER:
+        return gather_fits(p, s);
+    case GRAPH_LENGTH:
+        return s == p->steps; /* length_fits has looked at it */
+    case GRAPH_SPREAD:
+        return p->longest > 0 && spread_fits(p, s);
+    case GRAPH_PICK:
+        return s->arg[0] >= 0 && s->arg[0] < PICK_KINDS && floats_fit(p, s->in[0], rows, width) && row_integers_fit(p, s->in[1], rows) &&
+               written_fits(p, s->out[0], 1, width);
     default:
         return false;
     }
 }
 
-/* [images, …] of float32 that are as many numbers as the buffer holds. */
-static bool value_fits(const PlanValue *v, const PlanBuffer *b) {
-    uint64_t numbers = 1;
+/* Whether a step reads rows of other images than that of the row it makes. */
+static bool joins(const PlanStep *s) {
+    return (s->kind == GRAPH_ATTENTION && s->arg[5] != OVER_IMAGE) || (s->kind == GRAPH_GATHER && s->in[0].buffer >= 0);
+}
+
+/* [images · so many rows, …] that are as many numbers as the buffer holds for each image. */
+static bool value_fits(const Plan *p, const PlanValue *v, const PlanBuffer *b) {
+    uint64_t numbers = (uint64_t)-v->shape[0];
     for (uint32_t d = 1; d < v->rank; d++) {
-        if (v->shape[d] <= 0 || (uint64_t)v->shape[d] > MOST_NUMBERS || (numbers *= (uint64_t)v->shape[d]) > MOST_NUMBERS) {
+        const int64_t size = v->shape[d] < 0 ? (int64_t)p->length : v->shape[d];
+        if (size <= 0 || (uint64_t)size > MOST_NUMBERS || (numbers *= (uint64_t)size) > MOST_NUMBERS) {
             return false;
         }
     }
@@ -150,8 +267,9 @@ static bool buffer_fits(const Plan *p, const PlanBuffer *b) {
         return false;
     }
     if (b->kind == BUFFER_INPUT || b->kind == BUFFER_OUTPUT) {
-        const uint32_t count = b->kind == BUFFER_INPUT ? p->input_count : p->output_count;
-        return b->offset < count && value_fits(b->kind == BUFFER_INPUT ? &p->inputs[b->offset] : &p->outputs[b->offset], b);
+        const bool given = b->kind != BUFFER_OUTPUT;
+        const PlanValue *v = b->offset >= (given ? p->input_count : p->output_count) ? NULL : given ? &p->inputs[b->offset] : &p->outputs[b->offset];
+        return v != NULL && value_fits(p, v, b);
     }
     const uint64_t blocks = (width + BLOCK - 1) / BLOCK;
     const uint64_t row = b->kind == BUFFER_FLOATS ? width * 4 : b->kind == BUFFER_CODES ? blocks * (BLOCK + 8) : byte_stride((size_t)width) + 8;
@@ -175,12 +293,17 @@ static bool outputs_fit(const Plan *p) {
     return p->output_count > 0;
 }
 
-/* Arrays come in by their first dimension, the images, and by nothing else that is open. */
+/* Arrays come in by their first dimension, the images, and by nothing else that is open, but where calls bring a length; integers only come in. */
 static bool signature_fits(const Plan *p) {
     for (uint32_t i = 0; i < p->input_count + p->output_count; i++) {
         const PlanValue *v = i < p->input_count ? &p->inputs[i] : &p->outputs[i - p->input_count];
-        if (v->type != 1 || v->rank == 0 || v->shape[0] >= 0) {
+        if ((v->type != TYPE_FLOAT && (v->type != TYPE_INT64 || i >= p->input_count)) || v->rank == 0 || v->shape[0] >= 0 || v->shape[0] < -MOST_TOGETHER) {
             return false;
+        }
+        for (uint32_t d = 1; d < v->rank; d++) {
+            if (v->shape[d] < 0 && p->longest == 0) {
+                return false;
+            }
         }
     }
     return p->input_count > 0;
@@ -213,6 +336,9 @@ static bool apart(const Plan *p, PlanRef x, PlanRef y) {
 static bool multiplies_bytes(const Plan *p, const PlanStep *s) { return s->kind == GRAPH_MATMUL && (int)weight_at(p, s->weight[0])->format == WEIGHT_BYTES; }
 
 static void find_chains(Plan *p) {
+    for (uint32_t i = 0; i < p->step_count; i++) {
+        p->steps[i].chain = CHAIN_NONE; /* for another length some were found */
+    }
     for (uint32_t i = 0; i + 2 < p->step_count; i++) {
         PlanStep *up = &p->steps[i], *codes = up + 1, *down = up + 2;
         if (multiplies_bytes(p, up) && codes->kind == GRAPH_QUANTIZE && multiplies_bytes(p, down) && up->arg[1] == 0 && up->out[0].buffer == codes->in[0].buffer &&
@@ -226,7 +352,35 @@ static void find_chains(Plan *p) {
     }
 }
 
+/* Whether every buffer has as many rows as the plan says of its length; a plan without a GRAPH_LENGTH has none. */
+static bool length_fits(Plan *p) {
+    if (p->step_count == 0 || p->steps[0].kind != GRAPH_LENGTH) {
+        return true;
+    }
+    const PlanStep *s = &p->steps[0];
+    const PanelMatrix *m = weight_at(p, s->weight[0]);
+    if (m == NULL || (int)m->format != WEIGHT_INTEGERS || m->depth != 1 || m->width != 2 * (size_t)p->buffer_count || s->arg[0] <= 0 || s->arg[1] < s->arg[0] ||
+        s->arg[1] > GRAPH_LONGEST) {
+        return false;
+    }
+    if (p->longest == 0) { /* opened: sizes are those of the file */
+        p->longest = (size_t)s->arg[1];
+        p->length = (size_t)s->arg[0];
+        p->place_bytes = p->token_bytes;
+    }
+    const int32_t *table = (const int32_t *)(const void *)m->data;
+    for (uint32_t i = 0; i < p->buffer_count; i++) {
+        if (table[2 * i] < 0 || table[2 * i + 1] < 0 || (uint64_t)table[2 * i] + (uint64_t)table[2 * i + 1] * p->length != p->buffers[i].rows) {
+            return false;
+        }
+    }
+    return true;
+}
+
 const char *graph_check(Plan *p) {
+    if (!length_fits(p)) {
+        return "its sizes are not those of its length";
+    }
     if (!signature_fits(p)) {
         return "its signature is not that of a graph for images";
     }
@@ -240,6 +394,7 @@ const char *graph_check(Plan *p) {
         if (s->width == 0 || !step_fits(p, s)) {
             return "a step does not fit its buffers or weights";
         }
+        p->joined = p->joined || joins(s);
     }
     find_chains(p);
     for (uint32_t i = 0; i < p->step_count; i++) {

@@ -195,7 +195,7 @@ static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE])
         p->buffers[i].kind = read_u32(&r);
         p->buffers[i].width = read_u32(&r);
         p->buffers[i].rows = read_u32(&r);
-        p->buffers[i].offset = read_u64(&r);
+        p->buffers[i].offset = p->buffers[i].place = read_u64(&r);
     }
     read_weights(&r, p, data);
     read_steps(&r, p);

@@ -210,6 +210,22 @@ static PyObject *session_get_name(PyObject *self, void *closure) {
     return core != NULL ? PyUnicode_FromString(core->name) : NULL;
 }
 
+/* {name: rows of the first dimension that are one image} of a graph's plan, whose inputs and outputs have such a dimension. */
+static PyObject *session_get_together(PyObject *self, void *closure) {
+    SessionCore *core = open_core(self);
+    PyObject *found = core != NULL ? PyDict_New() : NULL;
+    const size_t count = core != NULL && core->plan != NULL && core->plan->graph ? core->input_count + core->output_count : 0;
+    for (size_t i = 0; found != NULL && i < count; i++) {
+        const ValueInfo *value = i < core->input_count ? &core->inputs[i] : &core->outputs[i - core->input_count];
+        PyObject *each = PyLong_FromLongLong(-value->shape[0]);
+        if (each == NULL || PyDict_SetItemString(found, value->name, each) != 0) {
+            Py_CLEAR(found);
+        }
+        Py_XDECREF(each);
+    }
+    return found;
+}
+
 static PyObject *session_get_shared_pool(PyObject *self, void *closure) {
     SessionCore *core = open_core(self);
     return core != NULL ? PyBool_FromLong(core->shared_pool) : NULL;
@@ -370,6 +386,7 @@ static PyGetSetDef session_getset[] = {
     {"inputs", session_get_inputs, NULL, "(name, dtype, shape) of each input", NULL},
     {"outputs", session_get_outputs, NULL, "(name, dtype, shape) of each output", NULL},
     {"kernels", session_get_kernels, NULL, "the instruction set that a plan runs with; None for a graph of ONNX Runtime", NULL},
+    {"together", session_get_together, NULL, "Rows of a graph's plan that are one image, by name.", NULL},
     {"shared_pool", session_get_shared_pool, NULL, "whether it runs on the process-wide thread pool", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

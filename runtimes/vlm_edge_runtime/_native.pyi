@@ -1,6 +1,7 @@
 """The C extension: image arithmetic, sampling, ONNX Runtime sessions and the decode loop. Sources in runtimes/native."""
 
 from collections.abc import Mapping, Sequence
+from mmap import mmap
 from typing import Any, Literal, Protocol
 
 import numpy.typing as npt
@@ -153,6 +154,12 @@ def rows_run(session: Session, tokens: Buffer, rows: Buffer) -> None:
     Raises DeviceError for a token that the table has no row of, TypeError and ValueError for other types and shapes.
     """
 
+def fill_pages(mapping: Buffer | mmap) -> bool:
+    """Brings the pages of a mapped file into memory, other threads running meanwhile. False where the system cannot do that
+
+    (it is Linux 5.14 that can), or cannot read some of them: then reading the file says why.
+    """
+
 def trim_heap() -> None:
     """Gives back what the C library keeps of freed memory, where it can be told to (glibc)."""
 
@@ -190,6 +197,10 @@ class Session:
     @property
     def kernels(self) -> str | None:
         """The instruction set that a plan runs with ("avx512", "avx2", "neon", "scalar"); None for a graph of ONNX Runtime."""
+
+    @property
+    def together(self) -> dict[str, int]:
+        """Of a graph's plan: how many rows of each input and output belong to one image; empty for other sessions."""
 
     @property
     def shared_pool(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -50,15 +50,30 @@ class PlanGraph(NativeGraph):
     """The plan of a graph that is no decoder. Outputs are new arrays."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs for the named inputs, each [images, …]. Raises DeviceError naming the graph."""
+        """All outputs for the named inputs, each [images, …], or so many rows for each. Raises DeviceError naming the graph."""
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        first = self.inputs[0].name
-        images = len(contiguous[first]) if first in contiguous and contiguous[first].ndim else 0
-        outputs = {spec.name: np.empty((images, *map(int, spec.shape[1:])), spec.dtype) for spec in self.outputs}
+        first, each = self.inputs[0].name, self.session.together
+        images = len(contiguous[first]) // each[first] if first in contiguous and contiguous[first].ndim else 0
+        lengths = open_sizes(((spec.name, spec.shape) for spec in self.inputs), contiguous)
+        outputs = {
+            spec.name: np.empty((images * each[spec.name], *(size if isinstance(size, int) else lengths.get(size, 0) for size in spec.shape[1:])), spec.dtype)
+            for spec in self.outputs
+        }
         begin = time.perf_counter()
         _native.graph_run(self.session, contiguous, outputs)
         self._record(time.perf_counter() - begin)
         return outputs
+
+
+def open_sizes(inputs: Iterable[tuple[str, Sequence[int | str]]], arrays: Mapping[str, Array]) -> dict[str, int]:
+    """What the dimensions that have a name, but the first, are in these arrays."""
+    return {
+        size: array.shape[axis]
+        for name, shape in inputs
+        if (array := arrays.get(name)) is not None
+        for axis, size in enumerate(shape[: array.ndim])
+        if axis and isinstance(size, str)
+    }
 
 
 class PlanRows(NativeGraph):

@@ -53,6 +53,13 @@ class GraphKind(IntEnum):
     UNARY = 6
     ADD = 7
     MULTIPLY = 8
+    CONVERT = 9
+    COSINE = 10
+    ROTARY = 11
+    GATHER = 12
+    LENGTH = 13
+    SPREAD = 14
+    PICK = 15
 
 
 class Unary(IntEnum):
@@ -96,11 +103,15 @@ class BufferKind(IntEnum):
 
 @dataclass(slots=True)
 class Value:
-    """An input or output of the plan: ONNX element type, dimensions (names for dynamic ones)."""
+    """An input or output of the plan: ONNX element type, dimensions (names for dynamic ones).
+
+    `each`: of a graph, how many rows of the first dimension one image has.
+    """
 
     name: str
     dtype: int
     shape: tuple[int | str, ...]
+    each: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -268,7 +279,7 @@ def _values(values: list[Value]) -> bytes:
     for value in values:
         parts += [_text(value.name), struct.pack("<II", value.dtype, len(value.shape))]
         for size in value.shape:
-            parts += [struct.pack("<q", size if isinstance(size, int) else -1), _text("" if isinstance(size, int) else size)]
+            parts += [struct.pack("<q", size if isinstance(size, int) else -value.each), _text("" if isinstance(size, int) else size)]
     return b"".join(parts)
 
 

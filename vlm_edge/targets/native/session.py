@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlm_edge_runtime import _native
+from vlm_edge_runtime.engines.native_ort import open_sizes
 
 from .builder import SCALE
 from .cache_codes import coded, decoded
@@ -51,10 +52,10 @@ class PlanSession:
         """
         given = self._given(feeds)
         wanted = names if names is not None else [one.name for one in self.get_outputs()]
-        if "input_ids" in self._dtypes:
-            return [self._rows(given["input_ids"])]
-        if "seqlens_k" not in self._dtypes:
+        if self._session.together:
             return self._run_graph(given, wanted)
+        if "seqlens_k" not in self._dtypes:
+            return [self._rows(given["input_ids"])]
         found = _native.plan_step(self._session, given)
         arrays = {name: np.frombuffer(data, dtype).reshape(shape) for name, (data, dtype, shape) in found.items()}
         return [decoded(arrays[name], arrays[name + SCALE]) if name + SCALE in arrays else arrays[name] for name in wanted]
@@ -75,8 +76,12 @@ class PlanSession:
         return rows
 
     def _run_graph(self, given: Mapping[str, npt.NDArray[Any]], wanted: Sequence[str]) -> list[npt.NDArray[Any]]:
-        images = len(next(iter(given.values())))
-        outputs = {name: np.empty((images, *map(int, shape[1:])), dtype) for name, dtype, shape in self._session.outputs}
+        first, each = next(iter(given)), self._session.together
+        images = len(given[first]) // each[first]
+        found = self._session.outputs
+        lengths = open_sizes(((name, shape) for name, _, shape in self._session.inputs), given)
+        sizes = {name: [size if isinstance(size, int) else lengths[size] for size in shape[1:]] for name, _, shape in found}
+        outputs = {name: np.empty((images * each[name], *sizes[name]), dtype) for name, dtype, _ in found}
         _native.graph_run(self._session, given, outputs)
         return [outputs[name] for name in wanted]
 
