@@ -18,8 +18,9 @@ import click
 import psutil
 from rich.console import Console
 
-from . import environments, models, report, rounds, shape
+from . import environments, models, report, rounds, scenario, shape
 from .contenders import CONTENDERS, Contender, chosen
+from .journal import Journal
 from .prepare import Prepared, prepare, prepared
 from .show import show
 
@@ -111,8 +112,8 @@ def main(
 
     Every peer is installed in an environment of its own below out/peers (some GB on disk; llama.cpp is compiled), and
     gets the model in its own format: allow half an hour the first time. Then each contender runs in a process of its own,
-    in turn, round after round. A peer that cannot be installed, converted or run is named with the reason, and the others
-    go on.
+    in turn, round after round, between two readings of the machine's limits. A peer that cannot be installed, converted or
+    run is named with the reason, and the others go on.
 
     \b
     python -m benchmarks.peers --prepare-only             everything but the measuring
@@ -147,13 +148,18 @@ def main(
     settings = {**wanted, "model": model.name}
     command = shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]])
     origin = {"commit": commit(), "command": command, "busy": warning}
-    journal = rounds.Journal(model.folder / f"journal-{split}.jsonl", settings, resume or only_report, origin)
+    journal = Journal(model.folder / f"journal-{split}.jsonl", settings, resume or only_report, origin)
+    for note in journal.notes:
+        console.print(f"[yellow]{note}[/]")
     if only_report:
         those = tuple(one for one in CONTENDERS if journal.of(one.key) or one.key in journal.errors())
-        if not journal.limits() or not those:
+        if not those:
             raise click.ClickException(f"{journal.path} holds nothing of a run with these options.")
     prepare_now = not (ready or only_report)
     made = prepare(model, those, wanted, rebuild, console) if prepare_now else prepared(model, those, wanted, run=not only_report)
+    journal.scenario = scenario.identity(made.job)
+    if journal.others():
+        console.print(f"[yellow]{journal.others()} rows of {journal.path} are of other prompts than now and are left out.[/]")
     left = 0
     if not only_report:
         running = [one for one in those if one.key not in made.failed]
@@ -191,7 +197,7 @@ def _document(
     model: models.Model,
     those: Sequence[Contender],
     made: Prepared,
-    journal: rounds.Journal,
+    journal: Journal,
     threads: int,
 ) -> dict[str, Any]:
     job = made.job

@@ -65,7 +65,7 @@ GOALS = (
     Goal("rss_mb", ("256m",), 1, ratio=1, within_mb=60),
     Goal("cold_s", ("256m",), 1, ratio=2),
 )
-"""The issue's table; cpu-int4 against the fastest peer in the same run, by medians over the rounds."""
+"""The issue's table; cpu-int4 against the fastest peer, by the medians of the rounds' ratios and shares (paired.py)."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -97,21 +97,26 @@ def fastest(metric: Metric, medians: Mapping[str, Mapping[str, float]]) -> str |
 
 
 def judge(
-    goal: Goal, medians: Mapping[str, Mapping[str, float]], shares: Mapping[str, Mapping[str, float]], cache_mb: float
+    goal: Goal,
+    medians: Mapping[str, Mapping[str, float]],
+    ratios: Mapping[str, float],
+    shares: Mapping[str, float],
+    cache_mb: float,
 ) -> Verdict:
-    """Compares. `medians`, `shares`: contender → metric → value; `cache_mb`: the KV cache of the image prompt's run."""
+    """Compares. `medians`: contender → metric → value; `ratios`, `shares`: metric → ours against the fastest peer, against the
+
+    limit, medians over the rounds; `cache_mb`: the KV cache of the image prompt's run.
+    """
     metric = next(one for one in METRICS if one.key == goal.metric)
     ours = medians.get(OURS, {}).get(goal.metric)
-    peer = fastest(metric, medians)
-    share = shares.get(OURS, {}).get(goal.metric)
-    ratio = None if ours is None or peer is None else ratio_of(metric, ours, medians[peer][goal.metric])
+    ratio, share = ratios.get(goal.metric), shares.get(goal.metric)
     met = _all(_reached(ratio, goal.ratio), _reached(share, goal.share))
     further = [_reached(ratio, goal.stretch_ratio), _reached(share, goal.stretch_share)]
     if goal.within_mb is not None:
         size = medians.get(OURS, {}).get("size_mb")
         further.append(None if ours is None or size is None else ours <= size + cache_mb + goal.within_mb)
     asked = goal.stretch_ratio is not None or goal.stretch_share is not None or goal.within_mb is not None
-    return Verdict(goal, ours, peer, ratio, share, met, _all(*further) if asked else None)
+    return Verdict(goal, ours, fastest(metric, medians), ratio, share, met, _all(*further) if asked else None)
 
 
 def _reached(value: float | None, asked: float | None) -> bool | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -69,12 +70,8 @@ class Pipeline:
         return self.ov.Tensor(pixels.reshape(1, height, width, 3).copy())
 
     def _text(self) -> str:
-        """The image prompt with other words before the image in each call, as many in all: the pipeline keeps prefixes."""
-        asked: str = self.job["image"]["text"]
-        image, *words = asked.split(" ")
         self.asked += 1
-        first = words[len(words) - self.asked % len(words) :]
-        return "".join(f" {word}" for word in first) + image + "".join(f" {word}" for word in words[: len(words) - len(first)])
+        return reordered(self.job["image"]["text"], self.asked)
 
     def picture(self) -> float | None:
         if not self.whole:
@@ -109,6 +106,19 @@ class Pipeline:
         kind = NAMES.get(device.get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name())
         own = arithmetic(kind, kind, kind, kind, "INFERENCE_PRECISION_HINT of the device; the pipeline hides its compiled models")
         return facts(self.folder, self.whole, "GenAI pipeline" if self.whole else "GenAI LLMPipeline: the decoder alone", own)
+
+
+def reordered(text: str, call: int) -> str:
+    """The image prompt with its words in another order in each call, as many in all: the pipeline keeps prefixes.
+
+    From the second call on words stand before the image, so that it is no part of what was kept.
+    """
+    image, *words = text.split(" ")
+    if call == 0 or len(words) < 2:
+        return text
+    random.Random(call).shuffle(words)
+    before = len(words) // 2
+    return "".join(f" {word}" for word in words[:before]) + image + "".join(f" {word}" for word in words[before:])
 
 
 class Optimum:

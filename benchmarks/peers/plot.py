@@ -21,7 +21,8 @@ COLOURS = 64
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Writes the picture (a PNG). A bar is the median, a whisker least and most over the rounds.
 
-    Beside it stand the number, how many times better than the best peer that is, and the percent of the limit where one is known.
+    Beside it stand the number, how many times better than the best peer that is, and the percent of the limit where one is known:
+    medians of what the rounds gave, each taken by itself.
     """
     import matplotlib
 
@@ -46,7 +47,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         _names(row[0], entries)
     figure.suptitle(f"{found['title']}, {found['date'][:10]}", x=0.01, ha="left", fontsize=13, fontweight="bold")
     text = f"{found['machine'].split(', Linux')[0]}. × how many times better than the best peer (dark grey)"
-    text += "; % of what the machine allows."
+    text += "; % of what the machine allows: medians of the rounds' ratios."
     figure.text(0.01, 1 - 0.46 / size[1], text, fontsize=9, color="#475569", va="top")
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / size[1]), w_pad=1.2, h_pad=1.6)
     drawn = io.BytesIO()
@@ -63,13 +64,13 @@ def _panel(axis: Any, metric: Metric, entries: Sequence[Mapping[str, Any]], titl
         if figure is None:
             axis.text(0.01 * most, place, "–", va="center", fontsize=9, color="#64748b")
             continue
-        middle, ratio = figure["median"], figure.get("of_best_peer")
+        middle, ratio = figure["median"], figure.get("of_best_peer", {}).get("median")
         colour = OURS if entry["ours"] else BEST if ratio == 1 else PEER
         spread = [[middle - figure["min"]], [figure["max"] - middle]]
         kept = {"elinewidth": 0.8, "capsize": 2, "ecolor": "#334155"}
         axis.barh(place, middle, height=0.72, color=colour, xerr=spread, error_kw=kept)
         words = format(middle, metric.form) + (f"  ×{ratio:.2f}" if ratio is not None else "")
-        words += f"  {100 * figure['share']:.0f} %" if "share" in figure else ""
+        words += f"  {100 * figure['share']['median']:.0f} %" if "share" in figure else ""
         bold = "bold" if entry["ours"] else "normal"
         axis.text(figure["max"] + 0.02 * most, place, words, va="center", fontsize=8.5, fontweight=bold, color="#0f172a")
     axis.set_xlim(0, 1.75 * most)

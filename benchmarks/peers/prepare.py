@@ -12,8 +12,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from . import environments, models, scenario
-from .contenders import Contender, chosen
+from . import environments, models, scenario, starts
+from .contenders import CONTENDERS, Contender, chosen
 
 
 @dataclass(slots=True)
@@ -66,18 +66,33 @@ def prepare(
                     made.pythons[one.peer] = environments.python_of(one.peer, log)
             if not one.ours:
                 _artefacts(one, made.jobs[one.key], made.pythons[one.peer], logs, console)
+            if one.key not in failed and not starts.known(made.jobs[one.key]):
+                with console.status(f"a first start of {one.label}, which nobody measures"):
+                    starts.first(made.pythons[one.peer], one, made.jobs[one.key], logs / f"{one.key}-start.log")
         except environments.PeerError as error:
             said(one, error)
+    stale = _stale(job, [one for one in CONTENDERS if one not in those], model)
+    if stale:
+        console.print(
+            f"[yellow]{', '.join(stale)}: prepared for other prompts; --prepare-only is needed before these are measured.[/]"
+        )
     return made
+
+
+def _stale(job: Mapping[str, Any], others: Sequence[Contender], model: models.Model) -> list[str]:
+    """The contenders whose job, where there is one, is of other prompts, another picture or other settings."""
+    paths = {one.label: scenario.job_path(one.peer, one.variant, job["tiles"], model) for one in others}
+    now = scenario.identity(dict(job))
+    return [label for label, path in paths.items() if path.is_file() and scenario.identity(json.loads(path.read_text())) != now]
 
 
 def prepared(model: models.Model, those: Sequence[Contender], wanted: Mapping[str, Any], run: bool) -> Prepared:
     """Takes the jobs that are there, so that a piece of a run begins at once. `wanted`: tiles, runs, threads, quick; `run`:
 
     whether the environments will be used, and must be as they should.
-    Raises ClickException where a job is missing or was written for another run.
+    Raises ClickException where a job is missing, was written for another run, or not for the same prompts as the newest one.
     """
-    found = Prepared({})
+    found, newest = Prepared({}), 0
     for one in those:
         path = scenario.job_path(one.peer, one.variant, wanted["tiles"], model)
         again = f"run the same command with --prepare-only instead of --prepared first ({path.name})"
@@ -87,13 +102,20 @@ def prepared(model: models.Model, those: Sequence[Contender], wanted: Mapping[st
         differing = [name for name in ("tiles", "runs", "threads", "quick") if job.get(name) != wanted[name]]
         if differing:
             raise click.ClickException(f"{one.label} is prepared with other {', '.join(differing)}: {again}.")
-        found.job, found.jobs[one.key] = job, path
+        found.jobs[one.key] = path
+        if (written := path.stat().st_mtime_ns) >= newest:
+            found.job, newest = job, written
         if not run:
             continue
         try:
             found.pythons[one.peer] = environments.ready(one.peer)
         except environments.PeerError as error:
             found.failed[one.key] = str(error)
+    stale = _stale(found.job, those, model) if run else []
+    if stale:
+        raise click.ClickException(
+            f"{', '.join(stale)}: prepared for other prompts than the newest job; run the same command with --prepare-only first."
+        )
     return found
 
 

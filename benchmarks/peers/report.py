@@ -1,40 +1,38 @@
-"""From the journal's rows to a document (JSON), and from that to Markdown. All arithmetic of ratios and shares is here."""
+"""From the journal's rows to a document (JSON), and from that to Markdown. What is compared with what: paired.py."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from .contenders import Contender
-from .goals import GOALS, METRICS, OURS, Metric, Verdict, fastest, judge, ratio_of, words
+from .goals import GOALS, METRICS, OURS, Metric, Verdict, fastest, judge, words
 from .limits import Limits, best
-from .rounds import DISK_MB, QUIET_SHARE
+from .paired import (
+    OLD_SHARE,
+    RATIO,
+    SHARE,
+    Spread,
+    apart_s,
+    counted,
+    figures,
+    limit_of,
+    ratios,
+    readings,
+    spread,
+    start_mb,
+    waited,
+)
+from .rounds import QUIET_SHARE
 from .shape import Shape
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 MOST = 1.02
 """A share beyond this is no share: that contender is not bound by what was taken for its limit. None is printed then."""
 LIMITS = {"read_gb_s": "read", "int8_gop_s": "int8", "bf16_gflop_s": "bf16", "fp32_gflop_s": "fp32"}
-
-
-def medians(rows: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, float]]:
-    """contender → metric → median over the rounds; a metric that a round lacks is lacking."""
-    found: dict[str, dict[str, float]] = {}
-    for key, own in rows.items():
-        if own:
-            found[key] = {
-                m.key: statistics.median(row[m.key] for row in own) for m in METRICS if all(m.key in row for row in own)
-            }
-    return found
-
-
-def extremes(rows: Sequence[Row], metric: str) -> tuple[float, float]:
-    """Least and most over the rounds."""
-    values = [float(row[metric]) for row in rows]
-    return min(values), max(values)
 
 
 def share_of(metric: Metric, value: float, row: Row, shape: Shape, limit: Limits, job: Row) -> float | None:
@@ -60,6 +58,18 @@ def share_of(metric: Metric, value: float, row: Row, shape: Shape, limit: Limits
     return float(least * value / tokens)
 
 
+def shares_of(metric: Metric, rows: Sequence[Row], shape: Shape, otherwise: Limits | None, job: Row) -> Spread | None:
+    """The rounds' shares; `otherwise`: the limits for rows of an older journal. None where a round has no share."""
+    found: list[float] = []
+    for row in counted(rows, metric.key).values():
+        limit = limit_of(row, otherwise)
+        share = None if limit is None else share_of(metric, row[metric.key], row, shape, limit, job)
+        if share is None:
+            return None
+        found.append(share)
+    return spread(found)
+
+
 def document(
     rows: Mapping[str, Sequence[Row]],
     contenders: Sequence[Contender],
@@ -69,55 +79,81 @@ def document(
     job: Row,
     head: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that is known, as JSON takes it. `job`: lengths, new_tokens, tiles, image_tokens, other_tokens, model."""
-    middle, limit = medians(rows), best(seen)
+    """Everything that is known, as JSON takes it. `job`: lengths, new_tokens, tiles, image_tokens, other_tokens, model; `seen`:
+
+    all readings of the limits.
+    """
+    taken, otherwise = figures(rows), best(seen)
+    middle = {key: {name: figure.median for name, figure in own.items()} for key, own in taken.items()}
     entries: dict[str, Any] = {}
-    shares: dict[str, dict[str, float]] = {}
+    apart = 0.0
     for one in contenders:
         own = rows.get(one.key, ())
         entry: dict[str, Any] = {"label": one.label, "ours": one.ours}
         if one.key in failed:
             entry["failed"] = failed[one.key]
         if own:
-            shares[one.key] = {}
             for metric in METRICS:
-                if metric.key not in middle[one.key]:
+                if metric.key not in taken[one.key]:
                     continue
-                value = middle[one.key][metric.key]
-                low, high = extremes(own, metric.key)
-                figure: dict[str, Any] = {"median": value, "min": low, "max": high}
-                share = share_of(metric, value, own[-1], shape, limit, job)
-                if share is not None and share > MOST:
+                figure: dict[str, Any] = asdict(taken[one.key][metric.key])
+                share = shares_of(metric, own, shape, otherwise, job)
+                if share is not None and share.median > MOST:
                     entry.setdefault("beyond", []).append(metric.key)
                 elif share is not None:
-                    figure["share"] = shares[one.key][metric.key] = share
+                    figure["share"] = asdict(share)
+                peer = fastest(metric, middle)
+                ratio = None if peer is None else ratios(metric, own, rows[peer])
+                if peer is not None and ratio is not None:
+                    figure["of_best_peer"] = asdict(ratio)
+                    apart = max(apart, apart_s(metric, own, rows[peer]))
                 entry[metric.key] = figure
-            entry |= {"rounds": len(own), "disturbed": sum(disturbed(row) for row in own)}
-            entry |= {"disk_mb": max(row.get("disk_mb", 0.0) for row in own), "arithmetic": own[-1].get("arithmetic")}
-            entry |= {name: own[-1][name] for name in ("versions", "note", "token_bytes", "kv_bytes")}
-            entry["measured"] = [
-                {name: row.get(name) for name in ("at", "piece", "commit", "wall_s", "other_cpu")} for row in own
-            ]
+            entry |= _facts(own)
         entries[one.key] = entry
-    for metric in METRICS:
-        peer = fastest(metric, middle)
-        for one in contenders:
-            if peer is not None and metric.key in middle.get(one.key, {}):
-                other = middle[peer][metric.key]
-                entries[one.key][metric.key]["of_best_peer"] = ratio_of(metric, middle[one.key][metric.key], other)
     cache = (
         shape.cache_bytes(job["image_tokens"] + job["other_tokens"], rows[OURS][-1]["kv_bytes"]) / 1e6 if rows.get(OURS) else 0.0
     )
-    goals = [judge(goal, middle, shares, cache) for goal in GOALS if job["model"] in goal.models and goal.tiles == job["tiles"]]
+    mine = {name: entries.get(OURS, {}).get(name, {}) for name in middle.get(OURS, {})}
+    against, part = (
+        {name: figure[what]["median"] for name, figure in mine.items() if what in figure} for what in ("of_best_peer", "share")
+    )
+    goals = [
+        judge(goal, middle, against, part, cache) for goal in GOALS if job["model"] in goal.models and goal.tiles == job["tiles"]
+    ]
+    processes = [row for own in rows.values() for row in own]
     return {
         **head,
         "job": dict(job),
+        "definitions": {"of_best_peer": RATIO, "share": f"{SHARE}; {OLD_SHARE}", "goals": "judged by these medians"},
+        "processes": len(processes),
+        "without_readings": sum(not readings(row) for row in processes),
+        "apart_s": apart,
         "limits": {
-            name: {"best": getattr(limit, one) / 1e9, "least": min(getattr(each, one) for each in seen) / 1e9, "times": len(seen)}
+            name: {
+                "best": getattr(otherwise, one) / 1e9,
+                "least": min(getattr(each, one) for each in seen) / 1e9,
+                "times": len(seen),
+            }
             for name, one in LIMITS.items()
+            if otherwise is not None
         },
         "contenders": entries,
         "goals": [_goal(verdict, job, entries) for verdict in goals],
+    }
+
+
+def _facts(own: Sequence[Row]) -> dict[str, Any]:
+    """What is known of a contender beside its figures."""
+    last = own[-1]
+    kept = ("round", "at", "piece", "commit", "wall_s", "other_cpu", "limits")
+    return {
+        "rounds": len(own),
+        "disturbed": sum(disturbed(row) for row in own),
+        "disk_mb": max(start_mb(row) for row in own),
+        "cold_waited": sum(waited(row) for row in own if "cold_s" in row),
+        "arithmetic": last.get("arithmetic"),
+        **{name: last[name] for name in ("versions", "note", "token_bytes", "kv_bytes")},
+        "measured": [{name: row.get(name) for name in kept} for row in own],
     }
 
 
@@ -144,8 +180,8 @@ def _goal(verdict: Verdict, job: Row, entries: Mapping[str, Any]) -> dict[str, A
         "ours": verdict.ours,
         "best_peer": None if best is None else best["label"],
         "best_peer_value": None if best is None else best[metric.key]["median"],
-        "ratio": verdict.ratio,
-        "share": verdict.share,
+        "ratio": _part(entries, metric, "of_best_peer"),
+        "share": _part(entries, metric, "share"),
         "form": metric.form,
         "goal": goal,
         "met": verdict.met,
@@ -154,23 +190,31 @@ def _goal(verdict: Verdict, job: Row, entries: Mapping[str, Any]) -> dict[str, A
     }
 
 
+def _part(entries: Mapping[str, Any], metric: Metric, what: str) -> dict[str, float] | None:
+    found: dict[str, float] | None = entries.get(OURS, {}).get(metric.key, {}).get(what)
+    return found
+
+
 def said(met: bool | None) -> str:
     """A verdict in words."""
     return "not measured" if met is None else "met" if met else "not met"
 
 
+def span(figure: Mapping[str, float], form: str, times: float = 1.0) -> str:
+    """median (least–most); the median alone where all are printed alike."""
+    text, low, high = (format(times * figure[name], form) for name in ("median", "min", "max"))
+    return text if low == high else f"{text} ({low}–{high})"
+
+
 def cell(figure: Mapping[str, Any] | None, metric: Metric) -> str:
-    """median (least-most) ×ratio, share."""
+    """median (least–most) ×ratio (least–most), share (least–most)."""
     if figure is None:
         return "–"
-    text = format(figure["median"], metric.form)
-    low, high = (format(figure[name], metric.form) for name in ("min", "max"))
-    if low != high:
-        text += f" ({low}–{high})"
+    text = span(figure, metric.form)
     if "of_best_peer" in figure:
-        text += f" ×{figure['of_best_peer']:.2f}"
+        text += f" ×{span(figure['of_best_peer'], '.2f')}"
     if "share" in figure:
-        text += f", {100 * figure['share']:.0f} %"
+        text += f", {span(figure['share'], '.0f', 100)} %"
     return text
 
 
@@ -184,11 +228,14 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines += [f"- **{found['warning']}**"]
     lines += [
         f"- Limits, with all threads: {_limits(found['limits'])}.",
+        f"- {_pairs(found)}",
         "",
-        "Each cell: median over the rounds (least–most), × how many times better than the best peer (above 1 is better), "
-        "% of what the machine allows that contender: when decoding, the bytes of its weights and cache for a token at the "
-        "read bandwidth; for a prompt and for vision, its matrix products and its attention, each at the peak of the arithmetic "
-        "that it uses (below). No % where that is not known. "
+        "Each cell: median over the rounds (least–most), × how many times better than the best peer, % of what the machine "
+        f"allows that contender. ×: {RATIO} (least–most). %: {SHARE} (least–most); goals are judged by these. What the machine "
+        "allows: when decoding, the bytes of its weights and cache for a token at the read bandwidth; for a prompt and for "
+        "vision, its matrix products and its attention, each at the peak of the arithmetic that it uses (below). No % where that "
+        f"is not known, or where it would be more than {100 * MOST:.0f}; a single round may be beyond, where the machine was "
+        "faster during the process than beside it. "
         "– is what a contender does not have. Weights are random: these are speeds, not answers.",
         "",
         "| | " + " | ".join(label(metric, job) for metric in shown) + " |",
@@ -216,9 +263,10 @@ def _goal_line(goal: Mapping[str, Any]) -> str:
         return "–" if value is None else format(value, form)
 
     peer = "–" if goal["best_peer"] is None else f"{show(goal['best_peer_value'], goal['form'])} ({goal['best_peer']})"
-    share = "–" if goal["share"] is None else f"{100 * goal['share']:.0f}"
+    ratio = "–" if goal["ratio"] is None else span(goal["ratio"], ".2f")
+    share = "–" if goal["share"] is None else span(goal["share"], ".0f", 100)
     stretch = "" if not goal["stretch"] else said(goal["stretch_met"])
-    parts = [goal["figure"], show(goal["ours"], goal["form"]), peer, show(goal["ratio"], ".2f"), share]
+    parts = [goal["figure"], show(goal["ours"], goal["form"]), peer, ratio, share]
     return "| " + " | ".join([*parts, goal["goal"], said(goal["met"]), goal["stretch"], stretch]) + " |"
 
 
@@ -229,8 +277,12 @@ def _about(entry: Mapping[str, Any]) -> str:
     text = f"{versions}; {entry['note']}; {entry['token_bytes'] / 1e6:.1f} MB of weights a token. {_arithmetic(entry)}"
     if entry["disturbed"]:
         text += f" **Something else ran during {entry['disturbed']} of its {entry['rounds']} rounds.**"
-    if entry["disk_mb"] > DISK_MB:
-        text += f" **A process read up to {entry['disk_mb']:.0f} MB from the disk: its cold start waited for that.**"
+    if entry["cold_waited"]:
+        count = entry["cold_waited"]
+        kept = "those are not counted" if count < entry["rounds"] else "all did, so they count"
+        text += (
+            f" **{count} of its {entry['rounds']} cold starts waited for up to {entry['disk_mb']:.0f} MB from the disk: {kept}.**"
+        )
     if entry.get("beyond"):
         names = ", ".join(next(one.key for one in METRICS if one.key == key) for key in entry["beyond"])
         text += f" Beyond the limit of that arithmetic, so no % is given: {names}."
@@ -253,11 +305,20 @@ def _limits(limits: Mapping[str, Any]) -> str:
     words_of["fp32_gflop_s"] = "{} GFLOP/s in float32"
     found = []
     for name, text in words_of.items():
-        limit = limits[name]
+        limit = limits.get(name, {"best": 0.0})
         if limit["best"] > 0:
             digits = ".1f" if name == "read_gb_s" else ".0f"
             found.append(text.format(format(limit["best"], digits)) + f" (least of {limit['times']}: {limit['least']:{digits}})")
-    return ", ".join(found)
+    return ", ".join(found) or "not measured"
+
+
+def _pairs(found: Mapping[str, Any]) -> str:
+    """How near in time are the figures that are held against each other."""
+    text = f"The two processes of a ratio ended at most {found['apart_s']:.0f} s apart; "
+    old, count = found["without_readings"], found["processes"]
+    if not old:
+        return f"{text}beside each process the limits were read twice, before and after."
+    return f"{text}**{old} of {count} processes have no readings of the limits beside them: {OLD_SHARE}.**"
 
 
 def _pieces(found: Mapping[str, Any]) -> str:

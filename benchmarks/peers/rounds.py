@@ -1,14 +1,11 @@
 """Contenders in turn, round after round, each in a process of its own; and how quiet the machine was meanwhile.
 
-A run may come in pieces: the journal keeps each row with its time, the state of the project and a fingerprint of the files that
-were measured, and rows of other files than the newest are left out.
+Directly before and after each process the machine's limits are read. A run may come in pieces: the journal (journal.py) keeps
+each row with its time, the state of the project and fingerprints of what was measured.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
-import json
 import os
 import resource
 import time
@@ -17,16 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import limits
+from . import limits, starts
 from .contenders import Contender
-from .environments import PeerError, run
-from .worker import MARK
+from .environments import PeerError
+from .journal import Journal, fingerprint
 
 QUIET_SHARE = 0.10
 """Cores' worth of other processes (or of the hypervisor) beyond which a round is called disturbed."""
-DISK_MB = 10.0
-"""What a process may read from the disk before its cold start is called one that waited for it."""
-TIMEOUT_S = 600.0
 UNKNOWN_S = 90.0
 """What a contender is given in a run of limited time before it was ever timed."""
 COMPILED = ("_native", "libllama", "libggml")
@@ -71,91 +65,32 @@ def _clock() -> _Clock:
 def measured(python: str, contender: Contender, job: Path, log: Path) -> Row:
     """One process of one contender. Raises PeerError."""
     before = _clock()
-    command = [python, "-m", f"benchmarks.peers.{contender.peer}", "measure", str(job)]
-    threads = str(json.loads(job.read_text())["threads"])
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads}
-    output = run(command, log, contender.label, TIMEOUT_S, BENCH_BEGAN=repr(time.time()), **environment)
+    found: Row = starts.process(python, contender, "measure", job, log, BENCH_BEGAN=repr(time.time()))
     after = _clock()
-    lines = [line for line in output.splitlines() if line.startswith(MARK)]
-    if not lines:
-        raise PeerError(f"{contender.label}: the process ended without a result")
     wall = after.at - before.at
     others = max(0.0, (after.busy - before.busy) - (after.own - before.own)) / wall
-    found: Row = json.loads(lines[-1].removeprefix(MARK))
     around = {
         "wall_s": wall,
         "other_cpu": others,
         "steal": (after.steal - before.steal) / wall,
         "disk_mb": after.disk - before.disk,
     }
-    compiled = [name for name in found.get("mapped", ()) if Path(name).name.startswith(COMPILED)]
-    files = [*found["files"], *compiled]
+    libraries = [Path(name) for name in found.get("mapped", ()) if ".so" in Path(name).name]
+    files = [*found["files"], *(str(file) for file in libraries if file.name.startswith(COMPILED))]
     return {**found, **around, "measured": files, "artefact": fingerprint(files)}
 
 
-def fingerprint(names: Sequence[str]) -> str:
-    """Names, sizes and times of files and of what lies in folders, as a short hash."""
-    found = [file for path in map(Path, names) for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
-    facts = [(str(file), (held := file.stat()).st_size, held.st_mtime_ns) for file in found if file.is_file()]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
 def in_turn(contenders: Sequence[Contender], count: int) -> Iterator[tuple[int, Contender]]:
-    """(round, contender); each round begins with another one, so that nobody always follows the same neighbour's heat."""
+    """(round, contender), so that nobody always begins and nobody always follows the same neighbour.
+
+    Rows of a Williams design (E. J. Williams, 1949): over as many rounds as there are contenders, or twice as many where their
+    number is odd, each follows each other one equally often.
+    """
+    size = len(contenders)
+    places = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(size)]  # 0, 1, -1, 2, -2 …
     for number in range(count):
-        shift = number % max(len(contenders), 1)
-        for contender in (*contenders[shift:], *contenders[:shift]):
-            yield number, contender
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-class Journal:
-    """Rows as they are measured, one JSON line each, so that a run can go on (`--resume`). `origin` goes into each."""
-
-    def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool, origin: Mapping[str, Any] | None = None) -> None:
-        self.path, self.settings = path, json.dumps(settings, sort_keys=True)
-        self.origin = {"piece": _now(), **(origin or {})}
-        self.rows: list[Row] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if resume and path.is_file():
-            kept = [json.loads(line) for line in path.read_text().splitlines()]
-            self.rows = [row for row in kept if row["settings"] == self.settings]
-        if not resume:
-            path.write_text("")
-
-    def has(self, number: int, key: str) -> bool:
-        """Whether that contender (or "limits") is done in that round, with the files that it has now."""
-        rows = self.of(key)
-        now = not rows or "measured" not in rows[-1] or fingerprint(rows[-1]["measured"]) == rows[-1]["artefact"]
-        return now and any(row["round"] == number for row in rows)
-
-    def add(self, number: int, key: str, row: Row) -> None:
-        """Keeps a row, on disk at once."""
-        kept = {**row, **self.origin, "at": _now(), "round": number, "key": key, "settings": self.settings}
-        self.rows.append(kept)
-        with self.path.open("a") as stream:
-            stream.write(json.dumps(kept) + "\n")
-
-    def of(self, key: str) -> list[Row]:
-        """The rows of a contender that measured something, in order; of one measured with other files since, the newest."""
-        found = [row for row in self.rows if row["key"] == key and "error" not in row]
-        return [row for row in found if row.get("artefact") == found[-1].get("artefact")]
-
-    def errors(self) -> dict[str, str]:
-        """Contenders whose last try failed → why."""
-        last = {row["key"]: row.get("error") for row in self.rows}
-        return {key: error for key, error in last.items() if error is not None}
-
-    def limits(self) -> list[limits.Limits]:
-        """The machine's limits, as often as they were measured."""
-        return [limits.Limits(row["read"], row["int8"], row["fp32"], row.get("bf16", 0.0)) for row in self.of("limits")]
-
-    def expected_s(self, key: str) -> float | None:
-        """How long a process of that contender took at most, if it ever ran."""
-        return max((row["wall_s"] for row in self.rows if row["key"] == key and "wall_s" in row), default=None)
+        order = [contenders[(place + number) % size] for place in places]
+        yield from ((number, one) for one in (order if size % 2 == 0 or number // size % 2 == 0 else reversed(order)))
 
 
 def run_rounds(
@@ -169,49 +104,36 @@ def run_rounds(
     tell: Callable[[str], None],
     until: float | None = None,
 ) -> tuple[dict[str, str], int]:
-    """Everything `count` times in turn; what is in the journal already is left out. The limits are measured in each round again.
+    """Everything `count` times in turn; what is in the journal already is left out. The limits are read beside each process.
 
     A contender that fails is not tried again; the others go on. With `until` (of time.time()) none is begun that would last
     longer, but one. Returns contenders that failed → why, and how many measurements are left.
     """
     failed: dict[str, str] = {}
     meter: limits.Meter | None = None
-    limited: set[int] = set()
     left = 0
     for number, contender in in_turn(contenders, count):
-        if contender.key in failed or journal.has(number, contender.key):
+        key, job = contender.key, jobs[contender.key]
+        if key in failed or journal.has(number, key):
             continue
-        need = 1.1 * (journal.expected_s(contender.key) or UNKNOWN_S)
-        if until is not None and limited and time.time() + need > until:
+        need = 1.1 * (journal.expected_s(key) or UNKNOWN_S)
+        if until is not None and meter is not None and time.time() + need > until:
             left += 1
             continue
-        if number not in limited:
-            tell(f"round {number + 1}/{count}: the machine's limits")
-            meter = meter or limits.Meter(threads)
-            journal.add(number, "limits", asdict(meter.measure()))
-            limited.add(number)
         tell(f"round {number + 1}/{count}: {contender.label}")
-        _cached(jobs[contender.key])
+        meter = meter or limits.Meter(threads)
         try:
-            row = measured(pythons[contender.peer], contender, jobs[contender.key], logs / f"{contender.key}.log")
+            if not starts.known(job):
+                starts.first(pythons[contender.peer], contender, job, logs / f"{key}-start.log")
+            starts.cache(job)
+            before = meter.measure()
+            row = measured(pythons[contender.peer], contender, job, logs / f"{key}.log")
+            after = meter.measure()
         except PeerError as error:
-            failed[contender.key] = str(error)
-            journal.add(number, contender.key, {"error": str(error)})
+            failed[key] = str(error)
+            journal.add(number, key, {"error": str(error)})
             tell(f"  {error}")
             continue
-        jobs[contender.key].with_suffix(".files").write_text("\n".join([*row.pop("files"), *row.pop("mapped", ())]))
-        journal.add(number, contender.key, row)
+        starts.keep(job, [*row.pop("files"), *row.pop("mapped", ())])
+        journal.add(number, key, {**row, "limits": [asdict(before), asdict(after)]})
     return failed, left
-
-
-def _cached(job: Path) -> None:
-    """Reads the files and libraries that the contender told of before, so that a cold start does not wait for the disk."""
-    hints = job.with_suffix(".files")
-    if not hints.is_file():
-        return
-    for name in hints.read_text().splitlines():
-        for file in [Path(name)] if Path(name).is_file() else Path(name).rglob("*"):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    while stream.read(1 << 24):
-                        pass

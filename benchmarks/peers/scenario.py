@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -98,6 +99,9 @@ def make_job(model: Model, bundle: Path, build: str, tiles: int, runs: int, thre
     if kind == "smolvlm":
         arrays = as_batch(arrays)
     np.savez(folder / f"arrays-{tiles}.npz", **arrays)  # type: ignore[arg-type]
+    seen = hashlib.sha256(image.tobytes())
+    for name in sorted(arrays):
+        seen.update(np.ascontiguousarray(arrays[name]).data)
     return {
         **derived,
         "model_type": kind,
@@ -120,9 +124,16 @@ def make_job(model: Model, bundle: Path, build: str, tiles: int, runs: int, thre
         "image": shown
         | {"picture": str(folder / "picture.png"), "raw": str(folder / "picture.rgb"), "size": list(image.size)}
         | {"arrays": str(folder / f"arrays-{tiles}.npz")},
+        "inputs": seen.hexdigest()[:16],
         "turn": turn,
         "texts": texts,
     }
+
+
+def identity(job: Job) -> str:
+    """What all contenders share of a job, as a short hash: prompts, picture, lengths; not whose job it is."""
+    shared = {name: value for name, value in job.items() if name not in ("variant", "environment", "python", "quick")}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def as_batch(arrays: dict[str, Any]) -> dict[str, Any]:

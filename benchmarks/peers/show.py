@@ -55,8 +55,8 @@ def _goals(found: Mapping[str, Any], console: Console) -> None:
         ours, peer = (
             ("–" if value is None else format(value, goal["form"])) for value in (goal["ours"], goal["best_peer_value"])
         )
-        ratio = "–" if goal["ratio"] is None else f"{goal['ratio']:.2f}"
-        share = "–" if goal["share"] is None else f"{100 * goal['share']:.0f}"
+        ratio = "–" if goal["ratio"] is None else f"{goal['ratio']['median']:.2f}"
+        share = "–" if goal["share"] is None else f"{100 * goal['share']['median']:.0f}"
         verdict = f"[{_COLOUR[goal['met']]}]{said(goal['met'])}[/]"
         further = f"[{_COLOUR[goal['stretch_met']]}]{said(goal['stretch_met'])}[/]" if goal["stretch"] else ""
         table.add_row(

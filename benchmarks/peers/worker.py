@@ -1,8 +1,9 @@
 """What every contender's process does, in the same order. Only the standard library: it runs in the environments of all peers.
 
-A contender is a module of this package, run as `python -m benchmarks.peers.NAME {prepare|measure} JOB.json`. `prepare` makes its
-artefacts; `measure` prints one line `RESULT {…}` with seconds and bytes. The environment variable BENCH_BEGAN holds the time at
-which the process was started, so that a cold start counts the interpreter and its imports.
+A contender is a module of this package, run as `python -m benchmarks.peers.NAME {prepare|start|measure} JOB.json`. `prepare`
+makes its artefacts; `measure` prints one line `RESULT {…}` with seconds and bytes; `start` goes to the first token alone and
+prints which files were read. The environment variable BENCH_BEGAN holds the time at which the process was started, so that a
+cold start counts the interpreter and its imports.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 BEGAN = float(os.environ.get("BENCH_BEGAN", time.time()))
@@ -138,7 +140,7 @@ def measure(make: Callable[[Job], Contender], job: Job) -> dict[str, Any]:
     files = facts.pop("files")
     found.update(size_mb=files_bytes(files) / 1e6, files=[str(file) for file in files], mapped=mapped_files(), **facts)
     if not facts["whole"]:  # half a model's memory and size say nothing beside a whole one's
-        for name in ("rss_mb", "rss_long_mb", "size_mb", "cold_s"):
+        for name in ("rss_mb", "rss_long_mb", "size_mb", "cold_s", "cold_disk_mb"):
             found.pop(name, None)
     return found
 
@@ -147,7 +149,7 @@ def _image(contender: Contender, job: Job) -> dict[str, Any]:
     first = contender.picture()
     if first is None:
         return {}
-    found: dict[str, Any] = {"cold_s": time.time() - BEGAN}
+    found: dict[str, Any] = {"cold_s": time.time() - BEGAN, "cold_disk_mb": read_mb()}
     if job["tiles"] > 1:  # tens of seconds for some: the first answer is the one that counts
         steps: list[tuple[str, Callable[[], float | None]]] = [("turn_s", contender.turn)]
         taken: dict[str, list[float]] = {"ttft_s": [first]}
@@ -178,11 +180,30 @@ def _texts(contender: Contender, job: Job) -> dict[str, Any]:
     return found
 
 
+def read_mb() -> float:
+    """What this process has read from the disk so far, in 10⁶ bytes; pages that were in memory already do not count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_inblock * 512 / 1e6
+
+
+def start(make: Callable[[Job], Contender], job: Job) -> dict[str, Any]:
+    """As far as the first token, as a user's first start would come: what it read is in memory afterwards, and is named."""
+    contender = make(job)
+    if contender.picture() is None:
+        contender.text(job["texts"]["short"][0], 1)
+    return {"files": [str(file) for file in contender.facts()["files"]], "mapped": mapped_files()}
+
+
 def mapped_files() -> list[str]:
-    """Files that this process has mapped: libraries, weights. Read before, they do not keep a cold start waiting for the disk."""
+    """Files that this process has mapped (libraries, weights) or imported: a cold start waits for the disk unless they are read
+
+    before it.
+    """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
-    return sorted({parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6 and parts[5].startswith("/")})
+    mapped = {parts[5] for line in lines if len(parts := line.split(maxsplit=5)) == 6 and parts[5].startswith("/")}
+    modules = [vars(module) for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    imported = {file for each in modules for name in ("__file__", "__cached__") if isinstance(file := each.get(name), str)}
+    return sorted(mapped | {file for file in imported if Path(file).is_file()})
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -203,6 +224,6 @@ def main(make: Callable[[Job], Contender], prepare: Callable[[Job], None], packa
     if what == "prepare":
         prepare(job)
         return
-    found = measure(make, job)
-    sys.stdout.write("\n" + MARK + json.dumps({**found, "versions": versions(*packages)}) + "\n")
+    found = start(make, job) if what == "start" else {**measure(make, job), "versions": versions(*packages)}
+    sys.stdout.write("\n" + MARK + json.dumps(found) + "\n")
     sys.stdout.flush()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
+import types
+from collections import Counter
 from pathlib import Path
 
+import click
 import click.testing
 import pytest
 from safetensors import safe_open
 
 from benchmarks.peers import __main__ as command
-from benchmarks.peers import environments, models, rounds, scenario, shape, worker
+from benchmarks.peers import environments, limits, models, rounds, scenario, shape, starts, worker
 from benchmarks.peers.contenders import CONTENDERS, Contender
+from benchmarks.peers.journal import Journal
+from benchmarks.peers.prepare import prepared
 
 TINY = Path(__file__).resolve().parents[1] / "checkpoints" / "tiny-smolvlm"
 
@@ -25,32 +32,16 @@ def test_contenders_take_turns_and_each_round_begins_with_another():
     first = [next(one.key for number, one in turns if number == each) for each in range(3)]
     assert len(set(first)) == 3
     assert all(len({one.key for number, one in turns if number == each}) == 3 for each in range(3))
+    assert len(list(rounds.in_turn(CONTENDERS[:1], 2))) == 2 and not list(rounds.in_turn((), 2))
 
 
-def test_a_journal_goes_on_only_with_the_same_settings(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    journal = rounds.Journal(path, {"runs": 2}, resume=False)
-    journal.add(0, "limits", {"read": 1.0, "int8": 2.0, "fp32": 3.0})
-    journal.add(0, "ours-int4", {"ttft_s": 1.0})
-    again = rounds.Journal(path, {"runs": 2}, resume=True)
-    assert again.has(0, "ours-int4") and not again.has(1, "ours-int4")
-    assert again.limits()[0].int8 == 2.0
-    other = rounds.Journal(path, {"runs": 3}, resume=True)
-    assert not other.rows
-    other.add(0, "ours-int4", {"ttft_s": 2.0})
-    assert len(rounds.Journal(path, {"runs": 2}, resume=True).rows) == 2  # nobody's rows are lost
-    rounds.Journal(path, {"runs": 2}, resume=False)
-    assert not path.read_text()
-
-
-def test_files_that_are_made_anew_are_measured_again(tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(b"old")
-    journal = rounds.Journal(tmp_path / "journal.jsonl", {}, resume=False)
-    journal.add(0, "ours-int4", {"measured": [str(file)], "artefact": rounds.fingerprint([str(file)])})
-    assert journal.has(0, "ours-int4")
-    file.write_bytes(b"newer")
-    assert not journal.has(0, "ours-int4")
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 12])
+def test_each_follows_each_other_one_equally_often(size):
+    count = size if size % 2 == 0 else 2 * size
+    turns = list(rounds.in_turn(CONTENDERS[:size], count))
+    orders = [[one.key for number, one in turns if number == each] for each in range(count)]
+    pairs = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(pairs) == size * (size - 1) and set(pairs.values()) == {count // size}
 
 
 def test_a_busy_machine_is_said(monkeypatch):
@@ -72,41 +63,46 @@ def test_an_uninstallable_peer_is_said(tmp_path, monkeypatch):
     assert not (tmp_path / "env" / "installed.txt").exists()
 
 
-def test_a_peer_that_breaks_does_not_stop_the_others(tmp_path):
+def test_a_peer_that_breaks_does_not_stop_the_others_with_limits_faked(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounds.limits, "Meter", lambda threads: types.SimpleNamespace(measure=lambda: limits.Limits(1, 2, 3)))
     those = [Contender("a", "A", "nobody", "x"), Contender("b", "B", "nobody_else", "x")]
     jobs = {}
     for one in those:
         jobs[one.key] = tmp_path / f"{one.key}.json"
         jobs[one.key].write_text(json.dumps({"threads": 1}))
-    journal = rounds.Journal(tmp_path / "journal.jsonl", {}, resume=False)
-    for number in range(2):
-        journal.add(number, "limits", {"read": 1.0, "int8": 1.0, "fp32": 1.0})
+    journal = Journal(tmp_path / "journal.jsonl", {}, resume=False)
     told: list[str] = []
     pythons = {one.peer: sys.executable for one in those}
     failed, left = rounds.run_rounds(those, 2, 1, pythons, jobs, tmp_path, journal, told.append)
     assert failed.keys() == {"a", "b"} and "No module named" in failed["a"]
-    assert (
-        left == 0 and len([line for line in told if line.startswith("round") and "limits" not in line]) == 2
-    )  # each is tried once
+    assert left == 0 and len([line for line in told if line.startswith("round")]) == 2  # each is tried once
     assert journal.errors().keys() == {"a", "b"} and not journal.of("a") and not journal.has(0, "a")
 
 
 class Measured:
-    """In place of processes: how long each would take, by a clock that stands still otherwise."""
+    """In place of processes: how long each would take, by a clock that stands still otherwise. A reading tells its number."""
 
     def __init__(self, monkeypatch, seconds):
-        self.now, self.seconds, self.ran = 1000.0, seconds, []
+        self.now, self.seconds, self.ran, self.events = 1000.0, seconds, [], []
         monkeypatch.setattr(rounds.time, "time", lambda: self.now)
         monkeypatch.setattr(rounds, "measured", self.measured)
         monkeypatch.setattr(rounds.limits, "Meter", lambda threads: self)
+        monkeypatch.setattr(rounds.starts, "process", self.start)
+        monkeypatch.setattr(rounds.starts, "cache", lambda job: self.events.append(f"cache {job.stem}"))
 
     def measure(self):
-        return rounds.limits.Limits(1.0, 2.0, 3.0, 4.0)
+        self.events.append("limits")
+        return rounds.limits.Limits(float(self.events.count("limits")), 2.0, 3.0, 4.0)
+
+    def start(self, python, contender, what, job, log):
+        self.events.append(f"{what} {contender.key}")
+        return {"files": ["one"], "mapped": ["two"]}
 
     def measured(self, python, contender, job, log):
         self.ran.append(contender.key)
+        self.events.append(contender.key)
         self.now += self.seconds[contender.key]
-        return {"wall_s": self.seconds[contender.key], "files": [], "ttft_s": 1.0, "artefact": "x"}
+        return {"wall_s": self.seconds[contender.key], "files": ["three"], "ttft_s": 1.0, "artefact": "x"}
 
 
 def test_a_run_of_limited_time_goes_on_where_it_stopped_with_processes_faked(tmp_path, monkeypatch):
@@ -115,7 +111,7 @@ def test_a_run_of_limited_time_goes_on_where_it_stopped_with_processes_faked(tmp
     world = Measured(monkeypatch, {"a": 100.0, "b": 50.0})
 
     def piece(count, seconds):
-        journal = rounds.Journal(tmp_path / "journal.jsonl", {}, True, {"commit": "abc"})
+        journal = Journal(tmp_path / "journal.jsonl", {}, True, {"commit": "abc"})
         found = rounds.run_rounds(those, count, 1, {"nobody": "python"}, jobs, tmp_path, journal, print, world.now + seconds)
         return journal, found
 
@@ -126,23 +122,68 @@ def test_a_run_of_limited_time_goes_on_where_it_stopped_with_processes_faked(tmp
     journal, (_, left) = piece(2, 10.0)  # the first is begun in any case
     assert world.ran == ["a", "b", "b", "a"] and left == 0
     assert [row["round"] for row in journal.of("a")] == [0, 1] and len({row["commit"] for row in journal.of("a")}) == 1
-    assert len(journal.limits()) == 4 and journal.limits()[0].bf16 == 4.0  # in each piece for each of its rounds
+    assert len(journal.limits()) == 8 and journal.limits()[0].bf16 == 4.0  # before and after each process
 
 
-def test_rows_of_other_files_are_left_out(tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(b"one")
-    before = rounds.fingerprint([str(tmp_path)])
-    file.write_bytes(b"other")
-    after = rounds.fingerprint([str(tmp_path)])
-    assert before != after
-    journal = rounds.Journal(tmp_path / "journal.jsonl", {}, resume=False)
-    journal.add(0, "a", {"artefact": before})
-    journal.add(1, "a", {"artefact": before})
-    journal.add(0, "b", {"artefact": before})
-    journal.add(0, "a", {"artefact": after})
-    assert [row["artefact"] for row in journal.of("a")] == [after] and journal.of("b")
-    assert journal.has(0, "a") and not journal.has(1, "a")  # round 1 is measured again
+def test_the_limits_are_read_directly_beside_each_process_and_first_starts_are_nobody_s_with_processes_faked(
+    tmp_path, monkeypatch
+):
+    those = [Contender(key, key, "nobody", key) for key in ("a", "b")]
+    jobs = {one.key: tmp_path / f"{one.key}.json" for one in those}
+    world = Measured(monkeypatch, {"a": 1.0, "b": 1.0})
+    journal = Journal(tmp_path / "journal.jsonl", {}, False)
+    rounds.run_rounds(those, 2, 1, {"nobody": "python"}, jobs, tmp_path, journal, print)
+    first = ["start a", "cache a", "limits", "a", "limits", "start b", "cache b", "limits", "b", "limits"]
+    assert world.events == [*first, "cache b", "limits", "b", "limits", "cache a", "limits", "a", "limits"]
+    assert [each["read"] for each in journal.of("b")[0]["limits"]] == [3.0, 4.0]
+    assert jobs["a"].with_suffix(".files").read_text() == "three"  # the newest word counts
+
+
+def test_what_a_contender_reads_is_read_before_it(tmp_path):
+    job = tmp_path / "a.json"
+    assert not starts.known(job)
+    starts.cache(job)
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    for name in ("file", "folder/one", "folder/inner/two"):
+        (tmp_path / name).write_text(name)
+    starts.keep(job, [str(tmp_path / "file"), str(tmp_path / "folder"), str(tmp_path / "gone")])
+    assert starts.known(job) and {file.name for file in starts._files(job)} == {"file", "one", "two"}
+    starts.cache(job)
+
+
+def write_jobs(monkeypatch, folder, **changed):
+    """Jobs of ours and of llama.cpp, as `--prepare-only` leaves them; `changed` in the newer one."""
+    monkeypatch.setattr(models, "PEERS", folder)
+    model = models.model_named(str(TINY))
+    job = {"tiles": 1, "runs": 2, "threads": 2, "quick": False, "texts": {"short": [{"ids": [1, 2]}]}}
+    paths = [
+        scenario.write_job(each, *whose, model)
+        for each, whose in (({**job}, ("llama_cpp", "q4_0")), ({**job, **changed}, ("ours", "cpu-int4")))
+    ]
+    os.utime(paths[0], (1, 1))
+    return model, {"tiles": 1, "runs": 2, "threads": 2, "quick": False}
+
+
+def test_jobs_of_other_prompts_are_not_measured_beside_each_other(tmp_path, monkeypatch):
+    those = [one for one in CONTENDERS if one.key in ("ours-int4", "llama.cpp-q4_0")]
+    monkeypatch.setattr(environments, "ready", lambda peer: "python")
+    model, wanted = write_jobs(monkeypatch, tmp_path)
+    assert prepared(model, those, wanted, run=True).jobs.keys() == {"ours-int4", "llama.cpp-q4_0"}
+    model, wanted = write_jobs(monkeypatch, tmp_path, texts={"short": [{"ids": [1, 3]}]})
+    with pytest.raises(click.ClickException, match=r"^llama.cpp Q4_0: prepared for other prompts than the newest job; run"):
+        prepared(model, those, wanted, run=True)
+    newest = prepared(model, those, wanted, run=False).job
+    assert newest["texts"]["short"][0]["ids"] == [1, 3]  # the tables are of the newest prompts
+
+
+def test_a_meter_reads_the_limits_of_this_machine():
+    try:
+        meter = limits.Meter(1)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    seen = meter.measure(0.02)
+    assert 1e8 < seen.read < 1e12 and 1e9 < seen.fp32 < seen.int8 < 1e13
+    assert seen.bf16 == 0 or seen.fp32 < seen.bf16 < seen.int8
 
 
 def test_options_that_cannot_be_are_refused():

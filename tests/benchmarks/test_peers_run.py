@@ -83,6 +83,34 @@ def test_openvino_s_arithmetic_is_that_of_most_of_its_products_with_a_faked_mode
     assert openvino_genai.executed(types.SimpleNamespace(get_compiled_model=lambda: compiled)) == (expected, "bf16")
 
 
+def test_a_pipeline_that_keeps_prefixes_never_sees_the_same_prompt_again():
+    text = "<image> " + " ".join(f"word{number}" for number in range(20))
+    asked = [openvino_genai.reordered(text, call) for call in range(40)]
+    assert asked[0] == text and len(set(asked)) == 40
+    assert all(sorted(each.replace("<image>", "").split()) == sorted(text.split()[1:]) for each in asked)
+    assert all(each.index("<image>") > 0 and each[0] == " " for each in asked[1:])  # the image is behind other words
+
+
+def test_a_start_goes_to_the_first_token_and_names_what_was_read():
+    calls = []
+
+    class Counted:
+        """A decoder alone: it takes no images."""
+
+        def picture(self):
+            calls.append("picture")
+
+        def text(self, prompt, new_tokens):
+            calls.append(f"text {prompt} {new_tokens}")
+
+        def facts(self):
+            return {"files": [sys.executable]}
+
+    found = worker.start(lambda job: Counted(), {"texts": {"short": ["one", "two"]}})
+    assert calls == ["picture", "text one 1"] and found["files"] == [sys.executable]
+    assert any(name.endswith("worker.py") for name in found["mapped"])  # what was imported, too
+
+
 def test_mapped_files_hold_the_interpreter_s_libraries():
     found = worker.mapped_files()
     assert found == sorted(set(found)) and (not found or any(".so" in name for name in found))
