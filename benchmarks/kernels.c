@@ -1,20 +1,18 @@
-/* What benchmarks/kernels.py times, as a shared library: the machine's limits, and the kernels' products, on threads of the runtime's own pool. */
+/* What benchmarks/kernels.py times, as a shared library: the kernels' products beside the machine's limits (limits.c). */
 #define _POSIX_C_SOURCE 200809L
 #include "../runtimes/native/kernels/kernels.h"
-#include "../runtimes/native/pool.h"
+#include "limits.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-
-#define PIECES 64 /* per thread */
 
 typedef struct {
+    Limits *limits;
     Pool *pool;
     const Kernels *kernels;
     /* The job. */
     const uint8_t *data;
-    size_t bytes, rows;
+    size_t rows;
     PanelMatrix matrix;
     QuantRows codes;
     const float *x;
@@ -24,192 +22,24 @@ typedef struct {
     size_t heads, group;
     bool causal, half;
     void *scratch[POOL_MAX_THREADS];
-    uint64_t sink[POOL_MAX_THREADS * 8];
 } Bench;
-
-/* One thread is timed by the processor time it was given, which others on the machine do not take from it. */
-static double now(const Bench *b) {
-    struct timespec t;
-    clock_gettime(pool_threads(b->pool) == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static size_t pieces(void *context, size_t step, bool *small) {
-    const Bench *b = context;
-    (void)step;
-    *small = false;
-    return pool_threads(b->pool) * PIECES;
-}
-
-static double run(Bench *b, void (*work)(void *, size_t, size_t, size_t)) {
-    const double begin = now(b);
-    pool_run(b->pool, &(PoolJob){.steps = 1, .items = pieces, .work = work, .context = b});
-    return now(b) - begin;
-}
 
 Bench *bench_open(size_t threads, const char *name) {
     Bench *b = calloc(1, sizeof *b);
     b->kernels = name != NULL && *name != '\0' ? kernels_named(name) : kernels_best();
-    b->pool = pool_new(threads, true);
-    return b->kernels != NULL ? b : NULL;
+    b->limits = limits_open(threads);
+    if (b->kernels == NULL || b->limits == NULL) {
+        return NULL;
+    }
+    b->pool = b->limits->pool;
+    return b;
 }
 
 const char *bench_name(const Bench *b) { return b->kernels->name; }
 
-static void read_work(void *context, size_t step, size_t item, size_t thread) {
-    Bench *b = context;
-    const size_t count = pool_threads(b->pool) * PIECES, each = b->bytes / count / 64 * 64;
-    const uint64_t *p = (const uint64_t *)(const void *)(b->data + item * each);
-    typedef uint64_t wide __attribute__((vector_size(64), aligned(8), may_alias));
-    wide sums[4] = {{0}, {0}, {0}, {0}};
-    (void)step;
-    for (size_t i = 0; i + 32 <= each / 8; i += 32) {
-        for (size_t k = 0; k < 4; k++) {
-            sums[k] ^= *(const wide *)(const void *)(p + i + k * 8);
-        }
-    }
-    b->sink[thread * 8] ^= sums[0][0] ^ sums[1][1] ^ sums[2][2] ^ sums[3][3];
-}
+double bench_read(Bench *b, const uint8_t *data, size_t bytes) { return limits_read(b->limits, data, bytes); }
 
-/* Seconds to read so many bytes once. */
-double bench_read(Bench *b, const uint8_t *data, size_t bytes) {
-    b->data = data;
-    b->bytes = bytes;
-    return run(b, read_work);
-}
-
-#define LOOPS 20000
-#define KEEP(v) __asm__ volatile("" : "+x"(v))
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-
-__attribute__((target("avx512f,avx512vnni"))) static void peak512_int8(void *context, size_t step, size_t item, size_t thread) {
-    __m512i s[12], x = _mm512_set1_epi8(3), y = _mm512_set1_epi8(5);
-#pragma GCC unroll 12
-    for (int i = 0; i < 12; i++) {
-        s[i] = _mm512_set1_epi32(i);
-    }
-    for (int k = 0; k < LOOPS; k++) {
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) {
-            s[i] = _mm512_dpbusd_epi32(s[i], x, y);
-            __asm__ volatile("" : "+v"(s[i]));
-        }
-    }
-    __m512i sum = s[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < 12; i++) {
-        sum = _mm512_add_epi32(sum, s[i]);
-    }
-    ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm512_reduce_add_epi32(sum) + step + item;
-}
-
-__attribute__((target("avx512f"))) static void peak512_float(void *context, size_t step, size_t item, size_t thread) {
-    __m512 s[12], x = _mm512_set1_ps(0.3f), y = _mm512_set1_ps(0.5f);
-#pragma GCC unroll 12
-    for (int i = 0; i < 12; i++) {
-        s[i] = _mm512_set1_ps((float)i);
-    }
-    for (int k = 0; k < LOOPS; k++) {
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) {
-            s[i] = _mm512_fmadd_ps(s[i], x, y);
-            __asm__ volatile("" : "+v"(s[i]));
-        }
-    }
-    __m512 sum = s[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < 12; i++) {
-        sum = _mm512_add_ps(sum, s[i]);
-    }
-    ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm512_reduce_add_ps(sum) + step + item;
-}
-
-__attribute__((target("avx512f,avx512bf16"))) static void peak512_bf16(void *context, size_t step, size_t item, size_t thread) {
-    const __m512bh x = (__m512bh)_mm512_set1_epi16(0x3e99), y = (__m512bh)_mm512_set1_epi16(0x3f00); /* 0.3, 0.5 */
-    __m512 s[12];
-#pragma GCC unroll 12
-    for (int i = 0; i < 12; i++) {
-        s[i] = _mm512_set1_ps((float)i);
-    }
-    for (int k = 0; k < LOOPS; k++) {
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; i++) {
-            s[i] = _mm512_dpbf16_ps(s[i], x, y);
-            __asm__ volatile("" : "+v"(s[i]));
-        }
-    }
-    __m512 sum = s[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < 12; i++) {
-        sum = _mm512_add_ps(sum, s[i]);
-    }
-    ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm512_reduce_add_ps(sum) + step + item;
-}
-
-/* Multiply, widen, add: three instructions for 32 products; the additions of pairs may wait, so this is what 8-bit weights allow. */
-__attribute__((target("avx2"))) static void peak2_int8(void *context, size_t step, size_t item, size_t thread) {
-    __m256i s[10], x = _mm256_set1_epi8(3), y = _mm256_set1_epi8(5);
-#pragma GCC unroll 12
-    for (int i = 0; i < 10; i++) {
-        s[i] = _mm256_set1_epi16((short)i);
-    }
-    for (int k = 0; k < LOOPS; k++) {
-#pragma GCC unroll 10
-        for (int i = 0; i < 10; i++) {
-            __asm__ volatile("" : "+x"(x));
-            s[i] = _mm256_add_epi16(s[i], _mm256_maddubs_epi16(x, y));
-            __asm__ volatile("" : "+x"(s[i]));
-        }
-    }
-    __m256i sum = s[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < 10; i++) {
-        sum = _mm256_add_epi16(sum, s[i]);
-    }
-    ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm256_extract_epi32(sum, 0) + step + item;
-}
-
-__attribute__((target("avx2,fma"))) static void peak2_float(void *context, size_t step, size_t item, size_t thread) {
-    __m256 s[10], x = _mm256_set1_ps(0.3f), y = _mm256_set1_ps(0.5f);
-#pragma GCC unroll 12
-    for (int i = 0; i < 10; i++) {
-        s[i] = _mm256_set1_ps((float)i);
-    }
-    for (int k = 0; k < LOOPS; k++) {
-#pragma GCC unroll 10
-        for (int i = 0; i < 10; i++) {
-            s[i] = _mm256_fmadd_ps(s[i], x, y);
-            __asm__ volatile("" : "+x"(s[i]));
-        }
-    }
-    __m256 sum = s[0];
-#pragma GCC unroll 12
-    for (int i = 1; i < 10; i++) {
-        sum = _mm256_add_ps(sum, s[i]);
-    }
-    ((Bench *)context)->sink[thread * 8] ^= (uint64_t)_mm256_cvtss_f32(sum) + step + item;
-}
-
-/* Operations a second that the multipliers can do: 0 in 8 bits, 1 in floats, 2 in bfloat16 added up in floats; 0 where the CPU has no
- * such instruction or nobody wrote that loop. */
-double bench_peak(Bench *b, int kind) {
-    const double items = (double)(pool_threads(b->pool) * PIECES) * LOOPS;
-    if (kind == 2) {
-        return __builtin_cpu_supports("avx512bf16") ? items * 12 * 64 / run(b, peak512_bf16) : 0;
-    }
-    if (strncmp(b->kernels->name, "avx512", 6) == 0) {
-        return items * 12 * (kind ? 32 : 128) / run(b, kind ? peak512_float : peak512_int8);
-    }
-    if (strcmp(b->kernels->name, "avx2") == 0) {
-        return items * 10 * (kind ? 16 : 64) / run(b, kind ? peak2_float : peak2_int8);
-    }
-    return 0;
-}
-#else
-double bench_peak(Bench *b, int kind) { return 0; }
-#endif
+double bench_peak(Bench *b, int kind) { return limits_peak(b->limits, b->kernels->name, kind); }
 
 static void product_work(void *context, size_t step, size_t item, size_t thread) {
     Bench *b = context;
@@ -248,11 +78,11 @@ double bench_product(Bench *b, int format, size_t depth, size_t width, size_t bl
     b->out = malloc(width * rows * sizeof(float));
     b->codes = (QuantRows){.codes = malloc(rows * blocks * BLOCK), .scales = malloc(rows * blocks * 4), .offsets = malloc(rows * blocks * 4), .blocks = blocks};
     memset(b->out, 0, width * rows * sizeof(float));
-    const double begin = now(b);
+    const double begin = limits_now(b->limits);
     for (size_t row = 0; block > 0 && row < rows; row++) {
         b->kernels->quantize(x + row * depth, depth, &b->codes, row);
     }
-    const double seconds = now(b) - begin + run(b, product_work);
+    const double seconds = limits_now(b->limits) - begin + limits_run(b->limits, product_work, b);
     free(b->out);
     free(b->codes.codes);
     free(b->codes.scales);
@@ -282,11 +112,11 @@ double bench_bytes(Bench *b, size_t depth, size_t width, const uint8_t *data, si
     b->rows = rows;
     b->out = malloc(width * rows * sizeof(float));
     memset(b->out, 0, width * rows * sizeof(float));
-    const double begin = now(b);
+    const double begin = limits_now(b->limits);
     for (size_t row = 0; row < rows; row++) {
         b->kernels->quantize_bytes(x + row * depth, depth, &b->byte_rows, row);
     }
-    const double seconds = now(b) - begin + run(b, bytes_work);
+    const double seconds = limits_now(b->limits) - begin + limits_run(b->limits, bytes_work, b);
     free(b->out);
     free(b->byte_rows.codes);
     free(b->byte_rows.scales);
@@ -332,9 +162,9 @@ double bench_attention(Bench *b, size_t tokens, size_t heads, size_t group, int 
     for (size_t i = 0; i < pool_threads(b->pool) && b->scratch[i] == NULL; i++) {
         b->scratch[i] = aligned_alloc(64, (attention_bytes(ATTENTION_ROWS, 64) + 63) / 64 * 64);
     }
-    const double begin = now(b);
+    const double begin = limits_now(b->limits);
     pool_run(b->pool, &(PoolJob){.steps = 1, .items = attention_pieces, .work = attention_piece, .context = b});
-    const double seconds = now(b) - begin;
+    const double seconds = limits_now(b->limits) - begin;
     free(b->out);
     return seconds;
 }

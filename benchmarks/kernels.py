@@ -34,13 +34,18 @@ ATTENTIONS = (("encoder", 1024, 12, 1, False), ("decoder", 96, 9, 3, True), ("de
 """What, tokens, heads of 64, how many share keys, causal."""
 
 
+def compiled(folder: Path, *sources: Path) -> ctypes.CDLL:
+    """benchmarks/limits.c with the pool and `sources` as a library. Raises CalledProcessError, or OSError without gcc."""
+    files = [ROOT / "benchmarks" / "limits.c", NATIVE / "pool.c", *sources]
+    out = folder / "libkernels.so"
+    command = ["gcc", "-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", *map(str, files), "-lm", "-lpthread"]
+    subprocess.run([*command, "-o", str(out)], check=True)
+    return ctypes.CDLL(str(out))
+
+
 def library(folder: Path) -> ctypes.CDLL:
     """Compiles benchmarks/kernels.c with the kernels and the pool."""
-    sources = [ROOT / "benchmarks" / "kernels.c", NATIVE / "pool.c", *sorted((NATIVE / "kernels").glob("*.c"))]
-    out = folder / "libkernels.so"
-    command = ["gcc", "-std=c11", "-O3", "-fPIC", "-shared", "-fno-math-errno", *map(str, sources), "-lm", "-lpthread"]
-    subprocess.run([*command, "-o", str(out)], check=True)
-    found = ctypes.CDLL(str(out))
+    found = compiled(folder, ROOT / "benchmarks" / "kernels.c", *sorted((NATIVE / "kernels").glob("*.c")))
     size, real, pointer = ctypes.c_size_t, ctypes.c_double, ctypes.c_void_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "bench_open": (pointer, [size, ctypes.c_char_p]),

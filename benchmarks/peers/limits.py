@@ -1,12 +1,13 @@
 """What this machine allows: bytes read per second with all threads, operations per second in 8 bits, bfloat16 and float32.
 
-The loops are those of benchmarks/kernels.c on threads of the runtime's own pool; they need gcc. The speed of a virtual machine
+The loops are those of benchmarks/limits.c on threads of the runtime's own pool; they need gcc. The speed of a virtual machine
 changes within minutes, so the limits are read directly before and after each contender's process, and what that process did is
 held against the better of the two: everything that disturbs makes a reading smaller.
 """
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import tempfile
 import time
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.kernels import aligned, library
+from benchmarks.kernels import aligned, compiled
 
 READ_BYTES = 256 << 20
 """Beyond the caches."""
@@ -48,20 +49,27 @@ class Meter:
     def __init__(self, threads: int) -> None:
         with tempfile.TemporaryDirectory() as folder:  # the library stays mapped when its file is gone
             try:
-                self._library = library(Path(folder))
+                library = compiled(Path(folder))
             except (OSError, subprocess.SubprocessError) as error:
                 raise RuntimeError(f"the loops that measure limits cannot be compiled: {error}") from None
-        for kernels in (b"", b"avx512", b"avx2"):  # the best kernels may have a name that no peak loop is written for
-            self._bench = self._library.bench_open(threads, kernels)
-            if self._bench and self._library.bench_peak(self._bench, 0):
-                return
-        raise RuntimeError("benchmarks/kernels.c has no loop for the peak of this CPU's multipliers")
+        size, pointer = ctypes.c_size_t, ctypes.c_void_p
+        library.limits_open.restype, library.limits_open.argtypes = pointer, [size]
+        library.limits_read.restype, library.limits_read.argtypes = ctypes.c_double, [pointer, pointer, size]
+        library.limits_peak.restype, library.limits_peak.argtypes = ctypes.c_double, [pointer, ctypes.c_char_p, ctypes.c_int]
+        self._library, self._open = library, library.limits_open(threads)
+        if not self._open:
+            raise RuntimeError(f"no {threads} threads can be started to measure the machine's limits")
+        if not self._peak(0):
+            raise RuntimeError("benchmarks/limits.c has no loop for the peak of this CPU's multipliers")
+
+    def _peak(self, kind: int) -> float:
+        return float(self._library.limits_peak(self._open, b"", kind))
 
     def measure(self, seconds: float = READING_S) -> Limits:
         """The best pass of each loop within its part of `seconds`. The threads sleep afterwards, the memory is given back."""
         data, lib = aligned(READ_BYTES), self._library
-        read = _best(lambda: READ_BYTES / float(lib.bench_read(self._bench, data.ctypes.data, READ_BYTES)), seconds / 2)
-        int8, fp32, bf16 = (_best(partial(lib.bench_peak, self._bench, kind), seconds / 6) for kind in (0, 1, 2))
+        read = _best(lambda: READ_BYTES / float(lib.limits_read(self._open, data.ctypes.data, READ_BYTES)), seconds / 2)
+        int8, fp32, bf16 = (_best(partial(self._peak, kind), seconds / 6) for kind in (0, 1, 2))
         return Limits(read, int8, fp32, bf16)
 
 

@@ -99,7 +99,7 @@ def prepared(model: models.Model, those: Sequence[Contender], wanted: Mapping[st
         if not path.is_file():
             raise click.ClickException(f"{one.label} is not prepared: {again}.")
         job: dict[str, Any] = json.loads(path.read_text())
-        differing = [name for name in ("tiles", "runs", "threads", "quick") if job.get(name) != wanted[name]]
+        differing = [name for name in ("tiles", "runs", "threads", "quick") if job.get(name, False) != wanted[name]]
         if differing:
             raise click.ClickException(f"{one.label} is prepared with other {', '.join(differing)}: {again}.")
         found.jobs[one.key] = path
