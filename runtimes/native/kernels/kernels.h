@@ -103,6 +103,7 @@ typedef struct {
     size_t scale_stride;
     size_t begin, end;
     bool half;                   /* the products may be of bfloat16, where the CPU multiplies those */
+    bool bytes;                  /* and of codes of 8 bits, where the CPU multiplies those and every query sees every key */
     bool causal;                 /* token t sees the keys up to position + t, */
     size_t position, window;     /* and of those the last `window`; 0: all */
     float scale, cap;            /* cap: scores become cap · tanh(score / cap); 0: none */
