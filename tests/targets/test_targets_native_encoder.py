@@ -201,13 +201,6 @@ def test_an_unknown_operation_is_named(portable_bundle):
         EncoderCompiler(model).compile()
 
 
-def test_rows_that_know_of_each_other_are_refused(portable_bundle):
-    """Patches of one picture in the first dimension are no images: attention goes over them."""
-    model = lowered(portable_bundle("qwen2_vl"), "vision_encoder")
-    with pytest.raises(NotExpressible, match="not made of images"):
-        EncoderCompiler(model).compile()
-
-
 def test_a_build_has_plans_and_says_why_not(portable_bundle, tmp_path, scene):
     picture, _ = scene
     path = shutil.copytree(portable_bundle("tiny-clip"), tmp_path / "clip.vlm")

@@ -1,7 +1,9 @@
-"""A lowered graph over images (vision encoder, projector, resampler) → the steps of a plan.
+"""A lowered graph over images or texts (vision encoder, projector, resampler, text encoder) → the steps of a plan.
 
-The graph is followed for one image: shapes are then numbers, whatever depends on nothing computed is a constant, and what only
-moves numbers is worked out here. Images must not know of each other; the comparison after a build, with two of them, shows it.
+The graph is followed for one image, of one length where that is open: shapes are then numbers, whatever depends on nothing
+computed is a constant, and what only moves numbers is worked out here. Images must not know of each other; the comparison after a
+build, with two of them, shows it. Where the first dimension counts rows of one picture, so many of them as belong together stand
+for an image (`encoder_patches`).
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ import onnx_ir as ir
 from vlm_edge.passes.graph import MICROSOFT, attribute_int, consumers, is_weight, only_consumer
 
 from .encoder_attention import Pending, attention, einsum, pending, scored
+from .encoder_lengths import for_any_length, open_size
+from .encoder_patches import ROWS, Regrouped, convert, cosine, handled, negate, reduce_sum, row_input, whole_patches
 from .encoder_products import Linear, activated, alike, linear, stacked
 from .encoder_rows import activate, average_pool, binary, divide, multiply, norm, skip_norm, unary
+from .encoder_texts import counted, integer_input
 from .encoder_views import Array, Known, Sources, View, folded, moved
 from .errors import NotExpressible
 from .panels import integers, vector
 from .plan_file import Buffer, BufferKind, GraphKind, Plan, Ref, Step, Unary, Value, Weight
 
-IMAGES = ("batch", "images", "tiles", "frames", "texts", "rows", "videos", "clips")
+IMAGES = ("batch", "images", "tiles", "frames", "texts", "rows", "videos", "clips", "states")
 """What the first dimension of inputs is called where it counts things that know nothing of each other."""
 _SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _DEEPEST = 1 << 16
@@ -33,12 +38,25 @@ _DEEPEST = 1 << 16
 class EncoderCompiler:
     """One graph's translation. `compile` may be called once."""
 
-    def __init__(self, model: ir.Model, *, integer: bool = False, keep_first: int = 0, keep_last: int = 0) -> None:
-        """`integer`: products compute in 8 bits, weights per output and activations per row, but the first and last so many."""
-        self.graph = model.graph
+    def __init__(
+        self, model: ir.Model, *, integer: bool = False, keep_first: int = 0, keep_last: int = 0, length: int | None = None
+    ) -> None:
+        """`integer`: products compute in 8 bits, weights per output and activations per row, but the first and last so many.
+
+        `length`: what a size that is open, beside the first, is; None: any, where there is one.
+        """
+        self.model, self.graph, self.length = model, model.graph, length
         self.opsets = dict(model.graph.opset_imports)
         self.integer = integer
         self.kept = (keep_first, keep_last)
+        self.joined = any(self.shape(value)[0] in ROWS for value in model.graph.inputs)
+        self._begin({str(self.shape(value)[0]): 1 for value in model.graph.inputs})
+
+    def _begin(self, counts: dict[str, int]) -> None:
+        """Nothing is translated yet. `counts`: how many rows of an input, by the name of its first dimension, belong together."""
+        self.counts = counts
+        self.numbering: set[Buffer] = set()
+        self.windows: dict[ir.Value, Buffer] = {}
         self.sources = Sources()
         self.known: dict[ir.Value, Known] = {}
         self.pending: dict[ir.Value, Pending] = {}
@@ -50,9 +68,26 @@ class EncoderCompiler:
         self.summed: dict[ir.Node, Ref] = {}
         self.products: dict[ir.Node, Linear] = {}
         self.floats: set[ir.Node] = set()
+        self.integers: dict[ir.Value, Buffer] = {}
+        self.asked: dict[ir.Value, tuple[int, ...] | None] = {}
 
     def compile(self) -> Plan:
         """Raises NotExpressible with what has no step."""
+        if self.length is None and open_size(self.graph) is not None:
+            first, last = self.kept
+            return for_any_length(
+                self.graph,
+                lambda length: EncoderCompiler(
+                    self.model, integer=self.integer, keep_first=first, keep_last=last, length=length
+                ).compile(),
+            )
+        while True:
+            try:
+                return self._compile()
+            except Regrouped as more:
+                self._begin(self.counts | {more.symbol: self.counts[more.symbol] * more.factor})
+
+    def _compile(self) -> Plan:
         inputs = [self._input(number, value) for number, value in enumerate(self.graph.inputs)]
         nodes = list(self.graph)
         for node in nodes:
@@ -65,28 +100,38 @@ class EncoderCompiler:
     # --- signature ---
 
     def _input(self, number: int, value: ir.Value) -> Value:
+        if self.joined:
+            return row_input(self, number, value)
+        named, shape = self.shape(value), self.sized(value)
         if value.dtype != ir.DataType.FLOAT:
-            raise NotExpressible(f"an input '{value.name}' of {value.dtype.name if value.dtype else 'no type'}")
-        named = self._shape(value)
-        shape = (1, *(size for size in named[1:] if isinstance(size, int)))
-        if len(shape) != len(named) or len(shape) < 2:
-            raise NotExpressible(f"an input '{value.name}' whose sizes are not fixed")
-        buffer = Buffer(BufferKind.INPUT, shape[-1], number, int(np.prod(shape[:-1])))
-        self.define(value, self.sources.view(buffer, shape))
-        return Value(str(value.name), int(value.dtype), named)
+            integer_input(self, value, number, shape)
+        elif len(shape) < 2:
+            raise NotExpressible(f"an input '{value.name}' with one dimension")
+        else:
+            buffer = Buffer(BufferKind.INPUT, shape[-1], number, int(np.prod(shape[:-1])))
+            self.define(value, self.sources.view(buffer, shape))
+        return Value(str(value.name), int(value.dtype or 0), named)
 
-    def _shape(self, value: ir.Value) -> tuple[int | str, ...]:
+    def sized(self, value: ir.Value) -> tuple[int, ...]:
+        """An input's or output's shape for one image, of the length that is followed."""
+        return (1, *(size if isinstance(size, int) else self.length or 0 for size in self.shape(value)[1:]))
+
+    def shape(self, value: ir.Value) -> tuple[int | str, ...]:
+        """An input's or output's sizes. Raises NotExpressible where the first one does not count images, or rows of one."""
         sizes = [] if value.shape is None else [size if isinstance(size, int) else str(size.value) for size in value.shape]
-        if not sizes or sizes[0] not in IMAGES:
+        if not sizes or sizes[0] not in (*IMAGES, *ROWS):
             raise NotExpressible(f"'{value.name}', which is not made of images")
         return tuple(sizes)
 
     def _output(self, number: int, value: ir.Value) -> Value:
-        found, named = self.known.get(value), self._shape(value)
+        found, named = self.known.get(value), self.shape(value)
         if found is None or value.dtype != ir.DataType.FLOAT:
             raise NotExpressible(f"an output '{value.name}' that is not computed in floats")
         view = self._as_view(found)
-        if tuple(size for size in named[1:] if isinstance(size, int)) != view.shape[1:] or view.shape[0] != 1:
+        open_sizes = {size for size in named[1:] if not isinstance(size, int)}
+        each = view.shape[0] if self.joined else 1
+        fits = (each, *self.sized(value)[1:]) == view.shape and each == self.counts.get(str(named[0]), each)
+        if not fits or not open_sizes <= {open_size(self.graph)}:
             raise NotExpressible(f"an output '{value.name}' whose sizes are not fixed")
         ref = self.rows_of(view)
         buffer = ref.buffer
@@ -94,7 +139,7 @@ class EncoderCompiler:
             buffer = Buffer(BufferKind.FLOATS, view.shape[-1], rows=view.size // view.shape[-1])
             self._copy(view, buffer)
         buffer.kind, buffer.offset = BufferKind.OUTPUT, number
-        return Value(str(value.name), int(value.dtype), named)
+        return Value(str(value.name), int(value.dtype), named, each)
 
     # --- values ---
 
@@ -135,6 +180,8 @@ class EncoderCompiler:
         """The view's rows (its last dimension, or `width` numbers) in one buffer; copied there where they lie scattered."""
         width = width or view.shape[-1]
         found = self.sources.whole(view, width)
+        if self.numbering and any(self.sources.found[number] is one for number in view.sources() for one in self.numbering):
+            raise NotExpressible("integers that are computed with")
         if found is not None:
             return Ref(*found)
         key = hashlib.blake2b(view.places.tobytes() + str(width).encode()).digest()
@@ -177,15 +224,19 @@ class EncoderCompiler:
     # --- nodes ---
 
     def _node(self, node: ir.Node) -> None:
-        if node.op_type == "Shape" and isinstance(found := self.known.get(node.inputs[0]), View):  # type: ignore[arg-type]
+        if node.op_type == "Shape" and (found := self._extent(node.inputs[0])) is not None:
             end = node.attributes["end"].as_int() if "end" in node.attributes else None
-            sizes = np.asarray(found.shape[attribute_int(node, "start", 0) : end], np.int64)
+            sizes = np.asarray(found[attribute_int(node, "start", 0) : end], np.int64)
             self.define(node.outputs[0], sizes)
+            return
+        if counted(self, node):
             return
         given = [self.constant(value) for value in node.inputs]
         if all(array is not None for value, array in zip(node.inputs, given, strict=True) if value is not None):
             for value, array in zip((one for one in node.outputs if one.name), folded(node, given, self.opsets), strict=True):
                 self.define(value, array)
+            return
+        if handled(self, node):
             return
         first = self.known.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
         views = moved(node, first, given) if isinstance(first, View) else None
@@ -209,6 +260,11 @@ class EncoderCompiler:
             ("", "Add"): lambda one: binary(self, one, GraphKind.ADD),
             ("", "Mul"): lambda one: multiply(self, one),
             ("", "Div"): lambda one: divide(self, one),
+            ("", "Cast"): lambda one: convert(self, one),
+            ("", "Cos"): lambda one: cosine(self, one),
+            ("", "Sin"): lambda one: cosine(self, one),
+            ("", "Neg"): lambda one: negate(self, one),
+            ("", "ReduceSum"): lambda one: reduce_sum(self, one),
             ("", "Sigmoid"): lambda one: unary(self, one, Unary.SIGMOID, one.inputs[0]),
             ("", "Tanh"): lambda one: unary(self, one, Unary.TANH, one.inputs[0]),
             ("", "Relu"): lambda one: activate(self, one),
@@ -223,6 +279,11 @@ class EncoderCompiler:
         if handler is None:
             raise NotExpressible(node.op_type)
         handler(node)
+
+    def _extent(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """The shape of a value that is computed, or of an input of integers."""
+        found = self.known.get(value) if value is not None else None
+        return found.shape if isinstance(found, View) else self.asked.get(value) if value is not None else None
 
     def _concat(self, node: ir.Node) -> None:
         views = [self.view(value) for value in node.inputs]
@@ -334,7 +395,9 @@ class EncoderCompiler:
         """A convolution whose windows lie side by side: a product of each with the kernels."""
         x, kernel = self.view(node.inputs[0]), self.constant(node.inputs[1])
         bias = self.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if kernel is None or kernel.ndim != 4 or x.ndim != 4 or attribute_int(node, "group", 1) != 1:
+        if kernel is not None and whole_patches(self, node, x, kernel, bias):
+            return
+        if kernel is None or kernel.ndim != 4 or x.ndim != 4 or x.shape[0] != 1 or attribute_int(node, "group", 1) != 1:
             raise NotExpressible("a Conv of other than pictures")
         count, channels, height, width = kernel.shape
         plain = {"strides": (height, width), "dilations": (1, 1), "pads": (0, 0, 0, 0)}

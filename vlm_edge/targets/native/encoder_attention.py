@@ -10,9 +10,10 @@ import onnx_ir as ir
 
 from vlm_edge.passes.graph import attribute_float, attribute_int
 
+from .encoder_texts import Sight, sight
 from .encoder_views import View
 from .errors import NotExpressible
-from .plan_file import GraphKind
+from .plan_file import Buffer, GraphKind, Over, Ref
 
 if TYPE_CHECKING:
     from .encoder import EncoderCompiler
@@ -40,19 +41,43 @@ def attention(c: EncoderCompiler, node: ir.Node) -> None:
         _product(c, node)
         return
     inputs = [*node.inputs, *[None] * 8]
-    if any(one is not None for one in inputs[3:]) or attribute_int(node, "unidirectional", 0) or len(node.outputs) > 1:
-        raise NotExpressible("an attention with a mask, a bias or a past")
+    others = [*inputs[3:5], *inputs[6:]]
+    if any(one is not None for one in others) or attribute_int(node, "unidirectional", 0) or len(node.outputs) > 1:
+        raise NotExpressible("an attention with a bias or a past")
     views = [c.view(value) for value in inputs[:3]]
     if any(one.ndim != 3 for one in views):
         raise NotExpressible("an attention over other than rows")
     heads, width = attribute_int(node, "num_heads", 1), views[0].shape[-1]
     scale = attribute_float(node, "scale", 0.0) or (width // heads) ** -0.5
-    places = _emit(c, views, heads, scale)
+    mask, rows, keys = inputs[5], views[0].shape[1], views[1].shape[1]
+    windows = c.windows.get(mask) if mask is not None else None
+    seen = sight(c, mask, rows, keys) if mask is not None and windows is None else Sight()
+    places = _emit(c, views, heads, scale, seen, _over(c, node.inputs[0]), windows)
     c.define(node.outputs[0], View(places.places.reshape(views[0].shape)))
 
 
-def _emit(c: EncoderCompiler, views: list[View], heads: int, scale: float) -> View:
-    """Queries, keys and values as rows of all heads' numbers → what comes out, in such rows."""
+def _over(c: EncoderCompiler, queries: ir.Value | None) -> Over:
+    """What an attention [1, rows, …] goes over: the rows of an image, or of all of them where they are one picture's."""
+    if not c.joined:
+        return Over.IMAGE
+    if queries is None or queries.shape is None or queries.shape[0] != 1:
+        raise NotExpressible("an attention within some rows of a picture")
+    return Over.ALL
+
+
+def _emit(
+    c: EncoderCompiler,
+    views: list[View],
+    heads: int,
+    scale: float,
+    seen: Sight | None = None,
+    over: Over = Over.IMAGE,
+    windows: Buffer | None = None,
+) -> View:
+    """Queries, keys and values as rows of all heads' numbers → what comes out, in such rows.
+
+    `windows`: the input whose equal integers say which rows see each other.
+    """
     width = views[0].shape[-1]
     size = width // heads
     if width % heads or size > _LARGEST_HEAD or any(one.shape[-1] != width for one in views):
@@ -60,8 +85,13 @@ def _emit(c: EncoderCompiler, views: list[View], heads: int, scale: float) -> Vi
     query, key, value = (c.rows_of(one) for one in views)
     out = c.fresh(query.buffer.rows, width)
     # Halves where the CPU multiplies them: beside products in 8 bits their error is not seen, and that takes half the time.
-    arguments = [heads, size, int(c.integer)]
-    c.add(GraphKind.ATTENTION, width, [query, key, value], [out], [], arguments, [scale])
+    seen = seen or Sight()
+    if over != Over.IMAGE and seen != Sight():
+        raise NotExpressible("a mask over all rows of a picture")
+    mask = [Ref(c.integers[seen.mask])] if seen.mask is not None else [Ref(windows)] if windows is not None else []
+    over = over if windows is None else Over.SEGMENTS
+    arguments = [heads, size, int(c.integer), int(seen.causal), seen.prefix, int(over)]
+    c.add(GraphKind.ATTENTION, width, [query, key, value, *mask], [out], [], arguments, [scale])
     return c.sources.view(out.buffer, (out.buffer.rows, width))
 
 
@@ -121,6 +151,8 @@ def scored(c: EncoderCompiler, node: ir.Node) -> bool:
 
 def _product(c: EncoderCompiler, node: ir.Node, *, turned: bool = False) -> None:
     """`turned`: the right side has the axis that is summed over last."""
+    if c.joined:
+        raise NotExpressible("a product of two computed matrices")
     weights = c.pending.get(node.inputs[0]) if node.inputs[0] is not None else None
     right = c.view(node.inputs[1])
     if turned:

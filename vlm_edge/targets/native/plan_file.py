@@ -62,6 +62,14 @@ class GraphKind(IntEnum):
     PICK = 15
 
 
+class Over(IntEnum):
+    """What an attention of a graph goes over; see `GraphOver` in plan_graph.h."""
+
+    IMAGE = 0
+    ALL = 1
+    SEGMENTS = 2
+
+
 class Unary(IntEnum):
     """Activation functions; see `Unary` in kernels.h."""
 
@@ -279,7 +287,10 @@ def _values(values: list[Value]) -> bytes:
     for value in values:
         parts += [_text(value.name), struct.pack("<II", value.dtype, len(value.shape))]
         for size in value.shape:
-            parts += [struct.pack("<q", size if isinstance(size, int) else -value.each), _text("" if isinstance(size, int) else size)]
+            parts += [
+                struct.pack("<q", size if isinstance(size, int) else -value.each),
+                _text("" if isinstance(size, int) else size),
+            ]
     return b"".join(parts)
 
 
