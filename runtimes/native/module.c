@@ -27,6 +27,19 @@ static PyObject *native_trim_heap(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *native_fill_pages(PyObject *module, PyObject *args) {
+    Py_buffer mapping;
+    bool filled;
+    if (!PyArg_ParseTuple(args, "y*:fill_pages", &mapping)) {
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    filled = platform_fill(mapping.buf, (size_t)mapping.len);
+    Py_END_ALLOW_THREADS;
+    PyBuffer_Release(&mapping);
+    return PyBool_FromLong(filled);
+}
+
 static PyMethodDef functions[] = {
     {"load_runtime", native_load_runtime, METH_VARARGS, "Opens ONNX Runtime's shared library; returns its version."},
     {"runtime_version", native_runtime_version, METH_NOARGS, "Version of the opened ONNX Runtime, or None."},
@@ -42,6 +55,7 @@ static PyMethodDef functions[] = {
     {"graph_run", native_graph_run, METH_VARARGS, "Runs a graph's plan: {name: input array}, {name: output array}, which is filled."},
     {"rows_run", native_rows_run, METH_VARARGS, "Runs an embedding's plan: int64 tokens, float32 rows, which are filled."},
     {"plan_step", native_plan_step, METH_VARARGS, "One step of a decoder plan on arrays."},
+    {"fill_pages", native_fill_pages, METH_VARARGS, "Brings the pages of a mapped file into memory; whether they are there."},
     {"trim_heap", native_trim_heap, METH_NOARGS, "Gives back what the C library keeps of freed memory."},
     {"uniform", native_uniform, METH_VARARGS, "The step-th draw of a seed's stream, in [0, 1)."},
     {"philox", native_philox, METH_VARARGS, "Philox4x32-10 of a counter and a key."},

@@ -3,6 +3,7 @@
 #endif
 #include "platform.h"
 
+#include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -55,6 +56,12 @@ void platform_forget(void *memory, size_t bytes) {
 void platform_large_pages(void *memory, size_t bytes) {
     (void)memory;
     (void)bytes;
+}
+
+bool platform_fill(const void *memory, size_t bytes) {
+    (void)memory;
+    (void)bytes;
+    return false;
 }
 
 void platform_trim_heap(void) {}
@@ -143,6 +150,23 @@ void platform_large_pages(void *memory, size_t bytes) {
 #else
     (void)memory;
     (void)bytes;
+#endif
+}
+
+bool platform_fill(const void *memory, size_t bytes) {
+#ifdef __linux__
+    const int populate = 22; /* MADV_POPULATE_READ, Linux 5.14; madvise(2): fails, without a signal, where pages cannot be read */
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)memory / page * page;
+    madvise((void *)first, (uintptr_t)memory + bytes - first, MADV_WILLNEED);
+    int failed;
+    do {
+        failed = madvise((void *)first, (uintptr_t)memory + bytes - first, populate);
+    } while (failed != 0 && errno == EINTR);
+    return failed == 0;
+#else
+    (void)memory;
+    (void)bytes;
+    return false;
 #endif
 }
 

@@ -2,6 +2,7 @@
 #ifndef VLM_PLATFORM_H
 #define VLM_PLATFORM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 /* Opens a shared library by UTF-8 path; NULL on failure, with the reason in `message`. */
@@ -19,6 +20,8 @@ void platform_forget(void *memory, size_t bytes);
 /* Asks for large pages for memory of many megabytes that is not yet written: it is then there in a few steps instead of one per 4 KiB. Whole
  * large pages within it only, and only a request. */
 void platform_large_pages(void *memory, size_t bytes);
+/* Brings pages of a mapped file into memory. False where the system cannot do that, or cannot read them: then reading the file says why. */
+bool platform_fill(const void *memory, size_t bytes);
 /* Gives back what the C library keeps of freed memory, where it can be told to. */
 void platform_trim_heap(void);
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +13,21 @@ import msgspec
 from vlm_edge_runtime.errors import BundleError, TargetError
 
 from .manifest import SCHEMA_VERSION, Build, FileRef, GraphEntry, KVLayout, Manifest
+from .verify import Verification, check_files, check_size, file_sha256
+
+__all__ = [
+    "MANIFEST",
+    "PORTABLE",
+    "Bundle",
+    "begin_bundle",
+    "check_files",
+    "file_sha256",
+    "open_bundle",
+    "read_manifest",
+]
 
 MANIFEST = "manifest.json"
 PORTABLE = "portable"
-_CHUNK = 16 << 20
-"""Bytes that are hashed at a time. Each piece waits for the interpreter lock once, so they are large."""
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    digest = hashlib.sha256()
-    size = min(_CHUNK, max(path.stat().st_size, 1))
-    # Pages of its own: freed memory of this size would stay with the process.
-    with path.open("rb", buffering=0) as stream, mmap.mmap(-1, size) as pages, memoryview(pages) as buffer:
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -112,8 +109,20 @@ def open_bundle(path: str | Path, *, build: str | None = None, verify: bool = Tr
     not among `graphs` by itself.
     Raises BundleError (damage) or TargetError (no such build).
     """
+    bundle, verification = begin_bundle(path, read_manifest(path), build=build, verify=verify)
+    with verification:
+        verification.wait()
+    return bundle
+
+
+def begin_bundle(
+    path: str | Path, manifest: Manifest, *, build: str | None = None, verify: bool = True
+) -> tuple[Bundle, Verification]:
+    """`open_bundle`, the files being hashed meanwhile: nothing of one is to be read before the verification has told of it.
+
+    Its `wait_first` tells of the manifest's side files. The caller closes it. Raises as `open_bundle`, for hashes excepted.
+    """
     root = Path(path)
-    manifest = read_manifest(root)
     chosen: Build | None = None
     if build is not None and build != PORTABLE:
         if build not in manifest.builds:
@@ -125,51 +134,20 @@ def open_bundle(path: str | Path, *, build: str | None = None, verify: bool = Tr
     built = chosen.graphs if chosen else {}
     several = {entry.role for entry in built.values()} - set(built)
     graphs = {**{role: entry for role, entry in manifest.graphs.items() if role not in several}, **built}
-    bundle = Bundle(root, manifest, chosen, graphs)
     engines = chosen.engines if chosen else []
     compiled = {one.graph for one in engines}
-    read = [*manifest.files, *(one.file for one in engines), *_files(graphs, set(graphs) - compiled)]
+    read = [*(one.file for one in engines), *_files(graphs, set(graphs) - compiled)]
     kept = _files(graphs, compiled & set(graphs))
-    for ref in (*read, *kept):
+    for ref in (*manifest.files, *read, *kept):
         _inside(root, ref)
-    check_files(root, read, hashes=verify)
-    check_files(root, kept, hashes=False)
-    return bundle
+    for ref in (*manifest.files, *read, *kept):
+        check_size(root, ref)
+    bundle = Bundle(root, manifest, chosen, graphs)
+    return bundle, Verification(root, manifest.files if verify else (), read if verify else ())
 
 
 def _files(graphs: dict[str, GraphEntry], names: Iterable[str]) -> list[FileRef]:
     return [ref for name in sorted(names) for ref in (graphs[name].model, *graphs[name].data)]
-
-
-def check_files(root: Path, refs: Iterable[FileRef], *, hashes: bool = True) -> None:
-    """Checks that each file is there with its recorded size and (with `hashes`) content. Raises BundleError on the first that
-
-    is not.
-    """
-    seen: set[str] = set()
-    for ref in refs:
-        if ref.file in seen:
-            continue
-        seen.add(ref.file)
-        path = root / ref.file
-        if not path.is_file():
-            raise BundleError(f"{path} is missing: the bundle is incomplete; {_again(ref)}.")
-        size = path.stat().st_size
-        if size != ref.bytes:
-            word = "truncated" if size < ref.bytes else "too long"
-            raise BundleError(f"{path} is {word}: {size} bytes, the manifest says {ref.bytes}; {_again(ref)}.")
-        if hashes and (found := file_sha256(path)) != ref.sha256:
-            raise BundleError(
-                f"{path} has SHA-256 {found[:16]}…, the manifest says {ref.sha256[:16]}…: the file was changed or damaged; "
-                f"{_again(ref)}."
-            )
-
-
-def _again(ref: FileRef) -> str:
-    """What to do about a damaged file: an engine is compiled anew from its graph, anything else comes from elsewhere."""
-    if ref.file.endswith(".engine"):
-        return "run the build's `vlm-edge build` again, which compiles what is missing"
-    return "copy or export the bundle again"
 
 
 def _inside(root: Path, ref: FileRef) -> None:

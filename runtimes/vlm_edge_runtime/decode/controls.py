@@ -12,7 +12,7 @@ from typing import Any
 from vlm_edge_runtime.engines.base import SamplingParams
 from vlm_edge_runtime.errors import OptionError
 
-from . import processors, warpers
+from . import processors
 from .option_values import flag, integer, number, tokens
 from .processors import Processor
 
@@ -126,6 +126,8 @@ class Controls:
         return found
 
     def _warpers(self, params: SamplingParams, keep: int) -> list[Processor]:
+        from . import warpers  # here and not above: the native sampler has the common ones
+
         found: list[Processor] = []
         if params.temperature != 1:
             found.append(warpers.Temperature(params.temperature))

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from vlm_edge_runtime.errors import OptionError
 
 MAX_SEED = 2**64 - 1
+
+
+def any_seed() -> int:
+    """63 random bits of the system's, as `secrets.randbits` gives them; importing that takes 2 ms of a cold start."""
+    return int.from_bytes(os.urandom(8)) >> 1
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:

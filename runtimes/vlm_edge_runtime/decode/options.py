@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict
@@ -13,7 +12,7 @@ from vlm_edge_runtime.errors import OptionError
 from . import controls
 from .beam import BeamOptions, EarlyStopping
 from .controls import Controls, Encode, read_controls
-from .option_values import MAX_SEED, integer, number, seeds, stops
+from .option_values import MAX_SEED, any_seed, integer, number, seeds, stops
 from .prompt_lookup import NGRAM_SIZE, NUM_TOKENS, PromptLookup, read_lookup
 
 __all__ = ["DEFAULT_MAX_NEW_TOKENS", "MAX_SEED", "GenerationDefaults", "GenerationOptions", "SamplingKeywords"]
@@ -137,7 +136,7 @@ class GenerationOptions:
 
         `prompt_tokens`: those before the new ones (the history that `DecoderState.start` gets); at most `limit` come.
         """
-        seed = secrets.randbits(63) if self.seeds is None else self.seeds[row if len(self.seeds) > 1 else 0]
+        seed = any_seed() if self.seeds is None else self.seeds[row if len(self.seeds) > 1 else 0]
         return self.controls.for_row(replace(self.sampling, seed=seed), prompt_tokens, limit)
 
     def new_tokens(self, prompt_tokens: int, context_length: int, prefix: int = 0) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "Graph",
     "RowTokens",
     "SamplingParams",
+    "import_engine",
     "open_engine",
 ]
 
@@ -59,3 +60,10 @@ def open_engine(bundle: Bundle, device: str = "auto", options: EngineOptions | N
         )
     engine: Engine = importlib.import_module(f".{module}", __package__).open_engine(bundle, options)
     return engine
+
+
+def import_engine(bundle: Bundle) -> None:
+    """Imports what `open_engine` will need. What cannot be imported is told by `open_engine`."""
+    backend = bundle.build.backend if bundle.build is not None else _PORTABLE
+    if backend == _PORTABLE:  # the libraries of the others are optional
+        importlib.import_module(f".{BACKENDS[backend][1]}", __package__)

@@ -6,7 +6,6 @@ from vlm_edge_runtime.bundle.reader import Bundle
 
 from .base import Engine, EngineOptions
 from .native_ort import NativeOrtEngine
-from .portable import PortableOrtEngine
 
 
 def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> Engine:
@@ -14,4 +13,6 @@ def open_engine(bundle: Bundle, options: EngineOptions | None = None) -> Engine:
     kv = bundle.kv
     if kv is None or kv.shared_buffer:
         return NativeOrtEngine(bundle, options)
+    from .portable import PortableOrtEngine  # here and not above: most bundles never need it
+
     return PortableOrtEngine(bundle, options)

@@ -6,14 +6,14 @@ import math
 import os
 from pathlib import Path
 
-import psutil
+from vlm_edge_runtime.machine import physical_cores
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def default_threads() -> int:
     """Physical cores that this process may use: the machine's, cut to its CPU affinity and its container's quota."""
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    cores = physical_cores() or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
     if (quota := _quota(_CPU_MAX)) is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from vlm_edge_runtime.errors import UnsupportedModelError
 
 from .any_resolution import LlavaNextImageProcessor, LlavaOnevisionImageProcessor
@@ -72,6 +70,8 @@ def load_image_processor(
     # `Fast` and `Pil` are transformers' names for other implementations of the same processor.
     base = name.removesuffix("Fast").removesuffix("Pil")
     if base not in PROCESSORS:
+        from difflib import get_close_matches  # here and not above: of no use but to a message
+
         near = get_close_matches(base, PROCESSORS, n=1)
         hint = f" (the nearest is {near[0]})" if near else ""
         raise UnsupportedModelError(f"image processor {name!r} is not known{hint}; known are {', '.join(PROCESSORS)}")

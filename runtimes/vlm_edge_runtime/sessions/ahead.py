@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlm_edge_runtime.decode.result import Generation
 from vlm_edge_runtime.decode.stats import Stats
@@ -18,6 +17,9 @@ from .media import Medium
 from .modalities import Modalities
 from .prefetched import Prefetched
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 
 class Prefetcher:
@@ -48,6 +50,8 @@ class Prefetcher:
             if self._closed:
                 raise DeviceError("the session is closed: load it again.")
             if self._executor is None:
+                from concurrent.futures import ThreadPoolExecutor  # here and not above: it brings logging along
+
                 self._executor = ThreadPoolExecutor(1, "vlm-edge-prefetch")
             given = Prefetched(self._executor, work, wake)
             self._given = [*(one for one in self._given if not one.done), given]

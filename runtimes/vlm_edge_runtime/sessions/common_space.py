@@ -15,7 +15,7 @@ from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines.base import Engine
 from vlm_edge_runtime.errors import ContextLengthError, ImageError, PromptError
 from vlm_edge_runtime.preprocess import ImageLike
-from vlm_edge_runtime.text import load_tokenizer
+from vlm_edge_runtime.text import Tokenizer, load_tokenizer
 
 from .inputs import as_images
 from .lru import ByteLRU
@@ -80,11 +80,19 @@ class CommonSpace:
     Vectors of texts are cached by text, those of images where `images` does so. Safe to use from several threads.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, contract: DualEncoderContract, images: ImageVectors) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        contract: DualEncoderContract,
+        images: ImageVectors,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """`tokenizer`: the bundle's, where it has been read already."""
         self._contract = contract
         self._engine = engine
         self._images = images
-        self._tokenizer = load_tokenizer(bundle)
+        self._tokenizer = load_tokenizer(bundle) if tokenizer is None else tokenizer
         self._texts: ByteLRU[str, Floats] = ByteLRU(TEXT_CACHE_BYTES)
         # With activations quantised on the fly a text's vector would depend on its neighbours in the batch.
         self._texts_per_call = 1 if bundle.graphs["text_encoder"].precision == "int8" else TEXTS_PER_CALL

@@ -34,7 +34,8 @@ class ContrastiveCaptioner(Compares, VisionLanguageModel):
         contrast = contract.contrast if isinstance(contract, GenerativeContract) else None
         if contrast is None:
             raise BundleError(f"{bundle.path} does not say how it compares images with texts: export it again.")
-        self._space = CommonSpace(bundle, engine, contrast, _Vectors(bundle, engine, contrast, self._parts.modalities))
+        vectors = _Vectors(bundle, engine, contrast, self._parts.modalities)
+        self._space = CommonSpace(bundle, engine, contrast, vectors, self._parts.prompts.tokenizer)
 
     @property
     def comparison_stats(self) -> EmbeddingStats:

@@ -10,6 +10,7 @@ from vlm_edge_runtime.bundle.reader import Bundle
 from vlm_edge_runtime.engines.base import Engine
 from vlm_edge_runtime.errors import BundleError
 from vlm_edge_runtime.preprocess import ImageLike
+from vlm_edge_runtime.text import Tokenizer
 
 from .base import missing_method
 from .common_space import CommonSpace, EmbeddingStats, LabelScore, Similarity, sigmoid, softmax, unit_length
@@ -35,6 +36,7 @@ class DualEncoder(Compares):
         *,
         image_cache_bytes: int = 256 << 20,
         image_options: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(bundle, engine)
         contract = bundle.manifest.contract
@@ -46,7 +48,7 @@ class DualEncoder(Compares):
             variant=bundle.build_name,
             kept=ByteLRU(image_cache_bytes),
         )
-        self._space = CommonSpace(bundle, engine, contract, self._images)
+        self._space = CommonSpace(bundle, engine, contract, self._images, tokenizer)
 
     def __getattr__(self, name: str) -> Any:
         raise missing_method(self, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -13,7 +12,7 @@ from PIL import Image
 
 from vlm_edge_runtime import _native
 from vlm_edge_runtime.bundle.image_output import CodebookOutput
-from vlm_edge_runtime.decode.option_values import MAX_SEED, integer, number
+from vlm_edge_runtime.decode.option_values import MAX_SEED, any_seed, integer, number
 from vlm_edge_runtime.engines.base import Engine, SamplingParams
 from vlm_edge_runtime.errors import CapabilityError, ContextLengthError, OptionError
 from vlm_edge_runtime.text import Message, position_ids
@@ -76,7 +75,7 @@ def write_image(parts: Parts, ids: Ids, between: Callable[[int], None], options:
         raise OptionError(f"unknown image option {', '.join(map(repr, sorted(unknown)))}; known are: {known}.")
     given = {key: value for key, value in options.items() if value is not None}
     scale = number("guidance_scale", given.get("guidance_scale", output.guidance_scale), 0.0)
-    seed = integer("seed", given.get("seed", secrets.randbits(63)), 0, MAX_SEED)
+    seed = integer("seed", given.get("seed", any_seed()), 0, MAX_SEED)
     sampling = SamplingParams(
         temperature=number("temperature", given.get("temperature", 1.0), 0.0),
         top_k=min(integer("top_k", given.get("top_k", 0), 0), output.codes),

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from vlm_edge_runtime.bundle.manifest import Build, KVLayout
+from vlm_edge_runtime.machine import available_memory
 
 BUCKET = 256
 """Capacities below the full context are multiples of this, so that caches of similar prompts are interchangeable."""
@@ -43,7 +42,7 @@ class KVPlan:
     @classmethod
     def make(cls, layout: KVLayout, context_length: int, budget: int | None = None, sizes: Sequence[int] = ()) -> KVPlan:
         """The plan for a decoder's layout; without `budget`, half of the memory that is available now."""
-        free = int(psutil.virtual_memory().available * _SHARE) if budget is None else budget
+        free = int(available_memory() * _SHARE) if budget is None else budget
         return cls(context_length=context_length, entry_bytes=layout.entry_bytes, budget=free, sizes=tuple(sorted(sizes)))
 
     def bytes(self, batch: int, capacity: int) -> int:

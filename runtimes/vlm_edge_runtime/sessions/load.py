@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_edge_runtime.bundle.manifest import Manifest
-from vlm_edge_runtime.bundle.reader import PORTABLE, Bundle, open_bundle, read_manifest
+from vlm_edge_runtime.bundle.reader import PORTABLE, begin_bundle, read_manifest
 from vlm_edge_runtime.engines.base import EngineOptions
 from vlm_edge_runtime.errors import BundleError, DeviceError, OptionError, TargetError
 
@@ -75,16 +74,22 @@ def load(
     manifest = read_manifest(path)
     if manifest.session not in SESSIONS:
         raise BundleError(f"{path} is of family '{manifest.family}'; this version runs: {', '.join(SESSIONS)}.")
-    opening = _Opening(path, build or choose_build(path, manifest, device), verify)
-    # Here and not above: a caller that only wants the errors' names need not have them. Meanwhile the files are hashed.
-    from vlm_edge_runtime import _native
-    from vlm_edge_runtime.engines import open_engine
+    bundle, verification = begin_bundle(path, manifest, build=build or choose_build(path, manifest, device), verify=verify)
+    with verification:
+        # Here and not above: a caller that only wants the errors' names need not have them. Meanwhile the files are hashed.
+        from vlm_edge_runtime import _native
+        from vlm_edge_runtime.engines import import_engine, open_engine
+        from vlm_edge_runtime.text import load_tokenizer
 
-    module, name = SESSIONS[session_kind(manifest)]
-    session_class = getattr(importlib.import_module(module), name)
-    bundle = opening.result()
+        module, name = SESSIONS[session_kind(manifest)]
+        session_class = getattr(importlib.import_module(module), name)
+        import_engine(bundle)
+        verification.wait_first()
+        tokenizer = load_tokenizer(bundle)  # this holds the interpreter for long; hashing goes on
+        _native.trim_heap()  # reading a tokenizer of 49,000 tokens leaves 27 MB of freed memory behind
+        verification.wait()
     engine = open_engine(bundle, device, EngineOptions(threads=threads, spin=spin, encoder_threads=encoder_threads))
-    given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes, "image_options": image_options}
+    given: dict[str, Any] = {"image_cache_bytes": image_cache_bytes, "image_options": image_options, "tokenizer": tokenizer}
     if hasattr(session_class, "generate"):
         given |= {"context_length": context_length, "prefix_cache": prefix_cache, "prefix_cache_bytes": prefix_cache_bytes}
     elif context_length is not None:
@@ -95,34 +100,7 @@ def load(
     except BaseException:
         engine.close()
         raise
-    _native.trim_heap()  # reading a tokenizer of 49,000 tokens leaves 27 MB of freed memory behind
     return session
-
-
-class _Opening(threading.Thread):
-    """Opens a bundle beside other work: hashing its files leaves the interpreter to others."""
-
-    def __init__(self, path: str | Path, build: str, verify: bool) -> None:
-        super().__init__(name="vlm-edge open", daemon=True)
-        self._arguments = path, build, verify
-        self._bundle: Bundle | None = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        path, build, verify = self._arguments
-        try:
-            self._bundle = open_bundle(path, build=build, verify=verify)
-        except BaseException as error:  # whatever it is, `result` raises it where it is waited for
-            self._error = error
-
-    def result(self) -> Bundle:
-        """The opened bundle, or the error that opening it raised."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        assert self._bundle is not None  # one of the two is there
-        return self._bundle
 
 
 def choose_build(path: str | Path, manifest: Manifest, device: str) -> str:

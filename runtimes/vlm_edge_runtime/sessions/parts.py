@@ -12,6 +12,7 @@ from vlm_edge_runtime.decode.options import GenerationDefaults
 from vlm_edge_runtime.engines.base import Decoder, Engine
 from vlm_edge_runtime.engines.decoder_inputs import DecoderInputs
 from vlm_edge_runtime.preprocess import ImageProcessor
+from vlm_edge_runtime.text import Tokenizer
 
 from .kv_plan import KVPlan
 from .memory import MemoryGraphs, MemoryStore
@@ -61,17 +62,18 @@ def assemble(
     plan: KVPlan,
     image_cache_bytes: int,
     prefix_cache_bytes: int | None,
+    tokenizer: Tokenizer | None = None,
 ) -> Parts:
     """The parts of a session; no graph is loaded yet. `prefix_cache_bytes` None keeps no KV caches.
 
-    Raises BundleError for a bundle whose parts do not fit together.
+    `tokenizer`: the bundle's, where it has been read already. Raises BundleError for a bundle whose parts do not fit together.
     """
     # The portable signature: a build's decoder has inputs of its engine's besides.
     inputs = DecoderInputs("decoder", bundle.manifest.graphs["decoder"].inputs)
     memory = MemoryGraphs(bundle, engine, contract, inputs)
     modalities = Modalities(bundle, engine, contract, image_processor, budget=image_cache_bytes, keep=memory.reads)
     token_inputs = TokenInputs(contract.token_inputs, inputs.tokens)
-    prompts = PromptBuilder(bundle, contract, modalities, memory, token_inputs)
+    prompts = PromptBuilder(bundle, contract, modalities, memory, token_inputs, tokenizer)
     config = bundle.read_json("generation_config.json") if bundle.has_file("generation_config.json") else {}
     if contract.image_output is not None:
         config = {key: value for key, value in config.items() if key not in IMAGE_OPTIONS}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Executor, Future
 from typing import TYPE_CHECKING, Any
 
 from vlm_edge_runtime.errors import GenerationCancelled, PromptError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     from .media import Medium
 
 
@@ -46,6 +47,8 @@ class Prefetched:
 
     def media(self) -> list[Medium]:
         """The encoded inputs, when they are ready. Raises as `generate`, and GenerationCancelled."""
+        from concurrent.futures import CancelledError
+
         try:
             return self._future.result()
         except (CancelledError, _Stopped):

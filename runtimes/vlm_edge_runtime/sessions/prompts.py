@@ -16,6 +16,7 @@ from vlm_edge_runtime.errors import PromptError
 from vlm_edge_runtime.text import (
     ChatTemplate,
     Message,
+    Tokenizer,
     expand,
     image_text,
     joined,
@@ -98,13 +99,15 @@ class PromptBuilder:
         modalities: Modalities,
         memory: MemoryGraphs,
         token_inputs: TokenInputs,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        """`tokenizer`: the bundle's, where it has been read already."""
         self._bundle = bundle
         self._contract = contract
         self._modalities = modalities
         self._memory = memory
         self._token_inputs = token_inputs
-        self.tokenizer = load_tokenizer(bundle)
+        self.tokenizer = load_tokenizer(bundle) if tokenizer is None else tokenizer
         self._tokens: dict[str, str | None] = {
             modality.kind: placeholder_token(modality.placeholder) for modality in contract.modalities
         }

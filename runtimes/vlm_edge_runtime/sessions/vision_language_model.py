@@ -20,7 +20,7 @@ from vlm_edge_runtime.decode.stats import Counters, Stats
 from vlm_edge_runtime.engines.base import Engine
 from vlm_edge_runtime.errors import BundleError, CapabilityError, GenerationCancelled, OptionError
 from vlm_edge_runtime.preprocess import ImageLike
-from vlm_edge_runtime.text import Message
+from vlm_edge_runtime.text import Message, Tokenizer
 
 from .ahead import Ahead, Prefetcher
 from .base import missing_method
@@ -63,6 +63,7 @@ class VisionLanguageModel(Ahead):
         prefix_cache: bool = True,
         prefix_cache_bytes: int = 512 << 20,
         image_options: Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(bundle, engine)
         contract = bundle.manifest.contract
@@ -84,6 +85,7 @@ class VisionLanguageModel(Ahead):
             plan=KVPlan.make(bundle.kv, limit, getattr(engine, "kv_budget", None), sizes),
             image_cache_bytes=image_cache_bytes,
             prefix_cache_bytes=prefix_cache_bytes if prefix_cache else None,
+            tokenizer=tokenizer,
         )
         self._turn = threading.Lock()
         self._active: dict[int, Run] = {}
