@@ -66,20 +66,35 @@ def test_kernels_read_and_write_only_what_is_theirs(sanitized, name):
     check(sanitized, name)
 
 
-def test_planted_mistake_is_found(tmp_path):
-    """The comparison is not blind: a wrong offset of the 4-bit codes shows."""
-    text = (NATIVE / "kernels" / "scalar.c").read_text()
-    changed = text.replace("(four ? 1 : 16)", "(four ? 1 : 15)")
-    assert changed != text
+def with_a_mistake(folder: Path, right: str, wrong: str) -> Path:
+    """The tests of the kernels, one place of one of which is not what it should be."""
     for file in (*(NATIVE / "kernels").glob("*.h"), *(NATIVE / "kernels").glob("*.inc"), *(NATIVE / "kernels").glob("*.c")):
-        shutil.copy(file, tmp_path)
-    (tmp_path / "scalar.c").write_text(changed)
+        shutil.copy(file, folder)
+    holding = [file for file in folder.iterdir() if right in file.read_text()]
+    assert len(holding) == 1, f"'{right}' is in {len(holding)} files"
+    holding[0].write_text(holding[0].read_text().replace(right, wrong))
     for test in (TESTS / "checking.h", *(source for source in kernel_sources() if source.parent == TESTS)):
         text = test.read_text().replace("../../../../runtimes/native/kernels/kernels.h", "kernels.h")
-        (tmp_path / test.name).write_text(text)
-    done = run(compiled(tmp_path, "planted", sorted(tmp_path.glob("*.c")), "-O0", "-Wno-unused-function"), "scalar")
+        (folder / test.name).write_text(text)
+    return compiled(folder, "planted", sorted(folder.glob("*.c")), "-O0", "-Wno-unused-function")
+
+
+def test_planted_mistake_is_found(tmp_path):
+    """The comparison is not blind: a wrong offset of the 4-bit codes shows."""
+    done = run(with_a_mistake(tmp_path, "(four ? 1 : 16)", "(four ? 1 : 15)"), "scalar")
     assert done.returncode == 1
     assert "int8" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", ["7.802403e-2f", "2.2606707e-1f", "6.9583399e-1f"])
+def test_one_percent_of_a_factor_of_powers_shows(tmp_path, factor):
+    """Of the polynomial for 2^x, whose weights are rounded to 8 bits afterwards."""
+    done = run(with_a_mistake(tmp_path, f"({factor})", f"(1.01f * {factor})"), "avx512-bf16")
+    if done.returncode == 2:
+        pytest.skip("this CPU has no avx512-bf16")
+    assert done.returncode == 1
+    assert "2^x" in done.stdout
 
 
 @pytest.fixture(scope="module")
