@@ -10,7 +10,7 @@ import pytest
 
 from vlm_edge.targets.native.encoder_products import byte_matrix
 from vlm_edge.targets.native.panels import Quantised, floating, integers, quantised, vector
-from vlm_edge.targets.native.plan_file import Buffer, BufferKind, GraphKind, Plan, Ref, Step, Unary, Value, write
+from vlm_edge.targets.native.plan_file import Buffer, BufferKind, GraphKind, Over, Plan, Ref, Step, Unary, Value, write
 from vlm_edge.targets.native.session import PlanSession
 from vlm_edge_runtime import _native
 
@@ -39,9 +39,10 @@ def made(rows: int, width: int) -> Ref:
 
 
 def run(folder: Path, kernels: str, steps: list[Step], *inputs: np.ndarray, threads: int = 2) -> np.ndarray:
-    """The plan's only output."""
+    """The plan's only output; inputs are floats, or int64."""
     out = next(ref.buffer for step in steps for ref in step.outputs if ref and ref.buffer.kind == BufferKind.OUTPUT)
-    values = [Value(f"x{number}", 1, ("images", *array.shape[1:])) for number, array in enumerate(inputs)]
+    types = {np.dtype(np.float32): 1, np.dtype(np.int64): 7}
+    values = [Value(f"x{number}", types[array.dtype], ("images", *array.shape[1:])) for number, array in enumerate(inputs)]
     result = Value("y", 1, ("images", out.rows, out.width))
     write(Plan(values, [result], 0, 0, 0, steps, graph=True), folder / "steps.plan")
     session = PlanSession(folder / "steps.plan", threads=threads, kernels=kernels)
@@ -188,3 +189,67 @@ def test_sums_and_products_of_rows(kernels, kind, tmp_path):
     ):
         found = run(tmp_path, kernels, [Step(kind, 45, False, sources, [made(6, 45)], weights)], *inputs)
         np.testing.assert_array_equal(found, apply(x, other))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 3)])
+def test_integers_and_waves(kernels, rows, width, tmp_path):
+    places = np.random.default_rng(0).integers(-50, 1 << 20, (IMAGES, rows, width))
+    found = run(tmp_path, kernels, [Step(GraphKind.CONVERT, width, False, [given(0, places)], [made(rows, width)])], places)
+    np.testing.assert_array_equal(found, places)
+    angles = numbers(np.random.default_rng(0), IMAGES, rows, width) * 300
+    for sine, function in ((0, np.cos), (1, np.sin)):
+        step = Step(GraphKind.COSINE, width, False, [given(0, angles)], [made(rows, width)], arguments=[sine])
+        np.testing.assert_allclose(run(tmp_path, kernels, [step], angles), function(angles.astype(np.float64)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 2), (9, 3, 14), (40, 4, 80)])
+def test_rotary(kernels, rows, heads, size, tmp_path):
+    """From beside other columns; the tables' halves may differ."""
+    generator = np.random.default_rng(rows)
+    x = numbers(generator, IMAGES, rows, 3 * heads * size)
+    tables = [numbers(generator, IMAGES, rows, size) for _ in range(2)]
+    inputs = [Ref(given(0, x).buffer, heads * size), given(1, tables[0]), given(2, tables[1])]
+    step = Step(GraphKind.ROTARY, heads * size, False, inputs, [made(rows, heads * size)], arguments=[heads, size])
+    found = run(tmp_path, kernels, [step], x, *tables)
+    part = x[..., heads * size : 2 * heads * size].astype(np.float64).reshape(IMAGES, rows, heads, size)
+    turned = np.concatenate([-part[..., size // 2 :], part[..., : size // 2]], axis=3)
+    wanted = part * tables[0][:, :, None] + turned * tables[1][:, :, None]
+    np.testing.assert_allclose(found, wanted.reshape(found.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "entries", "width"), [(1, 1, 1), (5, 3, 17), (33, 4, 64)])
+def test_gather(kernels, rows, entries, width, tmp_path):
+    """Rows of a stored table, and of what is computed, of all images; negative places count from the end."""
+    generator = np.random.default_rng(rows)
+    x, table = numbers(generator, IMAGES, rows, width + 2), numbers(generator, rows, width)
+    places = generator.integers(-rows, rows, (IMAGES, rows, entries))
+    out = made(rows * entries, width)
+    step = Step(GraphKind.GATHER, width, False, [None, given(0, places)], [out], [vector(table)])
+    np.testing.assert_array_equal(run(tmp_path, kernels, [step], places), table[places].reshape(IMAGES, -1, width))
+    places = generator.integers(-IMAGES * rows, IMAGES * rows, (IMAGES, rows, entries))
+    step = Step(GraphKind.GATHER, width, False, [Ref(given(0, x).buffer, 1), given(1, places)], [out])
+    wanted = x[..., 1 : 1 + width].reshape(-1, width)[places].reshape(IMAGES, -1, width)
+    np.testing.assert_array_equal(run(tmp_path, kernels, [step], x, places), wanted)
+
+
+@pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 1), (41, 3, 7), (300, 2, 80)])
+@pytest.mark.parametrize("segments", [0, 1, 2, 7])
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_over_the_rows_of_all_images(kernels, rows, heads, size, segments, half, tmp_path):
+    """Over all of them (0 segments), or over those with the same integer, which lie together: also more than an item takes."""
+    generator = np.random.default_rng(rows)
+    x, width = numbers(generator, IMAGES, rows, 3 * heads * size), heads * size
+    ids = np.sort(generator.integers(-1, max(segments, 1) - 1, IMAGES * rows)).reshape(IMAGES, rows, 1)
+    beside = given(0, x)
+    inputs = [beside, Ref(beside.buffer, width), Ref(beside.buffer, 2 * width), *([given(1, ids)] if segments else [])]
+    step = Step(GraphKind.ATTENTION, width, False, inputs, [made(rows, width)], reals=[size**-0.5])
+    step.arguments = [heads, size, int(half), 0, 0, int(Over.SEGMENTS if segments else Over.ALL)]
+    found = run(tmp_path, kernels, [step], x, *([ids] if segments else []))
+    query, key, value = x.astype(np.float64).reshape(IMAGES * rows, 3, heads, size).transpose(1, 2, 0, 3)
+    scores = query @ key.transpose(0, 2, 1) * size**-0.5
+    flat = ids.reshape(-1)
+    if segments:
+        scores = np.where(flat[:, None] == flat, scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    wanted = (weights / weights.sum(axis=2, keepdims=True)) @ value
+    np.testing.assert_allclose(found, wanted.transpose(1, 0, 2).reshape(found.shape), atol=0.06 if half else 1e-5)
