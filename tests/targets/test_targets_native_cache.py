@@ -11,50 +11,37 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
+from decoder_plans import (
+    alike_in_every_instruction_set,
+    beside_the_portable_decoder,
+    calls,
+    families,
+    plan_of,
+    planned,
+    same_bits_on_every_number_of_threads,
+)
 
 from vlm_edge.cli.main import group
 from vlm_edge.targets.build import build
 from vlm_edge.targets.native.cache_codes import coded, decoded
-from vlm_edge.targets.native.compile import Compiler
 from vlm_edge.targets.native.plan_file import Kind, write
 from vlm_edge.targets.native.session import PlanSession
-from vlm_edge.targets.pipeline import lower_decoder
-from vlm_edge.targets.samples import Samples, run_graph, session
+from vlm_edge.targets.samples import run_graph
 from vlm_edge.targets.selfcheck import Difference
-from vlm_edge.targets.steps import STEPS, laid_beside, shared_feeds
 from vlm_edge.targets.target import load_target
-from vlm_edge_runtime import _native
 from vlm_edge_runtime.bundle.manifest import KVLayout
 from vlm_edge_runtime.bundle.reader import open_bundle
 from vlm_edge_runtime.errors import DeviceError, TargetError
 
-LONG = ((1, 70, 90, 0), (1, 1, 230, 0), (2, 5, 7, 3))
+FURTHER = ((1, 70, 90, 0), (1, 1, 230, 0), (2, 5, 7, 3))
+"""Of many new tokens at once all are rounded, which the portable decoder's are not: prompts of 70, not of 150."""
 NAMES = ["tiny-llava", "paligemma", "florence2", "blip2-t5"]
 """Grouped queries, blocks of tokens that see each other, static keys, biases by distance."""
 MORE = ["llava-gpt2", "llava-opt", "llava-phi3", "llava-gemma2", "gemma3", "qwen2_vl", "qwen3_vl", "idefics", "mllama", "git"]
 """One head size after another, windows, soft caps, rotary of several axes, gates."""
 
 
-def plan_of(path: Path, precision: str = "fp32", cache: ir.DataType = ir.DataType.INT8):
-    bundle, head = open_bundle(path), "fp32" if precision == "fp32" else "int8"
-    model = ir.load(bundle.graph_path("decoder"))
-    context = bundle.manifest.contract.context_length
-    lower_decoder(model, precision=precision, head=head, context_length=context, block_size=32, branches=False)
-    return Compiler(model, cache=cache).compile()
-
-
-def planned(path: Path, out: Path, precision: str = "fp32", cache: ir.DataType = ir.DataType.INT8) -> Path:
-    write(plan_of(path, precision, cache), out)
-    return out
-
-
-def steps(path: Path):
-    bundle = open_bundle(path)
-    samples = Samples(bundle)
-    for rows, sequence, past, padding in (*STEPS, *LONG):
-        if past + sequence <= bundle.manifest.contract.context_length:
-            portable = samples.decoder(sequence=sequence, past=past, rows=rows, padding=padding, seed=sequence)
-            yield portable, shared_feeds(portable, capacity=past + sequence + 5)
+CODES = ir.DataType.INT8
 
 
 def test_codes_are_the_nearest_and_scales_never_too_small():
@@ -75,66 +62,36 @@ def test_codes_are_the_nearest_and_scales_never_too_small():
 def test_new_entries_are_the_codes_of_what_a_float_cache_keeps(portable_bundle, tmp_path):
     """Rotated first, then in 8 bits: bit for bit, in the layer that reads no cache before it writes its own."""
     path = portable_bundle("tiny-llava")
-    floats = PlanSession(planned(path, tmp_path / "floats.plan", cache=ir.DataType.FLOAT))
-    codes = PlanSession(planned(path, tmp_path / "codes.plan"))
-    for _, feeds in steps(path):
+    floats = PlanSession(planned(path, tmp_path / "floats.plan", "fp32", ir.DataType.FLOAT))
+    codes = PlanSession(planned(path, tmp_path / "codes.plan", "fp32", CODES))
+    for _, feeds in calls(path):
         wanted, found = run_graph(floats, feeds), run_graph(codes, feeds)
         for name in ("present.0.key", "present.0.value"):
             np.testing.assert_array_equal(found[name], decoded(*coded(wanted[name])))
 
 
-def close(path: Path, out: Path) -> None:
+@families(NAMES, MORE)
+def test_plans_compute_what_the_portable_decoder_does_on_rounded_entries(portable_bundle, name, tmp_path):
     """Beside float caches of the same codes only the new tokens' rounding is left, half of 1/127 of a block's largest number:
 
     some hundredths of the largest logit where scores are sharp (T5's are not divided by the root of the head's size).
     """
-    reference = session(open_bundle(path).graph_path("decoder"))
-    planned(path, out)
-    for kernels in ("scalar", None):
-        plan, difference = PlanSession(out, kernels=kernels), Difference()
-        for portable, feeds in steps(path):
-            rounded = {
-                name: decoded(*coded(array)) if name.startswith("past_key_values.") else array for name, array in portable.items()
-            }
-            for _, got, expected in laid_beside(run_graph(plan, feeds), run_graph(reference, rounded), portable):
-                difference.add(got, expected)
-        assert difference.cosine > 0.999, (kernels, difference)
-        assert difference.relative < 0.05, (kernels, difference)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_plans_compute_what_the_portable_decoder_does_on_rounded_entries(portable_bundle, name, tmp_path):
-    close(portable_bundle(name), tmp_path / "decoder.plan")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
-def test_other_families(portable_bundle, name, tmp_path):
-    close(portable_bundle(name), tmp_path / "decoder.plan")
+    path = portable_bundle(name)
+    plan = planned(path, tmp_path / "decoder.plan", "fp32", CODES)
+    found = beside_the_portable_decoder(path, plan, FURTHER, lambda array: decoded(*coded(array)))
+    assert len(found) == 2
+    assert all(one.cosine > 0.999 and one.relative < 0.05 for one in found.values()), found
 
 
 def test_every_number_of_threads_gives_the_same_bits(portable_bundle, tmp_path):
     path = portable_bundle("tiny-llava")
-    plan = planned(path, tmp_path / "decoder.plan", "int4")
-    cases = [feeds for _, feeds in steps(path)]
-    wanted = [run_graph(PlanSession(plan), feeds) for feeds in cases]
-    for threads in range(2, 9):
-        several = PlanSession(plan, threads=threads)
-        for feeds, expected in zip(cases, wanted, strict=True):
-            for name, array in run_graph(several, feeds).items():
-                np.testing.assert_array_equal(array, expected[name], err_msg=f"{threads} threads")
+    same_bits_on_every_number_of_threads(path, planned(path, tmp_path / "decoder.plan", "int4", CODES))
 
 
 def test_instruction_sets_agree(portable_bundle, tmp_path):
+    """A number between two codes may fall to either side: 1/127 of its block's largest."""
     path = portable_bundle("tiny-llava")
-    out = planned(path, tmp_path / "decoder.plan")
-    plain = PlanSession(out, kernels="scalar")
-    for name in _native.kernels():
-        fast = PlanSession(out, kernels=name)
-        for _, feeds in steps(path):
-            got, wanted = run_graph(fast, feeds), run_graph(plain, feeds)
-            for key, array in wanted.items():  # a number between two codes may fall to either side: 1/127 of its block's largest
-                assert np.abs(got[key].astype(np.float64) - array).max() < 0.01 * np.abs(array).max(), (name, key)
+    alike_in_every_instruction_set(path, planned(path, tmp_path / "decoder.plan", "fp32", CODES), 0.01)
 
 
 def swapped_scales(plan):
@@ -152,19 +109,19 @@ def scales_of_the_layer_before(plan):
 @pytest.mark.parametrize("spoil", [swapped_scales, scales_of_the_layer_before])
 def test_a_mistake_in_the_scales_shows(portable_bundle, tmp_path, spoil):
     path = portable_bundle("tiny-llava")
-    plan = plan_of(path)
+    plan = plan_of(path, "fp32", CODES)
     write(plan, tmp_path / "right.plan")
     spoil(plan)
     write(plan, tmp_path / "wrong.plan")
     right, wrong, difference = PlanSession(tmp_path / "right.plan"), PlanSession(tmp_path / "wrong.plan"), Difference()
-    for _, feeds in steps(path):
+    for _, feeds in calls(path):
         difference.add(run_graph(wrong, feeds)["logits"], run_graph(right, feeds)["logits"])
     assert difference.cosine < 0.999
 
 
 @pytest.mark.parametrize(("argument", "value"), [(8, 0), (9, 1), (8, 99), (9, -1)])
 def test_plans_whose_scales_are_no_scales_are_refused(portable_bundle, tmp_path, argument, value):
-    plan = plan_of(portable_bundle("tiny-llava"))
+    plan = plan_of(portable_bundle("tiny-llava"), "fp32", CODES)
     for step in plan.steps:
         if step.kind == Kind.ROTARY:
             step.arguments[argument] = value
