@@ -42,11 +42,5 @@ PyObject *native_rows_run(PyObject *module, PyObject *args) {
         }
         PyBuffer_Release(&tokens);
     }
-    Py_BEGIN_ALLOW_THREADS;
-    session_core_release(core);
-    Py_END_ALLOW_THREADS;
-    if (failed) {
-        return NULL;
-    }
-    Py_RETURN_NONE;
+    return session_core_done(core, failed);
 }

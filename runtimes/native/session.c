@@ -45,6 +45,16 @@ void session_core_release(SessionCore *core) {
     free(core);
 }
 
+PyObject *session_core_done(SessionCore *core, int failed) {
+    Py_BEGIN_ALLOW_THREADS;
+    session_core_release(core);
+    Py_END_ALLOW_THREADS;
+    if (failed) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
 static const ValueInfo *find_value(const ValueInfo *values, size_t count, const char *name) {
     for (size_t i = 0; i < count; i++) {
         if (strcmp(values[i].name, name) == 0) {
