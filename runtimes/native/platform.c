@@ -156,13 +156,19 @@ void platform_large_pages(void *memory, size_t bytes) {
 bool platform_fill(const void *memory, size_t bytes) {
 #ifdef __linux__
     const int populate = 22; /* MADV_POPULATE_READ, Linux 5.14; madvise(2): fails, without a signal, where pages cannot be read */
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)memory / page * page;
-    madvise((void *)first, (uintptr_t)memory + bytes - first, MADV_WILLNEED);
-    int failed;
-    do {
-        failed = madvise((void *)first, (uintptr_t)memory + bytes - first, populate);
-    } while (failed != 0 && errno == EINTR);
-    return failed == 0;
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), end = (uintptr_t)memory + bytes;
+    const size_t most = (size_t)4 << 20; /* at once: meanwhile other threads can map nothing */
+    uintptr_t at = (uintptr_t)memory / page * page;
+    madvise((void *)at, end - at, MADV_WILLNEED);
+    while (at < end) {
+        const size_t size = end - at < most ? end - at : most;
+        if (madvise((void *)at, size, populate) == 0) {
+            at += size;
+        } else if (errno != EINTR) {
+            return false;
+        }
+    }
+    return true;
 #else
     (void)memory;
     (void)bytes;

@@ -30,6 +30,12 @@ MANIFEST = "manifest.json"
 PORTABLE = "portable"
 
 
+class _Version(msgspec.Struct):
+    """What is looked at before the rest, which another version may say in other words."""
+
+    schema_version: Any = None
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """Reads and validates `path/manifest.json`. Raises BundleError with what is wrong and what to do."""
     root = Path(path)
@@ -41,8 +47,8 @@ def read_manifest(path: str | Path) -> Manifest:
     except FileNotFoundError:
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}. Was its export interrupted? Export it again.") from None
     try:
-        version = json.loads(data).get("schema_version")
-    except (ValueError, AttributeError) as error:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+    except msgspec.DecodeError as error:
         raise BundleError(f"{file} is not valid JSON ({error}): the bundle is damaged; copy or export it again.") from None
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise BundleError(
@@ -89,9 +95,11 @@ class Bundle:
 
     def read_text(self, name: str) -> str:
         """A side file's text. Raises BundleError when the bundle never had it."""
-        if not self.has_file(name):
-            raise BundleError(f"{self.path} has no {name}; it has: {', '.join(ref.file for ref in self.manifest.files)}.")
-        return (self.path / name).read_text(encoding="utf-8")
+        return self._side_file(name).read_text(encoding="utf-8")
+
+    def read_bytes(self, name: str) -> bytes:
+        """A side file as it is. Raises BundleError when the bundle never had it."""
+        return self._side_file(name).read_bytes()
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A side file parsed as a JSON object."""
@@ -99,6 +107,11 @@ class Bundle:
         if not isinstance(value, dict):
             raise BundleError(f"{self.path / name} is not a JSON object.")
         return value
+
+    def _side_file(self, name: str) -> Path:
+        if not self.has_file(name):
+            raise BundleError(f"{self.path} has no {name}; it has: {', '.join(ref.file for ref in self.manifest.files)}.")
+        return self.path / name
 
 
 def open_bundle(path: str | Path, *, build: str | None = None, verify: bool = True) -> Bundle:
@@ -118,9 +131,10 @@ def open_bundle(path: str | Path, *, build: str | None = None, verify: bool = Tr
 def begin_bundle(
     path: str | Path, manifest: Manifest, *, build: str | None = None, verify: bool = True
 ) -> tuple[Bundle, Verification]:
-    """`open_bundle`, the files being hashed meanwhile: nothing of one is to be read before the verification has told of it.
+    """`open_bundle`, the graphs' files being hashed meanwhile: none is to be read before the verification's `wait` has returned.
 
-    Its `wait_first` tells of the manifest's side files. The caller closes it. Raises as `open_bundle`, for hashes excepted.
+    The manifest's side files are verified already. The caller closes the verification. Raises as `open_bundle`, but for graphs
+    with a wrong hash, of which `wait` tells.
     """
     root = Path(path)
     chosen: Build | None = None

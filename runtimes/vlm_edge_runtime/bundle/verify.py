@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
 from vlm_edge_runtime import _native
 from vlm_edge_runtime.errors import BundleError
@@ -20,97 +20,109 @@ from .manifest import FileRef
 _CHUNK = 16 << 20
 """Bytes that are read and hashed at a time. Each piece waits for the interpreter lock twice, so they are large."""
 _WINDOW = 256 << 20
-"""Bytes of a file that are mapped at a time; between two of them a thread sees that it is to stop."""
+"""Bytes of a mapped file that are hashed at a time; between two of them a thread sees that it is to stop."""
 _SMALL = 1 << 20
 """Up to so many bytes a file is read: mapping it would not pay."""
-_THREADS = 2
-"""The largest file is most of a bundle, and one file is hashed by one thread."""
+_THREADS = 3
+"""At most; one file is hashed by one thread, and a bundle has few large ones."""
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex. Raises OSError when it cannot be read."""
-    digest = _digest(path, threading.Event())
+    digest = _digest(path, _mapped(path), threading.Event())
     assert digest is not None  # nobody can have stopped it
     return digest
 
 
-def _digest(path: Path, stop: threading.Event) -> str | None:
-    """None when `stop` was set meanwhile."""
+def _mapped(path: Path) -> mmap.mmap | None:
+    """A large file as the system's cache holds it; None for a small one, and where it cannot be had so: then it is read."""
+    try:
+        with path.open("rb", buffering=0) as stream:
+            if os.fstat(stream.fileno()).st_size <= _SMALL:
+                return None
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, OverflowError, ValueError):
+        return None
+
+
+def _digest(path: Path, mapping: mmap.mmap | None, stop: threading.Event) -> str | None:
+    """None when `stop` was set meanwhile. Closes the mapping."""
     digest = hashlib.sha256()
+    done = 0
+    if mapping is not None:
+        # Nothing is copied, and the interpreter lock is waited for twice. Pages are filled before they are looked at: unlike
+        # looking, that fails without a signal where a disk cannot give them.
+        with mapping, memoryview(mapping) as content:
+            while done < len(content) and not stop.is_set():
+                with content[done : done + _WINDOW] as piece:
+                    if not _native.fill_pages(piece):
+                        break
+                    digest.update(piece)
+                    done += len(piece)
+            if done == len(content):
+                return digest.hexdigest()
     with path.open("rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
-        done = 0
-        while size > _SMALL and done < size and not stop.is_set():
-            if not _hash_mapped(stream, done, min(_WINDOW, size - done), digest):
-                break
-            done += min(_WINDOW, size - done)
-        if size <= _SMALL or done < size:
-            stream.seek(done)
-            _hash_read(stream, digest, min(_CHUNK, max(size, 1)), stop)
+        if size <= _SMALL:
+            return hashlib.sha256(stream.read()).hexdigest()
+        stream.seek(done)
+        size = min(_CHUNK, max(size - done, 1))
+        # Pages of its own: freed memory of this size would stay with the process.
+        with mmap.mmap(-1, size) as pages, memoryview(pages) as buffer:
+            while not stop.is_set() and (count := stream.readinto(buffer)):
+                digest.update(buffer[:count])
     return None if stop.is_set() else digest.hexdigest()
 
 
-class _Hash(Protocol):
-    def update(self, data: Any, /) -> None: ...
-
-
-def _hash_mapped(stream: Any, offset: int, length: int, digest: _Hash) -> bool:
-    """Hashes a piece where the system's cache holds it: nothing is copied, and the interpreter lock is waited for once.
-
-    False when that cannot be done here. Pages are filled first, which, unlike looking at them, fails without a signal.
-    """
-    with mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=offset) as mapping:
-        if not _native.fill_pages(mapping):
-            return False
-        digest.update(mapping)
-        return True
-
-
-def _hash_read(stream: Any, digest: _Hash, size: int, stop: threading.Event) -> None:
-    # Pages of its own: freed memory of this size would stay with the process.
-    with mmap.mmap(-1, size) as pages, memoryview(pages) as buffer:
-        while not stop.is_set() and (count := stream.readinto(buffer)):
-            digest.update(buffer[:count])
-
-
 class Verification:
-    """Hashes files in threads until `wait` has told, or `close` ends it.
+    """Hashes files: `first` at once, then `rest` by threads, the largest first, until `close`.
 
-    `first` are hashed before all others; of the `rest` the largest come first, so that no thread is left with one at the end.
-    With several errors the one is raised whose file stands first in `first`, then `rest`, whatever thread found it when. A
-    context manager: no thread outlives it.
+    Threads want the interpreter lock seldom, so that they get on while the caller imports and reads. With several errors the
+    one is raised whose file stands first, whoever found it when. A context manager: no thread outlives it.
     """
 
-    def __init__(self, root: Path, first: Iterable[FileRef], rest: Iterable[FileRef] = (), *, threads: int = _THREADS) -> None:
-        """Begins to hash. That the files are there and have their sizes is the caller's to see (`check_size`)."""
+    def __init__(self, root: Path, first: Iterable[FileRef], rest: Iterable[FileRef] = (), *, threads: int | None = None) -> None:
+        """That the files are there and have their sizes is the caller's to see (`check_size`).
+
+        `threads`: by default one for each core but the caller's, who hashes too while it waits. Raises BundleError with the first
+        of `first` that is not what the manifest says.
+        """
         self._root = root
-        self._first = _once(first)
-        self._all = {**self._first, **_once(rest)}
-        others = [ref for ref in self._all.values() if ref.file not in self._first]
-        self._left = deque([*self._first.values(), *sorted(others, key=lambda ref: -ref.bytes)])
         self._found: dict[str, Exception | None] = {}
         self._told = threading.Condition()
         self._stop = threading.Event()
+        looked = _once(first)
+        for name, ref in looked.items():
+            self._look(ref, _mapped(root / name))
+            self._raise(name)
+        self._rest = {name: ref for name, ref in _once(rest).items() if name not in looked}
+        largest = sorted(self._rest.values(), key=lambda ref: -ref.bytes)
+        self._left = deque((ref, _mapped(root / ref.file)) for ref in largest)
         self._threads = [
             threading.Thread(target=self._work, name=f"vlm-edge verify {index}", daemon=True)
-            for index in range(min(threads, len(self._left)))
+            for index in range(min(_threads() if threads is None else threads, len(self._left)))
         ]
         for thread in self._threads:
             thread.start()
 
-    def wait_first(self) -> None:
-        """Waits for `first`. Raises BundleError with the first of them that is not what the manifest says."""
-        self._wait(self._first)
-
     def wait(self) -> None:
-        """Waits for all files. Raises BundleError with the first that is not what the manifest says."""
-        self._wait(self._all)
+        """Waits for `rest`. Raises BundleError with the first of them that is not what the manifest says."""
+        self._work()
+        for name in self._rest:
+            with self._told:
+                while name not in self._found:
+                    self._told.wait()
+            self._raise(name)
 
     def close(self) -> None:
-        """Ends the threads, which finish at most a piece each."""
+        """Ends the threads, which finish at most a piece each. Closing twice does no harm."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        while self._left:
+            _, mapping = self._left.pop()
+            if mapping is not None:
+                mapping.close()
 
     def __enter__(self) -> Self:
         return self
@@ -118,33 +130,37 @@ class Verification:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _wait(self, files: Iterable[str]) -> None:
-        for file in files:
-            with self._told:
-                while file not in self._found:
-                    self._told.wait()
-            if (error := self._found[file]) is not None:
-                raise error
+    def _raise(self, name: str) -> None:
+        if (error := self._found[name]) is not None:
+            raise error
 
     def _work(self) -> None:
         while not self._stop.is_set():
             try:
-                ref = self._left.popleft()
+                ref, mapping = self._left.popleft()
             except IndexError:
                 return
-            error: Exception | None = None
-            try:
-                if (found := _digest(self._root / ref.file, self._stop)) is None:
-                    return
-                if found != ref.sha256:
-                    error = _changed(self._root, ref, found)
-            except OSError as problem:
-                error = BundleError(f"{self._root / ref.file} cannot be read ({problem}); {again(ref)}.")
-            except Exception as problem:  # whatever it is, it is raised where it is waited for
-                error = problem
-            with self._told:
-                self._found[ref.file] = error
-                self._told.notify_all()
+            self._look(ref, mapping)
+
+    def _look(self, ref: FileRef, mapping: mmap.mmap | None) -> None:
+        """Hashes a file, and tells what was found."""
+        error: Exception | None = None
+        try:
+            found = _digest(self._root / ref.file, mapping, self._stop)
+            if found is not None and found != ref.sha256:
+                error = _changed(self._root, ref, found)
+        except OSError as problem:
+            error = BundleError(f"{self._root / ref.file} cannot be read ({problem}); {again(ref)}.")
+        except Exception as problem:  # whatever it is, it is raised where it is waited for
+            error = problem
+        with self._told:
+            self._found[ref.file] = error
+            self._told.notify_all()
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_THREADS, cores - 1))
 
 
 def check_files(root: Path, refs: Iterable[FileRef], *, hashes: bool = True) -> None:
@@ -155,7 +171,7 @@ def check_files(root: Path, refs: Iterable[FileRef], *, hashes: bool = True) -> 
     files: Sequence[FileRef] = list(refs)
     for ref in files:
         check_size(root, ref)
-    with Verification(root, files if hashes else ()) as verification:
+    with Verification(root, (), files if hashes else ()) as verification:
         verification.wait()
 
 

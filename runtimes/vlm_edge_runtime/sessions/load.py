@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from vlm_edge_runtime.bundle.manifest import Manifest
 from vlm_edge_runtime.bundle.reader import PORTABLE, begin_bundle, read_manifest
-from vlm_edge_runtime.engines.base import EngineOptions
 from vlm_edge_runtime.errors import BundleError, DeviceError, OptionError, TargetError
 
 from .registry import SESSIONS, session_kind
@@ -78,13 +77,12 @@ def load(
     with verification:
         # Here and not above: a caller that only wants the errors' names need not have them. Meanwhile the files are hashed.
         from vlm_edge_runtime import _native
-        from vlm_edge_runtime.engines import import_engine, open_engine
+        from vlm_edge_runtime.engines import EngineOptions, import_engine, open_engine
         from vlm_edge_runtime.text import load_tokenizer
 
         module, name = SESSIONS[session_kind(manifest)]
         session_class = getattr(importlib.import_module(module), name)
         import_engine(bundle)
-        verification.wait_first()
         tokenizer = load_tokenizer(bundle)  # this holds the interpreter for long; hashing goes on
         _native.trim_heap()  # reading a tokenizer of 49,000 tokens leaves 27 MB of freed memory behind
         verification.wait()

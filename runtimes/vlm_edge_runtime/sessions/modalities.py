@@ -139,7 +139,7 @@ class _Instructions:
     def __init__(self, bundle: Bundle, modality: Modality) -> None:
         assert modality.instruction is not None
         self._instruction = modality.instruction
-        self._tokenizer = Tokenizer(bundle.read_text(self._instruction.tokenizer))
+        self._tokenizer = Tokenizer(bundle.read_bytes(self._instruction.tokenizer))
 
     def arrays(self, text: str) -> dict[str, Array]:
         """int64 `[1, instruction]` ids and mask under the names the graphs read."""

@@ -15,6 +15,7 @@ class SideFiles(Protocol):
 
     def has_file(self, name: str) -> bool: ...
     def read_text(self, name: str) -> str: ...
+    def read_bytes(self, name: str) -> bytes: ...
     def read_json(self, name: str) -> dict[str, Any]: ...
 
 
@@ -36,6 +37,14 @@ class Folder:
         except FileNotFoundError as error:
             raise BundleError(f"{self.path} has no {name}") from error
         except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{self.path / name} cannot be read: {error}") from error
+
+    def read_bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError as error:
+            raise BundleError(f"{self.path} has no {name}") from error
+        except OSError as error:
             raise BundleError(f"{self.path / name} cannot be read: {error}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
     """The tokenizer of a bundle, or of a checkpoint's folder. Raises BundleError when a file is missing or damaged."""
     files = side_files(source)
     configs = [optional_json(files, name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    return Tokenizer(files.read_text("tokenizer.json"), *configs)
+    return Tokenizer(files.read_bytes("tokenizer.json"), *configs)
 
 
 class Tokenizer:
@@ -50,14 +50,18 @@ class Tokenizer:
     """
 
     def __init__(
-        self, tokenizer_json: str, config: Mapping[str, Any] | None = None, special_tokens_map: Mapping[str, Any] | None = None
+        self,
+        tokenizer_json: str | bytes,
+        config: Mapping[str, Any] | None = None,
+        special_tokens_map: Mapping[str, Any] | None = None,
     ) -> None:
         """From the content of `tokenizer.json`, `tokenizer_config.json` and, for older checkpoints, `special_tokens_map.json`.
 
         Raises BundleError when `tokenizer.json` is not one that the `tokenizers` library reads.
         """
         try:
-            self._backend = tokenizers.Tokenizer.from_str(tokenizer_json)
+            saved = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+            self._backend = tokenizers.Tokenizer.from_buffer(saved)
         except Exception as error:  # the library raises bare Exception, and nothing else
             raise BundleError(f"tokenizer.json cannot be read by tokenizers {tokenizers.__version__}: {error}") from error
         # Lengths are asked for by each call, never by what the file was last saved with.
