@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import time
 from collections.abc import Sequence
@@ -95,9 +96,12 @@ class Ours:
 
 def prepare(job: Job) -> None:
     """Exports the checkpoint and builds the variant as shipped, where they are not there yet or `rebuild` is asked."""
+    import vlm_edge_runtime
     from vlm_edge.export import export
     from vlm_edge.targets.build import build
 
+    # As pip does with what it installs, and did with the peers: else a start compiles it where PYTHONDONTWRITEBYTECODE is set.
+    compileall.compile_dir(Path(vlm_edge_runtime.__file__).parent, quiet=1)
     bundle = Path(job["bundle"])
     if not (bundle / "manifest.json").is_file():
         checkpoint = Path(job["checkpoint"])

@@ -107,18 +107,19 @@ def run_rounds(
     """Everything `count` times in turn; what is in the journal already is left out. The limits are read beside each process.
 
     A contender that fails is not tried again; the others go on. With `until` (of time.time()) none is begun that would last
-    longer, but one. Returns contenders that failed → why, and how many measurements are left.
+    longer, but one; and none of a later round, since a round's figures are held against each other and should lie near in time.
+    Returns contenders that failed → why, and how many measurements are left.
     """
     failed: dict[str, str] = {}
     meter: limits.Meter | None = None
-    left = 0
+    left, unfinished = 0, count
     for number, contender in in_turn(contenders, count):
         key, job = contender.key, jobs[contender.key]
         if key in failed or journal.has(number, key):
             continue
         need = 1.1 * (journal.expected_s(key) or UNKNOWN_S)
-        if until is not None and meter is not None and time.time() + need > until:
-            left += 1
+        if until is not None and (number > unfinished or (meter is not None and time.time() + need > until)):
+            left, unfinished = left + 1, min(unfinished, number)
             continue
         tell(f"round {number + 1}/{count}: {contender.label}")
         meter = meter or limits.Meter(threads)

@@ -125,6 +125,20 @@ def test_a_run_of_limited_time_goes_on_where_it_stopped_with_processes_faked(tmp
     assert len(journal.limits()) == 8 and journal.limits()[0].bf16 == 4.0  # before and after each process
 
 
+def test_a_later_round_waits_for_what_is_left_of_an_earlier_one_with_processes_faked(tmp_path, monkeypatch):
+    those = [Contender(key, key, "nobody", key) for key in ("a", "b")]
+    jobs = {one.key: tmp_path / f"{one.key}.json" for one in those}
+    world = Measured(monkeypatch, {"a": 10.0, "b": 50.0})
+    journal = Journal(tmp_path / "journal.jsonl", {}, False)
+    rest = (1, {"nobody": "python"}, jobs, tmp_path, journal, print)
+    _, left = rounds.run_rounds(those, 3, *rest, world.now + 80.0)
+    assert world.ran == ["a"] and left == 5  # b was never timed; a has time for two more, which b would be far from
+    _, left = rounds.run_rounds(those, 3, *rest, world.now + 75.0)
+    assert world.ran == ["a", "b", "a"] and left == 3  # of the second round b has no time, a has; the third is not begun
+    _, left = rounds.run_rounds(those, 3, *rest, world.now + 75.0)
+    assert world.ran == ["a", "b", "a", "b", "a"] and left == 1
+
+
 def test_the_limits_are_read_directly_beside_each_process_and_first_starts_are_nobody_s_with_processes_faked(
     tmp_path, monkeypatch
 ):
