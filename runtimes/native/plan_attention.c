@@ -107,6 +107,13 @@ static void take_scores(const Kernels *kernels, float *scores, size_t count, flo
     *sum += kernels->exponentials(scores, count, *highest);
 }
 
+/* Asks for `count` entries: what the next kernel reads, while the one before it computes. */
+static void ask(const Heads *h, const CacheEntries *entries, size_t count) {
+    for (size_t at = 0; at < count * h->entry_bytes; at += 64) {
+        __builtin_prefetch((const uint8_t *)entries->data + at, 0, 2);
+    }
+}
+
 /* The keys [begin, end) of key head `kv` for the query heads of one token that share it: sums, and what brings them to scale. */
 static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sight, float cap, const float *queries, size_t position, size_t row, size_t kv,
                        size_t begin, size_t end, float *highest, float *sum, float *out, float *scores) {
@@ -118,6 +125,7 @@ static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sigh
     for (size_t key = begin; key < end; key += TILE) {
         const size_t count = end - key < TILE ? end - key : TILE;
         const CacheEntries keys = entries_of(h, false, row, kv, key), values = entries_of(h, true, row, kv, key);
+        ask(h, &values, count);
         kernels->scores(queries, h->group, h->size, &keys, count, scores, TILE);
         for (size_t g = 0; g < h->group; g++) {
             soft_cap(kernels, cap, scores + g * TILE, count);
@@ -127,6 +135,9 @@ static void attend_one(const Kernels *kernels, const Heads *h, const Sight *sigh
             }
             take_scores(kernels, scores + g * TILE, count, &highest[g], &sum[g], out + g * h->size, h->size);
         }
+        const CacheEntries next = entries_of(h, false, row, kv, key + count); /* of this part or, as likely, of the next one */
+        const size_t left = key + count < h->capacity ? h->capacity - key - count : 0;
+        ask(h, &next, left < TILE ? left : TILE);
         kernels->weighted(scores, TILE, h->group, h->size, &values, count, out);
     }
 }

@@ -75,6 +75,28 @@ size_t head_scratch(const Plan *plan, const PlanStep *step) {
     return (joined_bytes(m) + rows + offsets + spreads + LINE - 1) / LINE * LINE;
 }
 
+/* The largest of a panel's logits, or NaN where one is. As integers, whose maximum may be taken in any order: the floats' order, and
+ * without the signs, since that of NaN may be any. */
+VECTOR_CLONES static float largest_of(const float *restrict logits, size_t width) {
+    int32_t numbers[PANEL], most = INT32_MIN, size = 0;
+    memcpy(numbers, logits, width * sizeof *numbers);
+    for (size_t i = width; i < PANEL; i++) {
+        numbers[i] = numbers[0];
+    }
+    for (size_t i = 0; i < PANEL; i++) {
+        const int32_t plain = numbers[i] & INT32_MAX, ordered = numbers[i] ^ (numbers[i] >> 31 & INT32_MAX);
+        most = ordered > most ? ordered : most;
+        size = plain > size ? plain : size;
+    }
+    if (size > 0x7f800000) {
+        return NAN;
+    }
+    most ^= most >> 31 & INT32_MAX;
+    float largest;
+    memcpy(&largest, &most, sizeof largest);
+    return largest;
+}
+
 static size_t width_of(const PanelMatrix *m, size_t panel) { return m->width - panel * PANEL < PANEL ? m->width - panel * PANEL : PANEL; }
 
 void head_whole(const PlanCall *call, const PlanStep *step, size_t panel, uint8_t *scratch) {
@@ -106,12 +128,8 @@ void head_rough(const PlanCall *call, const PlanStep *step, size_t panel, uint8_
     call->plan->kernels->int4(m, m->data + panel * m->panel_bytes, &x, 0, rows, block, PANEL);
     for (size_t row = 0; row < rows; row++) {
         const float *from = block + row * PANEL;
-        float most = from[0];
-        for (size_t i = 1; i < width; i++) {
-            most = most == most && !(from[i] <= most) ? from[i] : most; /* NaN, too */
-        }
         memcpy(plan_row(call, step->out[0], step->last, row) + panel * PANEL, from, width * sizeof *from);
-        plan_row(call, step->out[1], step->last, row)[panel] = most;
+        plan_row(call, step->out[1], step->last, row)[panel] = largest_of(from, width);
     }
 }
 

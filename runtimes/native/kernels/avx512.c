@@ -163,7 +163,8 @@ INLINE __m512i four_inputs(const int8_t *codes) {
     return _mm512_set1_epi32(four);
 }
 
-/* One row times a panel of `bits` bits: the memory's speed decides, and two sums side by side hide the latency. */
+/* One row times a panel of `bits` bits: the memory's speed decides, and two sums side by side hide the latency. What follows SOON is asked
+ * for, every line of it: those left out would be waited for. */
 INLINE void tile_row(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t row, float *out) {
     const size_t blocks = x->blocks;
     const unsigned shift = panel_scale_shift(weight);
@@ -175,6 +176,7 @@ INLINE void tile_row(const int bits, const PanelMatrix *weight, const uint8_t *p
     __m512 sum = _mm512_setzero_ps();
     for (size_t b = 0; b < blocks; b++, at += (size_t)bits * 64) {
         if (panel_has_scales(shift, b)) {
+            _mm_prefetch((const char *)(at + SOON), _MM_HINT_T1);
             stored = at;
             at += 64;
         }
@@ -190,6 +192,10 @@ INLINE void tile_row(const int bits, const PanelMatrix *weight, const uint8_t *p
                 low = _mm512_and_si512(low, nibble);
             } else {
                 high = _mm512_load_si512((const void *)(at + (g + 4) * 64));
+            }
+            _mm_prefetch((const char *)(at + SOON + g * 64), _MM_HINT_T1);
+            if (bits == 8) {
+                _mm_prefetch((const char *)(at + SOON + (g + 4) * 64), _MM_HINT_T1);
             }
             dot = _mm512_dpbusd_epi32(dot, low, four_inputs(line + g * 4));
             other = _mm512_dpbusd_epi32(other, high, four_inputs(line + (g + 4) * 4));
