@@ -29,6 +29,7 @@ TESTS = (
     "tests/targets/test_targets_native_encoder.py",
     "tests/targets/test_targets_native_decoder_steps.py",
     "tests/targets/test_targets_native_graph_steps.py",
+    "tests/targets/test_targets_native_patches.py",
     "tests/targets/test_targets_native_embed.py",
 )
 """What runs C of the extension. Engines for GPUs do so through the same loop; their kernels have a sanitizer of their own."""

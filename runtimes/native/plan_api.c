@@ -1,4 +1,5 @@
 /* `_native.plan_step`: one step of a plan on arrays, as a graph would be run. For checking; the decode loop does not go this way. */
+#include "plan_graph.h"
 #include "session.h"
 
 #include <stdio.h>
@@ -196,7 +197,9 @@ PyObject *native_plan_step(PyObject *module, PyObject *args) {
 PyObject *native_plan_seconds(PyObject *module, PyObject *session) {
     static const char *const names[] = {"",     "quantize", "matmul", "gated", "norm", "angles", "rotary", "attention", "combine", "cross",
                                         "last", "unary",    "add",    "multiply", "lookup", "select", "seen", "greater",  "refine"};
-    static const char *const graph_names[] = {"", "copy", "quantize", "matmul", "norm", "attention", "unary", "add", "multiply"};
+    static const char *const graph_names[] = {"", "copy", "quantize", "matmul", "norm", "attention", "unary", "add", "multiply",
+                                              "convert", "cosine", "rotary", "gather", "length", "spread", "pick"};
+    _Static_assert(sizeof names / sizeof *names == STEP_KINDS && sizeof graph_names / sizeof *graph_names == GRAPH_KINDS, "a name for every kind");
     SessionCore *core = session_core_from_object(session);
     if (core == NULL) {
         return NULL;

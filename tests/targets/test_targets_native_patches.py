@@ -145,6 +145,13 @@ def test_only_what_is_computed_has_steps(portable_bundle):
     assert copy.outputs[0] is not None and copy.outputs[0].buffer.rows == 1
 
 
+def test_every_step_has_a_name_where_its_time_is_asked_for(portable_bundle, tmp_path):
+    path = portable_bundle("qwen2_5_vl")
+    opened = _native.Session(str(planned(path, "vision_encoder", tmp_path / "v.plan")), "vision_encoder", plan=True)
+    kinds = [GraphKind[name.upper()] for name, _, _ in _native.plan_seconds(opened)]
+    assert kinds == [step.kind for step in compiled(path, "vision_encoder").steps]
+
+
 def test_windows_that_are_left_out_would_be_seen(portable_bundle, tmp_path):
     path = portable_bundle("qwen2_5_vl")
     plan = compiled(path, "vision_encoder")
