@@ -18,7 +18,7 @@ void angles_work(const PlanCall *call, const PlanStep *step, size_t row) {
 }
 
 /* One head: pairs (i, i + half), or neighbours where interleaved. */
-static void rotate(const float *x, size_t size, size_t half, bool interleaved, const float *cosine, const float *sine, float *out) {
+static void rotate(const Kernels *kernels, const float *x, size_t size, size_t half, bool interleaved, const float *cosine, const float *sine, float *out) {
     if (interleaved) {
         for (size_t i = 0; i < half; i++) {
             const float a = x[2 * i], b = x[2 * i + 1];
@@ -26,11 +26,7 @@ static void rotate(const float *x, size_t size, size_t half, bool interleaved, c
             out[2 * i + 1] = a * sine[i] + b * cosine[i];
         }
     } else {
-        for (size_t i = 0; i < half; i++) {
-            const float a = x[i], b = x[half + i];
-            out[i] = a * cosine[i] - b * sine[i];
-            out[half + i] = a * sine[i] + b * cosine[i];
-        }
+        kernels->rotate(x, half, cosine, sine, out);
     }
     if (out != x) {
         memcpy(out + 2 * half, x + 2 * half, (size - 2 * half) * sizeof *x);
@@ -73,13 +69,13 @@ void rotary_work(const PlanCall *call, const PlanStep *step, size_t row) {
     const float *q = plan_row(call, step->in[0], false, row), *k = plan_row(call, step->in[1], false, row), *v = plan_row(call, step->in[2], false, row);
     float *out = plan_row(call, step->out[0], false, row);
     for (size_t head = 0; head < h.heads; head++) {
-        rotate(q + head * h.size, h.size, half, interleaved, cosine, sine, out + head * h.size);
+        rotate(kernels, q + head * h.size, h.size, half, interleaved, cosine, sine, out + head * h.size);
     }
     kernels->scale(out, step->real[0], h.heads * h.size, out);
     float turned[h.size];
     for (size_t head = 0; head < h.kv_heads; head++) {
         const CacheEntries key = entries_of(&h, false, batch, head, index), value = entries_of(&h, true, batch, head, index);
-        rotate(k + head * h.size, h.size, half, interleaved, cosine, sine, turned);
+        rotate(kernels, k + head * h.size, h.size, half, interleaved, cosine, sine, turned);
         write_entry(kernels, &key, turned, h.size);
         write_entry(kernels, &value, v + head * h.size, h.size);
     }

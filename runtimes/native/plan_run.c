@@ -12,6 +12,10 @@
 #define TILE_ROWS 96       /* rows of a product that are finished (bias, activation) before the next ones */
 #define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
 #define SMALL_BYTES 16384  /* a product of fewer weight bytes times rows */
+#define MANY_ROWS 16       /* from here on a product's items are as short as they may be: threads that share them end together */
+#define ITEM_PRODUCTS ((size_t)1 << 20) /* multiplications of such an item: some 5 microseconds */
+#define BLOCK_ROWS 48      /* of which a product's items have at least so many: fewer would wait for the weights */
+#define ROW_TILE 12        /* and a multiple of this, which kernels take at a time */
 #define ASKED_LINES 64     /* of what comes next, while an item of an attention computes */
 
 size_t plan_past(const PlanCall *call, size_t row) {
@@ -87,6 +91,13 @@ static void finish(const PlanCall *call, const PlanStep *step, size_t panel, siz
     if (step->kind == STEP_MATMUL && step->arg[0] != UNARY_IDENTITY) {
         kernels->unary((Unary)step->arg[0], block, rows * PANEL, block);
     }
+    if (step->in[1].buffer < 0 && width == PANEL) {
+        float *out = plan_row(call, step->out[0], step->last, first) + panel * PANEL;
+        for (size_t row = 0; row < rows; row++) {
+            memcpy(out + row * plan_stride(call, step->out[0]), block + row * PANEL, PANEL * sizeof *out); /* a count that the compiler knows */
+        }
+        return;
+    }
     for (size_t row = 0; row < rows; row++) {
         float *out = plan_row(call, step->out[0], step->last, first + row) + panel * PANEL;
         if (step->in[1].buffer >= 0) {
@@ -103,21 +114,23 @@ static void add_bias(const Kernels *kernels, const float *bias, float *block, si
     }
 }
 
-static void matmul_panel(const PlanCall *call, const PlanStep *step, size_t panel, uint8_t *scratch) {
+/* The rows [begin, end) of a product. */
+static void matmul_panel(const PlanCall *call, const PlanStep *step, size_t panel, size_t begin, size_t end, uint8_t *scratch) {
     const PlanWeight *weight = &call->plan->weights[step->weight[0]];
-    const size_t rows = plan_rows_of(call, step), rest = weight->matrix.width - panel * PANEL, width = rest < PANEL ? rest : PANEL;
+    const size_t rest = weight->matrix.width - panel * PANEL, width = rest < PANEL ? rest : PANEL;
     const float *bias = vector(call->plan, step->weight[1]);
     if (head_is_split(step)) {
         (call->run->ranked ? head_rough : head_whole)(call, step, panel, scratch);
         return;
     }
     if (width == PANEL && bias == NULL && step->arg[0] == UNARY_IDENTITY && step->in[1].buffer < 0) {
-        panel_product(call, step, weight, panel, 0, rows, plan_row(call, step->out[0], step->last, 0) + panel * PANEL, plan_stride(call, step->out[0]));
+        float *out = plan_row(call, step->out[0], step->last, begin) + panel * PANEL;
+        panel_product(call, step, weight, panel, begin, end - begin, out, plan_stride(call, step->out[0]));
         return;
     }
     float *block = (float *)(void *)scratch;
-    for (size_t first = 0; first < rows; first += TILE_ROWS) {
-        const size_t some = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+    for (size_t first = begin; first < end; first += TILE_ROWS) {
+        const size_t some = end - first < TILE_ROWS ? end - first : TILE_ROWS;
         panel_product(call, step, weight, panel, first, some, block, PANEL);
         add_bias(call->plan->kernels, bias != NULL ? bias + panel * PANEL : NULL, block, some, width);
         finish(call, step, panel, first, some, block, width);
@@ -125,14 +138,14 @@ static void matmul_panel(const PlanCall *call, const PlanStep *step, size_t pane
 }
 
 /* Panels 2 i and 2 i + 1: the gate and what it lets through. */
-static void gated_panel(const PlanCall *call, const PlanStep *step, size_t pair, uint8_t *scratch) {
+static void gated_panel(const PlanCall *call, const PlanStep *step, size_t pair, size_t begin, size_t end, uint8_t *scratch) {
     const Kernels *kernels = call->plan->kernels;
     const PlanWeight *weight = &call->plan->weights[step->weight[0]];
-    const size_t rows = plan_rows_of(call, step), rest = step->width - pair * PANEL, width = rest < PANEL ? rest : PANEL;
+    const size_t rest = step->width - pair * PANEL, width = rest < PANEL ? rest : PANEL;
     const float *bias = vector(call->plan, step->weight[1]);
     float *gate = (float *)(void *)scratch, *up = gate + TILE_ROWS * PANEL;
-    for (size_t first = 0; first < rows; first += TILE_ROWS) {
-        const size_t some = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+    for (size_t first = begin; first < end; first += TILE_ROWS) {
+        const size_t some = end - first < TILE_ROWS ? end - first : TILE_ROWS;
         panel_product(call, step, weight, 2 * pair, first, some, gate, PANEL);
         panel_product(call, step, weight, 2 * pair + 1, first, some, up, PANEL);
         add_bias(kernels, bias != NULL ? bias + 2 * pair * PANEL : NULL, gate, some, PANEL);
@@ -261,6 +274,37 @@ static size_t panels_of(const Plan *plan, const PlanStep *step) {
 }
 
 size_t plan_panels_per_item(const Plan *plan, const PlanStep *step) { return 1 + panels_of(plan, step) / (pool_threads(plan->pool) * 8); }
+
+/* How a product is shared. Of many rows each thread begins with its own, the same ones in every step: what it reads it wrote itself. */
+typedef struct {
+    size_t blocks, block_rows; /* of rows */
+    size_t parts, each;        /* of a block: items, and panels (pairs of a gated product) of each */
+} Sharing;
+
+static Sharing sharing_of(const PlanCall *call, const PlanStep *step) {
+    const PanelMatrix *m = &call->plan->weights[step->weight[0]].matrix;
+    const size_t rows = plan_rows_of(call, step), panels = panels_of(call->plan, step), threads = pool_threads(call->plan->pool);
+    Sharing s = {.blocks = 1, .block_rows = rows, .each = plan_panels_per_item(call->plan, step)};
+    if (rows >= MANY_ROWS && m->block > 0 && !head_is_split(step)) { /* sums of floats would depend on where a block of rows begins */
+        const size_t most = rows / BLOCK_ROWS > 0 ? rows / BLOCK_ROWS : 1, wanted = most < threads ? most : threads;
+        s.block_rows = ((rows + wanted - 1) / wanted + ROW_TILE - 1) / ROW_TILE * ROW_TILE;
+        s.blocks = (rows + s.block_rows - 1) / s.block_rows;
+        const size_t few = 1 + ITEM_PRODUCTS / (s.block_rows * m->depth * PANEL);
+        s.each = few < s.each ? few : s.each;
+    }
+    s.parts = (panels + s.each - 1) / s.each;
+    return s;
+}
+
+static void product_work(const PlanCall *call, const PlanStep *step, size_t item, uint8_t *scratch) {
+    const Sharing s = sharing_of(call, step);
+    const size_t rows = plan_rows_of(call, step), panels = panels_of(call->plan, step), panel = item % s.parts * s.each;
+    const size_t begin = item / s.parts * s.block_rows, end = begin + s.block_rows < rows ? begin + s.block_rows : rows;
+    for (size_t p = panel; p < panel + s.each && p < panels; p++) {
+        (step->kind == STEP_GATED ? gated_panel : matmul_panel)(call, step, p, begin, end, scratch);
+    }
+}
+
 static size_t rows_per_item(const PlanCall *call, const PlanStep *step) { return 1 + plan_rows_of(call, step) / (pool_threads(call->plan->pool) * 8); }
 
 size_t plan_items(void *context, size_t index, bool *small) {
@@ -272,9 +316,9 @@ size_t plan_items(void *context, size_t index, bool *small) {
     }
     if (step->kind == STEP_MATMUL || step->kind == STEP_GATED) {
         const PlanWeight *weight = &call->plan->weights[step->weight[0]];
-        const size_t each = plan_panels_per_item(call->plan, step);
+        const Sharing s = sharing_of(call, step);
         *small = weight->bytes * rows < SMALL_BYTES;
-        return (panels_of(call->plan, step) + each - 1) / each;
+        return s.blocks * s.parts;
     }
     if (step->kind == STEP_ATTENTION) {
         *small = call->rows * call->longest * step->width < SMALL_NUMBERS;
@@ -297,10 +341,7 @@ static void do_item(void *context, size_t index, size_t item, size_t thread) {
     const PlanStep *step = &call->plan->steps[index];
     uint8_t *scratch = call->plan->scratch + thread * call->plan->thread_bytes;
     if (step->kind == STEP_MATMUL || step->kind == STEP_GATED) {
-        const size_t each = plan_panels_per_item(call->plan, step), panels = panels_of(call->plan, step);
-        for (size_t panel = item * each; panel < (item + 1) * each && panel < panels; panel++) {
-            (step->kind == STEP_GATED ? gated_panel : matmul_panel)(call, step, panel, scratch);
-        }
+        product_work(call, step, item, scratch);
     } else if (step->kind == STEP_ATTENTION) {
         pool_ask(call->plan->pool, thread, ASKED_LINES);
         attention_work(call, step, item, scratch);

@@ -146,6 +146,8 @@ typedef struct {
     void (*multiply)(const float *x, const float *y, size_t n, float *out);
     void (*scale)(const float *x, float factor, size_t n, float *out);
     void (*unary)(Unary kind, const float *x, size_t n, float *out);
+    /* Turns the pairs (i, i + half) of x by angles of which these are the cosines and sines [half]. `out` may be `x`. */
+    void (*rotate)(const float *x, size_t half, const float *cosine, const float *sine, float *out);
     /* unary(gate) · up */
     void (*gated)(Unary kind, const float *gate, const float *up, size_t n, float *out);
     /* Dot products of `queries` [count][dim] with `keys` cache entries [keys][dim]: out [count][stride]; dim up to HEAD_SIZE_MOST. */

@@ -39,6 +39,19 @@ void test_elementwise(const Kernels *k) {
         for (size_t i = 0; i < n; i++) {
             check("scale", out[i], (double)(x[i] * 0.3f), 0);
         }
+        const size_t half = n / 2;
+        float *angles = floats(n, 1.0f, 3), *turned = memory(n * sizeof *turned, 8);
+        k->rotate(x, half, angles, angles + half, out);
+        for (size_t i = 0; i < half; i++) {
+            const double a = x[i], b = x[half + i], c = angles[i], s = angles[half + i], most = 2e-7 * (fabs(a) + fabs(b)) + 1e-44;
+            check("rotate: first", out[i], a * c - b * s, most);
+            check("rotate: second", out[half + i], a * s + b * c, most);
+        }
+        memcpy(turned, x, n * sizeof *x);
+        k->rotate(turned, half, angles, angles + half, turned);
+        check("rotate: in its place", memcmp(out, turned, 2 * half * sizeof *out), 0, 0);
+        release(turned, 8);
+        release(angles, 3 * sizeof *angles);
         for (Unary kind = 0; kind < UNARY_KINDS; kind++) {
             k->unary(kind, x, n, out);
             for (size_t i = 0; i < n; i++) {
