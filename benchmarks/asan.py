@@ -31,6 +31,8 @@ TESTS = (
     "tests/targets/test_targets_native_graph_steps.py",
     "tests/targets/test_targets_native_patches.py",
     "tests/targets/test_targets_native_embed.py",
+    "tests/targets/test_targets_plan_version.py",
+    "tests/runtimes/bundle/test_bundle_verify.py",
 )
 """What runs C of the extension. Engines for GPUs do so through the same loop; their kernels have a sanitizer of their own."""
 SANITIZERS = "address,undefined"

@@ -1,6 +1,7 @@
 /* `vlm_edge_runtime._native`: what Python sees of this folder. */
 #include "kernels/kernels.h"
 #include "native.h"
+#include "plan.h"
 #include "platform.h"
 
 PyObject *native_device_error;
@@ -24,6 +25,19 @@ static PyObject *native_trim_heap(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS;
     platform_trim_heap();
     Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *native_check_plan(PyObject *module, PyObject *args) {
+    const char *path;
+    char message[PLAN_MESSAGE_SIZE];
+    if (!PyArg_ParseTuple(args, "s:check_plan", &path)) {
+        return NULL;
+    }
+    if (plan_known(path, message) != 0) {
+        PyErr_SetString(native_device_error, message);
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
 
@@ -55,6 +69,7 @@ static PyMethodDef functions[] = {
     {"graph_run", native_graph_run, METH_VARARGS, "Runs a graph's plan: {name: input array}, {name: output array}, which is filled."},
     {"rows_run", native_rows_run, METH_VARARGS, "Runs an embedding's plan: int64 tokens, float32 rows, which are filled."},
     {"plan_step", native_plan_step, METH_VARARGS, "One step of a decoder plan on arrays."},
+    {"check_plan", native_check_plan, METH_VARARGS, "Raises DeviceError for a plan of another version."},
     {"fill_pages", native_fill_pages, METH_VARARGS, "Brings the pages of a mapped file into memory; whether they are there."},
     {"trim_heap", native_trim_heap, METH_NOARGS, "Gives back what the C library keeps of freed memory."},
     {"uniform", native_uniform, METH_VARARGS, "The step-th draw of a seed's stream, in [0, 1)."},

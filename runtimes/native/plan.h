@@ -141,6 +141,8 @@ typedef struct {
     uint8_t *kept;
 } PlanRun;
 
+/* Whether a file is a plan of this version; nothing else of it is looked at. −1 with the reason in `message`. */
+int plan_known(const char *path, char message[PLAN_MESSAGE_SIZE]);
 /* Opens a plan and makes its threads. `kernels`: a name, or NULL for the best. NULL with the reason in `message`. */
 Plan *plan_open(const char *path, size_t threads, bool spin, const char *kernels, char message[PLAN_MESSAGE_SIZE]);
 void plan_close(Plan *plan);

@@ -159,21 +159,46 @@ static int fail(char message[PLAN_MESSAGE_SIZE], const char *format, ...) {
     return -1;
 }
 
+/* What stands before everything else; `meta`: the bytes of the description that follows. */
+static int read_head(Reader *r, const char *path, uint32_t *meta, char message[PLAN_MESSAGE_SIZE]) {
+    char magic[8];
+    read_bytes(r, magic, sizeof magic);
+    const uint32_t version = read_u32(r);
+    *meta = read_u32(r);
+    if (r->wrong != NULL || memcmp(magic, MAGIC, sizeof magic) != 0) {
+        return fail(message, "%s is not a plan", path);
+    }
+    if (version != PLAN_VERSION) {
+        return fail(message, "the plan %s has version %u of its format, this runtime runs version %d: %s", path, version, PLAN_VERSION,
+                    version < PLAN_VERSION ? "run `vlm-edge build` again" : "update vlm-edge, or run `vlm-edge build` again with this one");
+    }
+    return 0;
+}
+
+int plan_known(const char *path, char message[PLAN_MESSAGE_SIZE]) {
+    size_t bytes = 0;
+    int descriptor = -1;
+    void *file = mapped_open(path, &bytes, &descriptor);
+    if (file == NULL) {
+        return fail(message, "the plan %s cannot be opened", path);
+    }
+    Reader r = {.at = file, .end = (const uint8_t *)file + bytes};
+    uint32_t meta;
+    const int failed = read_head(&r, path, &meta, message);
+    mapped_close(file, bytes);
+    descriptor_close(descriptor);
+    return failed;
+}
+
 static int read_file(Plan *p, const char *path, char message[PLAN_MESSAGE_SIZE]) {
     p->file = mapped_open(path, &p->file_bytes, &p->descriptor);
     if (p->file == NULL) {
         return fail(message, "the plan %s cannot be opened", path);
     }
     Reader r = {.at = p->file, .end = (const uint8_t *)p->file + p->file_bytes};
-    char magic[8];
-    read_bytes(&r, magic, sizeof magic);
-    const uint32_t version = read_u32(&r), meta = read_u32(&r);
-    if (r.wrong != NULL || memcmp(magic, MAGIC, sizeof magic) != 0) {
-        return fail(message, "%s is not a plan", path);
-    }
-    if (version != PLAN_VERSION) {
-        return fail(message, "the plan %s has version %u of its format, this runtime runs version %d: %s", path, version, PLAN_VERSION,
-                    version < PLAN_VERSION ? "run `vlm-edge build` again" : "update vlm-edge, or run `vlm-edge build` again with this one");
+    uint32_t meta;
+    if (read_head(&r, path, &meta, message) != 0) {
+        return -1;
     }
     const size_t data = ((size_t)(r.at - (const uint8_t *)p->file) + meta + PAGE - 1) / PAGE * PAGE;
     if (data > p->file_bytes) {

@@ -154,6 +154,9 @@ def rows_run(session: Session, tokens: Buffer, rows: Buffer) -> None:
     Raises DeviceError for a token that the table has no row of, TypeError and ValueError for other types and shapes.
     """
 
+def check_plan(path: str) -> None:
+    """Raises DeviceError, saying both versions, for a plan of another one; nothing else of the file is looked at."""
+
 def fill_pages(mapping: Buffer | mmap) -> bool:
     """Brings the pages of a mapped file into memory, other threads running meanwhile. False where the system cannot do that
 
