@@ -33,7 +33,7 @@ def process(python: str, contender: Contender, what: str, job: Path, log: Path, 
 
 def known(job: Path) -> bool:
     """Whether that contender has said which files it reads."""
-    return job.with_suffix(".files").is_file()
+    return _list(job).is_file()
 
 
 def first(python: str, contender: Contender, job: Path, log: Path) -> None:
@@ -43,8 +43,11 @@ def first(python: str, contender: Contender, job: Path, log: Path) -> None:
 
 
 def keep(job: Path, files: Sequence[str]) -> None:
-    """Writes down what a contender reads."""
-    job.with_suffix(".files").write_text("\n".join(files))
+    """Writes down what a contender reads, beside what it was known to read: a first start knows most."""
+    before = _list(job).read_text().splitlines() if known(job) else []
+    now = set(files)
+    kept = [name for name in before if Path(name).exists() and name not in now]
+    _list(job).write_text("\n".join([*files, *kept]))
 
 
 def cache(job: Path) -> None:
@@ -55,7 +58,10 @@ def cache(job: Path) -> None:
                 pass
 
 
+def _list(job: Path) -> Path:
+    return job.with_suffix(".reads")
+
+
 def _files(job: Path) -> Iterator[Path]:
-    hints = job.with_suffix(".files")
-    for path in map(Path, hints.read_text().splitlines() if hints.is_file() else ()):
+    for path in map(Path, _list(job).read_text().splitlines() if known(job) else ()):
         yield from (file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())

@@ -150,7 +150,7 @@ def test_the_limits_are_read_directly_beside_each_process_and_first_starts_are_n
     first = ["start a", "cache a", "limits", "a", "limits", "start b", "cache b", "limits", "b", "limits"]
     assert world.events == [*first, "cache b", "limits", "b", "limits", "cache a", "limits", "a", "limits"]
     assert [each["read"] for each in journal.of("b")[0]["limits"]] == [3.0, 4.0]
-    assert jobs["a"].with_suffix(".files").read_text() == "three"  # the newest word counts
+    assert jobs["a"].with_suffix(".reads").read_text() == "three"  # what is no longer there is forgotten
 
 
 def test_what_a_contender_reads_is_read_before_it(tmp_path):
@@ -163,6 +163,9 @@ def test_what_a_contender_reads_is_read_before_it(tmp_path):
     starts.keep(job, [str(tmp_path / "file"), str(tmp_path / "folder"), str(tmp_path / "gone")])
     assert starts.known(job) and {file.name for file in starts._files(job)} == {"file", "one", "two"}
     starts.cache(job)
+    (tmp_path / "file").unlink()
+    starts.keep(job, [str(tmp_path / "folder" / "one")])
+    assert (tmp_path / "a.reads").read_text().splitlines() == [str(tmp_path / "folder" / "one"), str(tmp_path / "folder")]
 
 
 def write_jobs(monkeypatch, folder, **changed):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import tarfile
 import types
@@ -9,7 +11,7 @@ import types
 import pytest
 
 from benchmarks.peers import llama_build, openvino_genai, worker
-from benchmarks.peers.run import PeerError, run
+from benchmarks.peers.run import ROOT, PeerError, run
 
 
 def test_what_a_program_says_is_in_the_log_while_it_runs(tmp_path):
@@ -91,24 +93,38 @@ def test_a_pipeline_that_keeps_prefixes_never_sees_the_same_prompt_again():
     assert all(each.index("<image>") > 0 and each[0] == " " for each in asked[1:])  # the image is behind other words
 
 
-def test_a_start_goes_to_the_first_token_and_names_what_was_read():
-    calls = []
+START = """
+import json, pathlib, sys
+from benchmarks.peers import worker
 
-    class Counted:
-        """A decoder alone: it takes no images."""
+class Counted:
+    def __init__(self, job):
+        self.said = [pathlib.Path(job["data"]).read_text()]
 
-        def picture(self):
-            calls.append("picture")
+    def picture(self):  # a decoder alone: it takes no images
+        self.said.append("picture")
 
-        def text(self, prompt, new_tokens):
-            calls.append(f"text {prompt} {new_tokens}")
+    def text(self, prompt, new_tokens):
+        self.said.append(f"text {prompt} {new_tokens}")
 
-        def facts(self):
-            return {"files": [sys.executable]}
+    def facts(self):
+        return {"files": self.said}
 
-    found = worker.start(lambda job: Counted(), {"texts": {"short": ["one", "two"]}})
-    assert calls == ["picture", "text one 1"] and found["files"] == [sys.executable]
+worker.main(Counted, None, ())
+"""
+
+
+def test_a_start_goes_to_the_first_token_and_names_what_was_read(tmp_path):
+    """In a process of its own: what Python opens is told to the end of it."""
+    (tmp_path / "data").write_text("data")
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"texts": {"short": ["one", "two"]}, "data": str(tmp_path / "data")}))
+    done = subprocess.run([sys.executable, "-c", START, "start", str(job)], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = json.loads(done.stdout.strip().removeprefix(worker.MARK))
+    assert found["files"] == ["data", "picture", "text one 1"]
+    assert str((tmp_path / "data").resolve()) in found["mapped"]
     assert any(name.endswith("worker.py") for name in found["mapped"])  # what was imported, too
+    assert not any(name.startswith("/proc") for name in found["mapped"])
 
 
 def test_mapped_files_hold_the_interpreter_s_libraries():
