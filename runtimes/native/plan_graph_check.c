@@ -99,7 +99,7 @@ static bool spread_fits(const Plan *p, const PlanStep *s) {
     for (size_t i = 0; i < m->width; i += GRAPH_SPREAD_NUMBERS) {
         const GraphSpread r = graph_spread(runs + i, p->length);
         if (!small_number(r.to) || !small_number(r.from) || !small_number(r.count) || !small_number(r.to_step) || !small_number(r.from_step) ||
-            r.numbers <= 0 || r.numbers > (int64_t)MOST_NUMBERS || r.count < 0 ||
+            r.numbers <= 0 || r.numbers > (int64_t)MOST_NUMBERS || r.count < 0 || r.count * r.numbers > room ||
             (r.count > 0 && (!pieces_fit(r.to, r.count, r.to_step, r.numbers, room) || !pieces_fit(r.from, r.count, r.from_step, r.numbers, given)))) {
             return false;
         }
@@ -192,10 +192,16 @@ static bool rotary_fits(const Plan *p, const PlanStep *s) {
            floats_fit(p, s->in[2], rows, size) && written_fits(p, s->out[0], rows, s->width);
 }
 
+/* A table of floats, or of halves. */
+static bool rows_fit(const Plan *p, int32_t index, size_t width) {
+    const PanelMatrix *m = weight_at(p, index);
+    return m != NULL && ((int)m->format == WEIGHT_VECTOR || (int)m->format == WEIGHT_HALF_ROWS) && m->width == width;
+}
+
 static bool gather_fits(const Plan *p, const PlanStep *s) {
     const PlanBuffer *places = integers_at(p, s->in[1]);
     return places != NULL && written_fits(p, s->out[0], (size_t)places->rows * places->width, s->width) &&
-           (s->in[0].buffer >= 0 ? floats_fit(p, s->in[0], 0, s->width) : table_fits(p, s->weight[0], 0, s->width));
+           (s->in[0].buffer >= 0 ? floats_fit(p, s->in[0], 0, s->width) : rows_fit(p, s->weight[0], s->width));
 }
 
 /* One row, or as many as an image has; where lengths differ, those of shorter ones are the first of them. */

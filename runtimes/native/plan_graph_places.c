@@ -1,5 +1,6 @@
 /* Steps of a graph's plan that read integers (positions, places, windows), and rotary positions. */
 #include "plan_graph_call.h"
+#include "plan_rows.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -39,8 +40,13 @@ void place_work(const GraphCall *call, const PlanStep *step, size_t row) {
             const size_t rows = call->images * buffer_of(call, step->in[0])->rows;
             memcpy(out, row_at(call, step->in[0], (size_t)(place < 0 ? place + (int64_t)rows : place)), width * sizeof *out);
         } else {
-            const size_t rows = matrix_of(call, step->weight[0])->depth;
-            memcpy(out, vector(call, step->weight[0]) + (size_t)(place < 0 ? place + (int64_t)rows : place) * width, width * sizeof *out);
+            const PanelMatrix *table = matrix_of(call, step->weight[0]);
+            const uint8_t *given = table->data + (size_t)(place < 0 ? place + (int64_t)table->depth : place) * rows_stride(table);
+            if ((int)table->format == WEIGHT_HALF_ROWS) {
+                call->plan->kernels->to_float((const uint16_t *)(const void *)given, width, out);
+            } else {
+                memcpy(out, given, width * sizeof *out);
+            }
         }
     }
 }

@@ -16,8 +16,9 @@ import onnx_ir as ir
 from vlm_edge.passes.evaluate import evaluate, graph_inputs_of
 from vlm_edge.passes.graph import attribute_int
 
+from .encoder_views import View
 from .errors import NotExpressible
-from .panels import vector
+from .panels import half_rows, vector
 from .plan_file import Buffer, BufferKind, GraphKind, Ref
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def integer_input(c: EncoderCompiler, value: ir.Value, number: int, shape: tuple
 def counted(c: EncoderCompiler, node: ir.Node) -> bool:
     """Whether a node computes with integers of the inputs and constants only; it is then evaluated where it is read."""
     given = [value for value in node.inputs if value is not None]
+    if node.op_type == "Cast" and isinstance(known := c.known.get(given[0]), View) and given[0].dtype == ir.DataType.FLOAT16:
+        c.define(node.outputs[0], known)  # rows of a table in half precision are floats when they are taken
+        return True
     if not any(value in c.asked for value in given):
         return False
     if node.op_type == "Gather" and not node.domain and _lookup(c, node):
@@ -74,7 +78,9 @@ def _lookup(c: EncoderCompiler, node: ir.Node) -> bool:
     for value, buffer in c.integers.items():
         if found.size == feeds[str(value.name)].size and np.array_equal(found.reshape(_TEXTS, -1), feeds[str(value.name)]):
             out = c.fresh(buffer.rows, table.shape[1])
-            c.add(GraphKind.GATHER, table.shape[1], [None, Ref(buffer)], [out], [vector(np.asarray(table, np.float32))])
+            halves = table.dtype == np.float16 or (c.integer and bool(np.abs(table).max() <= np.finfo(np.float16).max))
+            stored = half_rows(table) if halves else vector(np.asarray(table, np.float32))
+            c.add(GraphKind.GATHER, table.shape[1], [None, Ref(buffer)], [out], [stored])
             c.result(node.outputs[0], out, (1, *found.shape[1:], table.shape[1]))
             return True
     raise NotExpressible(f"rows of a table by numbers that no input has ('{indices.name if indices else ''}')")

@@ -93,6 +93,12 @@ def vector(values: npt.NDArray[np.generic]) -> Weight:
     return Weight(Format.VECTOR, data.shape[0], data.shape[1], data.nbytes, lambda: data)
 
 
+def half_rows(values: npt.NDArray[np.generic]) -> Weight:
+    """A table [rows, n] that rows are taken of, in half precision."""
+    data = np.ascontiguousarray(values, np.float16)
+    return Weight(Format.HALF_ROWS, data.shape[0], data.shape[1], data.nbytes, lambda: data)
+
+
 def integers(values: npt.NDArray[np.generic]) -> Weight:
     """A plain int32 vector [n]."""
     data = np.ascontiguousarray(values, np.int32)
