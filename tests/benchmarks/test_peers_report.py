@@ -218,6 +218,8 @@ def test_figures_of_several_pieces_say_so():
 def test_a_cold_start_that_waited_for_the_disk_is_left_out_and_said():
     found = document({"ours-int4": [row(cold_s=9.0, cold_disk_mb=250.0), row(), row(cold_s=2.2, cold_disk_mb=9.0)]})
     assert found["contenders"]["ours-int4"]["cold_s"]["median"] == pytest.approx(2.1)
+    slow = document({"openvino-int4": [row(cold_s=20.0, cold_disk_mb=50.0)]})["contenders"]["openvino-int4"]
+    assert slow["cold_waited"] == 0  # 0.25 s at 200 MB/s
     assert found["contenders"]["ours-int4"]["ttft_s"]["rounds"] == 3  # by then everything had been read
     assert "1 of its 3 cold starts waited for up to 250 MB from the disk: those are not counted" in report.markdown(found)
     peer = {"llama.cpp-q4_0": [row(cold_s=4.0), row(cold_s=4.0, disk_mb=99.0)]}  # an older row knows its whole process alone
