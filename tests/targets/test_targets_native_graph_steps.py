@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlm_edge.targets.native.encoder_products import byte_matrix
-from vlm_edge.targets.native.panels import Quantised, floating, integers, quantised, vector
+from vlm_edge.targets.native.panels import Quantised, floating, half_rows, integers, quantised, vector
 from vlm_edge.targets.native.plan_file import Buffer, BufferKind, GraphKind, Over, Plan, Ref, Step, Unary, Value, write
 from vlm_edge.targets.native.session import PlanSession
 from vlm_edge_runtime import _native
@@ -253,3 +253,88 @@ def test_attention_over_the_rows_of_all_images(kernels, rows, heads, size, segme
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     wanted = (weights / weights.sum(axis=2, keepdims=True)) @ value
     np.testing.assert_allclose(found, wanted.transpose(1, 0, 2).reshape(found.shape), atol=0.06 if half else 1e-5)
+
+
+def integers_given(number: int, array: np.ndarray) -> Ref:
+    """The place of an input of int64 [images, rows]."""
+    return Ref(Buffer(BufferKind.INPUT, 1, number, array.shape[1]))
+
+
+def run_typed(folder: Path, kernels: str, steps: list[Step], *inputs: np.ndarray) -> np.ndarray:
+    """As `run`, of inputs of int64 [images, rows] too."""
+    out = next(ref.buffer for step in steps for ref in step.outputs if ref and ref.buffer.kind == BufferKind.OUTPUT)
+    types = {"float32": 1, "int64": 7}
+    values = [Value(f"x{number}", types[array.dtype.name], ("images", *array.shape[1:])) for number, array in enumerate(inputs)]
+    result = Value("y", 1, ("images", out.rows, out.width))
+    write(Plan(values, [result], 0, 0, 0, steps, graph=True), folder / "steps.plan")
+    session = PlanSession(folder / "steps.plan", threads=2, kernels=kernels)
+    (found,) = session.run(None, {f"x{number}": array for number, array in enumerate(inputs)})
+    return found.astype(np.float64)
+
+
+@pytest.mark.parametrize(("rows", "prefix", "heads", "size"), [(1, 0, 1, 1), (5, 2, 3, 7), (150, 0, 2, 64), (600, 3, 1, 16)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_attention_with_hidden_keys(kernels, rows, prefix, heads, size, causal, half, tmp_path):
+    """Keys hidden anywhere, and those after the query; a query that sees none takes the mean of all values."""
+    generator = np.random.default_rng(rows)
+    q, k, v = (numbers(generator, IMAGES, rows, heads * size) for _ in range(3))
+    mask = generator.integers(0, 2, (IMAGES, rows - prefix)).astype(np.int64)
+    mask[0, :2], mask[1] = 0, 1
+    step = Step(GraphKind.ATTENTION, heads * size, False, [given(0, q), given(1, k), given(2, v), integers_given(3, mask)])
+    step.outputs, step.arguments = [made(rows, heads * size)], [heads, size, int(half), int(causal), prefix]
+    step.reals = [size**-0.5]
+    found = run_typed(tmp_path, kernels, [step], q, k, v, mask)
+    seen = np.concatenate([np.ones((IMAGES, prefix), bool), mask != 0], axis=1)[:, None] & (
+        np.tri(rows, dtype=bool) | (not causal)
+    )
+    by_head = [x.astype(np.float64).reshape(IMAGES, rows, heads, size).transpose(0, 2, 1, 3) for x in (q, k, v)]
+    scores = by_head[0] @ by_head[1].transpose(0, 1, 3, 2) * size**-0.5
+    blind = ~seen.any(axis=2, keepdims=True)
+    scores = np.where(blind[:, None], 0, np.where(seen[:, None], scores, -np.inf))
+    weights = np.exp(scores - scores.max(axis=3, keepdims=True))
+    wanted = (weights / weights.sum(axis=3, keepdims=True)) @ by_head[2]
+    np.testing.assert_allclose(found, wanted.transpose(0, 2, 1, 3).reshape(found.shape), atol=0.03 if half else 1e-5)
+
+
+@pytest.mark.parametrize("rule", [0, 1, 2])
+def test_one_row_of_each_image(kernels, rule, tmp_path):
+    generator = np.random.default_rng(rule)
+    x, ids = numbers(generator, 5, 9, 13), generator.integers(0, 4, (5, 9)).astype(np.int64)
+    ids[1], ids[2, :], ids[2, 4] = 0, 2, 3  # none, and one
+    step = Step(GraphKind.PICK, 13, False, [given(0, x), integers_given(1, ids)], [Ref(Buffer(BufferKind.OUTPUT, 13, 0, 1))])
+    step.arguments = [rule, 3]
+    wanted = [ids.argmax(axis=1), (ids == 3).argmax(axis=1), (ids != 0).sum(axis=1) - 1][rule]
+    found = run_typed(tmp_path, kernels, [step], x, ids)
+    np.testing.assert_array_equal(found[:, 0], x[np.arange(5), wanted])
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_rows_of_a_table_in_floats_or_halves(kernels, half, tmp_path):
+    generator = np.random.default_rng(0)
+    table, ids = numbers(generator, 20, 33), generator.integers(0, 20, (IMAGES, 6)).astype(np.int64)
+    stored = half_rows(table) if half else vector(table)
+    step = Step(GraphKind.GATHER, 33, False, [None, integers_given(0, ids)], [made(6, 33)], [stored])
+    found = run_typed(tmp_path, kernels, [step], ids)
+    np.testing.assert_array_equal(found, (table.astype(np.float16) if half else table)[ids])
+
+
+@pytest.mark.parametrize("length", [1, 4, 9, 30])
+def test_copies_by_runs_and_tables_of_any_length(kernels, length, tmp_path):
+    """[rows, heads · 5] → [heads, rows, 5], plus the first rows of a table; the file's sizes are those of a length of 9."""
+    generator = np.random.default_rng(length)
+    x, table = numbers(generator, IMAGES, length, 10), numbers(generator, 30, 10)
+    source, total = Buffer(BufferKind.INPUT, 10, 0, 9), Buffer(BufferKind.FLOATS, 10, rows=9)
+    out = Buffer(BufferKind.OUTPUT, 5, 0, 18)
+    runs = integers(np.asarray([0, 0, 0, 0, 0, 1, 5, 0, 10, 0, 5, 0, 0, 5, 5, 0, 0, 1, 5, 0, 10, 0, 5, 0], np.int32))
+    sizes = integers(np.asarray([0, 1, 0, 1, 0, 2], np.int32))
+    steps = [
+        Step(GraphKind.LENGTH, 1, weights=[sizes], arguments=[9, 30]),
+        Step(GraphKind.ADD, 10, False, [Ref(source)], [Ref(total)], [vector(table)]),
+        Step(GraphKind.SPREAD, 5, False, [Ref(total)], [Ref(out)], [runs]),
+    ]
+    values = Value("x", 1, ("images", "length", 10)), Value("y", 1, ("images", 2, "length", 5))
+    write(Plan([values[0]], [values[1]], 0, 0, 0, steps, graph=True), tmp_path / "steps.plan")
+    session = PlanSession(tmp_path / "steps.plan", threads=2, kernels=kernels)
+    (found,) = session.run(None, {"x": x})
+    np.testing.assert_array_equal(found, (x + table[:length]).reshape(IMAGES, length, 2, 5).transpose(0, 2, 1, 3))
