@@ -386,33 +386,7 @@ INLINE void tile_bytes(const ByteMatrix *weight, size_t panel, const size_t coun
     }
 }
 
-static void products_bytes(const ByteMatrix *weight, size_t panel, size_t panels, const ByteRows *x, size_t first, size_t rows, bool add, float *out,
-                           size_t stride) {
-    for (; panels > 0; panels -= panels > 1 ? 2 : 1, panel += 2, out += 2 * PANEL) {
-        float *to = out;
-        size_t row = 0;
-        if (panels == 1) {
-            for (; row + 8 <= rows; row += 8, to += 8 * stride) {
-                tile_bytes(weight, panel, 1, x, first + row, 8, add, to, stride);
-            }
-            for (; row < rows; row++, to += stride) {
-                tile_bytes(weight, panel, 1, x, first + row, 1, add, to, stride);
-            }
-            return;
-        }
-        for (; row + 8 <= rows; row += 8, to += 8 * stride) {
-            tile_bytes(weight, panel, 2, x, first + row, 8, add, to, stride);
-        }
-        for (; row + 4 <= rows; row += 4, to += 4 * stride) {
-            tile_bytes(weight, panel, 2, x, first + row, 4, add, to, stride);
-        }
-        for (; row < rows; row++, to += stride) {
-            tile_bytes(weight, panel, 2, x, first + row, 1, add, to, stride);
-        }
-    }
-}
-
-BYTES_KERNEL(products_bytes)
+#include "avx512_near.inc"
 
 #include "avx512_flash.inc"
 #include "avx512_cache.inc"
@@ -426,7 +400,7 @@ static void attention_plain(const HeadAttention *a) {
     }
 }
 
-const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = bytes_products_bytes,
+const Kernels kernels_avx512 = {.name = "avx512", .int4 = product_int4, .int8 = product_int8, .quantize = quantize, .bytes = products_bytes,
                                 .quantize_bytes = quantize_bytes, .attention = attention_plain, FLOAT_KERNELS};
 
 #include "target_end.inc"

@@ -20,13 +20,48 @@ static void hide(const void *context, size_t row, size_t key, size_t count, floa
     }
 }
 
-/* `pictured`: keys of a picture, more than are packed at once, of which every query sees all. */
-static void test_one(const Kernels *k, size_t round, size_t pictured) {
+/* A line of n numbers becomes what codes of 8 bits leave of it, 127 steps to either side. */
+static void rounded(float *x, size_t n) {
+    double most = 0;
+    for (size_t i = 0; i < n; i++) {
+        most = fmax(most, fabs(x[i]));
+    }
+    for (size_t i = 0; i < n && most > 0; i++) {
+        x[i] = (float)(rint(x[i] * 127 / most) * most / 127);
+    }
+}
+
+/* What attention in 8 bits multiplies: queries, keys less their mean, and values around the middle of each column. */
+static void round_all(const HeadAttention *a, float *queries, float *keys, float *values) {
+    for (size_t row = 0; row < a->rows; row++) {
+        rounded(queries + row / a->group * a->query_stride + row % a->group * a->size, a->size);
+    }
+    for (size_t d = 0; d < a->size; d++) {
+        double mean = 0, low = INFINITY, high = -INFINITY;
+        for (size_t i = 0; i < a->end; i++) {
+            mean += keys[i * a->key_stride + d] / (double)a->end;
+            low = fmin(low, values[i * a->value_stride + d]);
+            high = fmax(high, values[i * a->value_stride + d]);
+        }
+        const double middle = (low + high) / 2, step = (high - low) / 254;
+        for (size_t i = 0; i < a->end; i++) {
+            float *value = &values[i * a->value_stride + d];
+            keys[i * a->key_stride + d] -= (float)mean;
+            *value = (float)(middle + (step > 0 ? rint((*value - middle) / step) * step : 0));
+        }
+    }
+    for (size_t i = 0; i < a->end; i++) {
+        rounded(keys + i * a->key_stride, a->size);
+    }
+}
+
+/* `pictured`: keys of a picture, more than are packed at once, of which every query sees all. `bytes`: products of 8 bits will do. */
+static void test_one(const Kernels *k, size_t round, size_t pictured, bool bytes) {
     const size_t size = (size_t[]){64, 16, 80, 7, 1, 128, 72, 256}[round % 8], group = 1 + below(3), tokens = 1 + below(round % 10 == 0 ? 200 : 40), rows = tokens * group;
     const size_t past = pictured > 0 ? pictured : below(round % 10 == 1 ? 400 : 90), keys = past + tokens, extra = below(3);
-    const CacheFormat format = round % 2 ? CACHE_FLOAT16 : CACHE_FLOAT32;
+    const CacheFormat format = round % 2 && !bytes ? CACHE_FLOAT16 : CACHE_FLOAT32;
     const size_t element = format == CACHE_FLOAT16 ? 2 : 4, query_stride = group * size + below(3), stride = size + below(5);
-    const float large = (float[]){1.0f, 1.0f, 1e-20f, 1.0f, 1.0f, 30.0f}[round % 6]; /* products of 1e-40 too */
+    const float large = bytes ? (float[]){1.0f, 4.0f, 1e-20f, 2.5f}[round % 4] : (float[]){1.0f, 1.0f, 1e-20f, 1.0f, 1.0f, 30.0f}[round % 6]; /* products of 1e-40 too */
     float *queries = floats(tokens * query_stride, large, 1), *key = floats(keys * stride, large, 1), *value = floats(keys * stride, 1.0f, 1);
     float *out = memory(tokens * (group * size + extra) * sizeof *out, 4), *bias = floats(rows * keys, 3.0f, 1);
     void *held[2] = {key, value};
@@ -56,14 +91,19 @@ static void test_one(const Kernels *k, size_t round, size_t pictured) {
     a.hide = (rule.causal && !a.causal) || rule.seen != NULL ? hide : NULL;
     a.context = &rule;
     a.half = round / 4 % 2 == 0;
+    a.bytes = bytes;
     a.out = out;
     a.out_stride = group * size + extra;
     a.scratch = memory(attention_bytes(rows, size), 0);
     k->attention(&a);
+    const bool coarse = bytes && strncmp(k->name, "avx512", 6) == 0 && !a.causal && a.cap <= 0 && a.bias == NULL && a.hide == NULL;
+    if (coarse) {
+        round_all(&a, queries, key, value);
+    }
     double *weights = malloc(keys * sizeof *weights);
     for (size_t row = 0; row < rows; row++) {
         const float *query = queries + row / group * query_stride + row % group * size;
-        double highest = -INFINITY, sum = 0, sharpness = 0;
+        double highest = -INFINITY, sum = 0, sharpness = 0, lost = 0;
         for (size_t i = 0; i < keys; i++) {
             double dot = 0, parts = 0;
             for (size_t d = 0; d < size; d++) {
@@ -80,6 +120,7 @@ static void test_one(const Kernels *k, size_t round, size_t pictured) {
         for (size_t i = 0; i < keys; i++) {
             weights[i] = exp(weights[i] - highest);
             sum += weights[i];
+            lost += fmin(weights[i], 1.0 / 510);
         }
         for (size_t d = 0; d < size; d++) {
             double want = 0;
@@ -87,6 +128,11 @@ static void test_one(const Kernels *k, size_t round, size_t pictured) {
                 want += weights[i] / sum * value[i * stride + d];
             }
             /* A score's error is a weight's relative error; values are at most 1. */
+            if (coarse) { /* exponents in steps of 1/64, weights of 1/255; and where one code lies between two, either */
+                const double tolerance = 2 * (0.0056 + lost / sum + 2.0 * large * large / 127 * a.scale) + 1e-4;
+                check("attention of bytes", out[row / group * a.out_stride + row % group * size + d], want, tolerance);
+                continue;
+            }
             check("attention", out[row / group * a.out_stride + row % group * size + d], want, attention_error(k, a.half) * (2 + 2 * sharpness));
         }
     }
@@ -132,13 +178,36 @@ static void test_powers(const Kernels *k) {
     release(a.scratch, 0);
 }
 
+/* Two keys, one 2^−x times as heavy: the steps of weights in 8 bits one by one. */
+static void test_steps(const Kernels *k) {
+    const bool coarse = strncmp(k->name, "avx512", 6) == 0;
+    const float query = 1.0f, values[2] = {0.0f, 1.0f};
+    for (size_t j = 0; j < 620; j += 3) {
+        float keys[2] = {0.0f, -((float)j + 0.1f) / 64.0f}, out;
+        HeadAttention a = {.size = 1, .group = 1, .rows = 1, .queries = &query, .keys = keys, .values = values, .key_stride = 1, .value_stride = 1, .end = 2};
+        a.bytes = true;
+        a.scale = 0.69314718f;
+        a.out = &out;
+        a.scratch = memory(attention_bytes(1, 1), 0);
+        k->attention(&a);
+        const double exact = 255 * exp2(coarse ? -(double)j / 64 : keys[1]), weight = coarse ? floor(exact + 0.5) : exact;
+        const double tie = coarse && fabs(exact + 0.5 - rint(exact + 0.5)) < 0.01 ? 1.0 / 255 : 0; /* the table has 16 bits */
+        check("attention: a step of the weights", out, weight / (255 + weight), tie + 1e-5);
+        release(a.scratch, 0);
+    }
+}
+
 void test_head_attention(const Kernels *k) {
+    test_steps(k);
     test_powers(k);
     for (size_t round = 0; round < 120; round++) {
-        test_one(k, round, 0);
+        test_one(k, round, 0, false);
     }
     for (size_t i = 0; i < 4; i++) { /* rounds in halves, with nothing hidden, capped or added */
-        test_one(k, (size_t[]){0, 9, 18, 24}[i], (size_t[]){1024 - 30, 2048, 1153, 700}[i]);
+        test_one(k, (size_t[]){0, 9, 18, 24}[i], (size_t[]){1024 - 30, 2048, 1153, 700}[i], false);
+    }
+    for (size_t round = 0; round < 48; round += 3) { /* in bytes every query sees every key */
+        test_one(k, round, round % 8 == 0 ? (size_t[]){1024 - 30, 2048, 250}[round / 8 % 3] : 0, true);
     }
     /* NaN is seen in what comes out, and only in its own row. */
     float queries[2] = {NAN, 1.0f}, keys[3] = {1.0f, 2.0f, 3.0f}, out[2];
@@ -148,8 +217,9 @@ void test_head_attention(const Kernels *k) {
     a.scale = 0.0f;
     a.out = out;
     a.scratch = memory(attention_bytes(2, 1), 0);
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < 3; half++) {
         a.half = half != 0;
+        a.bytes = half == 2;
         k->attention(&a);
         check("attention: NaN", out[0], NAN, 0);
         check("attention: beside NaN", out[1], 2.0, 1e-2);

@@ -83,6 +83,8 @@ static void test_product(const Kernels *k, size_t depth, bool hardest) {
     float *out = floats(rows * stride, 1.0f, 1), *before = malloc((rows * stride + 1) * sizeof *before);
     memcpy(before, out, rows * stride * sizeof *out);
     k->bytes(&w, panel, some, &x, first, rows, unary, add, out, stride);
+    /* A polynomial of 8e-5 and a reciprocal of 6e-5: beside the rounding of products of 8 bits that is nothing. */
+    const bool near = strncmp(k->name, "avx512", 6) == 0 && (unary == UNARY_SILU || unary == UNARY_QUICK_GELU || unary == UNARY_GELU_TANH);
     for (size_t row = 0; row < rows; row++) {
         for (size_t o = 0; o < stride; o++) {
             const size_t output = panel * PANEL + o;
@@ -96,8 +98,9 @@ static void test_product(const Kernels *k, size_t depth, bool hardest) {
                 want += (double)(x.codes[(first + row) * x.stride + i] - x.zeros[first + row]) * code;
             }
             const double product = want * x.scales[first + row] * scales[output];
-            want = unary_of(unary, product + (w.bias != NULL ? bias[output] : 0)) + (add ? before[row * stride + o] : 0);
-            check("bytes", out[row * stride + o], want, 1e-6 * (fabs(product) + fabs(want) + 2));
+            const double value = unary_of(unary, product + (w.bias != NULL ? bias[output] : 0));
+            want = value + (add ? before[row * stride + o] : 0);
+            check("bytes", out[row * stride + o], want, 1e-6 * (fabs(product) + fabs(want) + 2) + (near ? 1.6e-4 * fabs(value) : 0));
         }
     }
     free(before);
