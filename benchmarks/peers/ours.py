@@ -78,14 +78,17 @@ class Ours:
         return {"files": self._files(bundle), **kept, "note": note, "arithmetic": self._arithmetic(bundle)}
 
     def _arithmetic(self, bundle: Any) -> dict[str, str | None]:
-        """Weights of 4 and 8 bits meet activations of 8; native attention beside them is in bfloat16 where the CPU has it."""
+        """Weights of 4 and 8 bits meet activations of 8; native attention beside them is in bfloat16 where the CPU has it, an
+        encoder's in 8 bits where it multiplies those.
+        """
         graphs = bundle.build.graphs if bundle.build else bundle.manifest.graphs
-        narrow = "bf16" if "avx512_bf16" in cpu_flags() else "fp32"
+        narrow = {"decoder": "bf16" if "avx512_bf16" in cpu_flags() else "fp32"}
+        narrow["vision_encoder"] = "int8" if "avx512_vnni" in cpu_flags() else narrow["decoder"]
         found: dict[str, tuple[str, str]] = {}
         for role in ("decoder", "vision_encoder"):
             coded, native = graphs[role].precision.startswith("int"), graphs[role].format == "plan"
-            found[role] = ("int8" if coded else "fp32", narrow if coded and native else "fp32")
-        known = "precisions in the manifest; native attention in bfloat16 where the CPU has it"
+            found[role] = ("int8" if coded else "fp32", narrow[role] if coded and native else "fp32")
+        known = "precisions in the manifest; native attention in bfloat16, of encoders in 8 bits, where the CPU has it"
         return arithmetic(*found["decoder"], *found["vision_encoder"], known)
 
     def _files(self, bundle: Any) -> list[str]:

@@ -19,7 +19,7 @@ typedef enum {
     GRAPH_QUANTIZE,  /* in0 → out0 in 8 bits: codes per block (BUFFER_CODES) or per row (BUFFER_BYTES) */
     GRAPH_MATMUL,    /* unary arg0 of in0 · weight0 (+ bias weight1) → out0; arg1: added to what out0 holds, with WEIGHT_BYTES */
     GRAPH_NORM,      /* in0 (+ in1) (+ bias weight2) → out1; its norm, weight0 and bias weight1, → out0, in 8 bits → out2. arg0: 0 RMS, 1 layer; arg1: norms side by side */
-    GRAPH_ATTENTION, /* queries in0 over keys in1 and values in2 → out0. arg0 heads, arg1 numbers of a head; arg2: halves will do; real0 scale.
+    GRAPH_ATTENTION, /* queries in0 over keys in1 and values in2 → out0. arg0 heads, arg1 numbers of a head; arg2: halves, or 8 bits, will do; real0 scale.
                       * arg5: a GraphOver; in3 for OVER_SEGMENTS: an integer for each row, which rise from row to row;
                       * for OVER_IMAGE: keys from arg4 on are hidden where its integers are 0; arg3: and those after the query */
     GRAPH_UNARY,     /* unary arg0 of in0 · real0, times real1 → out0 */
