@@ -89,12 +89,12 @@ def test_planted_mistake_is_found(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", ["7.802403e-2f", "2.2606707e-1f", "6.9583399e-1f"])
 def test_one_percent_of_a_factor_of_powers_shows(tmp_path, factor):
-    """Of the polynomial for 2^x, whose weights are rounded to 8 bits afterwards."""
+    """Of the polynomial for 2^x: of attention, whose weights are rounded to 8 bits afterwards, or of activations before it."""
     done = run(with_a_mistake(tmp_path, f"({factor})", f"(1.01f * {factor})"), "avx512-bf16")
     if done.returncode == 2:
         pytest.skip("this CPU has no avx512-bf16")
     assert done.returncode == 1
-    assert "2^x" in done.stdout
+    assert "2^x" in done.stdout or "bytes" in done.stdout  # the first differences are printed
 
 
 @pytest.fixture(scope="module")
