@@ -56,7 +56,10 @@ class PlanGraph(NativeGraph):
         images = len(contiguous[first]) // each[first] if first in contiguous and contiguous[first].ndim else 0
         lengths = open_sizes(((spec.name, spec.shape) for spec in self.inputs), contiguous)
         outputs = {
-            spec.name: np.empty((images * each[spec.name], *(size if isinstance(size, int) else lengths.get(size, 0) for size in spec.shape[1:])), spec.dtype)
+            spec.name: np.empty(
+                (images * each[spec.name], *(size if isinstance(size, int) else lengths.get(size, 0) for size in spec.shape[1:])),
+                spec.dtype,
+            )
             for spec in self.outputs
         }
         begin = time.perf_counter()
