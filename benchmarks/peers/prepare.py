@@ -57,6 +57,8 @@ def prepare(
             model, bundle, first.variant, wanted["tiles"], wanted["runs"], wanted["threads"], wanted["quick"], derived
         )
     made = Prepared(job, failed=failed)
+    for one in mine:  # also one that was not asked for and only made the prompts: its job is whole again
+        scenario.write_job(job, one.peer, one.variant, model)
     for one in those:
         made.jobs[one.key] = scenario.write_job(job, one.peer, one.variant, model)
         try:
