@@ -14,6 +14,8 @@ PEERS = (ROOT / "out" / "peers").resolve()
 REQUIREMENTS = Path(__file__).parent / "requirements"
 UNWANTED = {"openvino_genai": ("torchvision",)}
 """What pip brings along and must go: PyPI's torchvision does not load beside PyTorch's CPU build, and importing it fails."""
+_COMPILE = "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"
+"""As pip would, on all cores; templates and files of other versions of Python that do not compile are passed over."""
 
 
 def python_of(peer: str, log: Path) -> str:
@@ -29,7 +31,7 @@ def ready(peer: str) -> str:
         return sys.executable
     folder, wanted = PEERS / peer / "env", REQUIREMENTS / f"{peer}.txt"
     stamp = folder / "installed.txt"
-    if not stamp.is_file() or stamp.read_text() != wanted.read_text():
+    if not (folder / "compiled.txt").is_file() or not stamp.is_file() or stamp.read_text() != wanted.read_text():
         raise PeerError(f"the environment of {peer} in {folder} is missing or of other versions: run with --prepare-only first")
     return str(folder / "bin" / "python")
 
@@ -39,6 +41,7 @@ def install(peer: str, requirements: Path, folder: Path, log: Path) -> str:
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
     wanted = requirements.read_text()
     if stamp.is_file() and stamp.read_text() == wanted:
+        _compile(peer, python, log)
         return str(python)
     stamp.unlink(missing_ok=True)
     make = [sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)]
@@ -49,4 +52,13 @@ def install(peer: str, requirements: Path, folder: Path, log: Path) -> str:
     if peer == "llama_cpp":
         llama_build.build(sys.executable, str(python), folder.parent, log)
     stamp.write_text(wanted)
+    _compile(peer, python, log)
     return str(python)
+
+
+def _compile(peer: str, python: Path, log: Path) -> None:
+    """Compiles what is installed, once: a cold start must not, where PYTHONDONTWRITEBYTECODE keeps it from being stored."""
+    stamp = python.parents[1] / "compiled.txt"
+    if not stamp.is_file():
+        run([str(python), "-c", _COMPILE], log, f"the Python files of {peer} cannot be compiled")
+        stamp.touch()

@@ -103,7 +103,8 @@ def prepare(job: Job) -> None:
     from vlm_edge.export import export
     from vlm_edge.targets.build import build
 
-    # As pip does with what it installs, and did with the peers: else a start compiles it where PYTHONDONTWRITEBYTECODE is set.
+    # As pip does with what it installs, and environments.py with the peers: else each start does, where
+    # PYTHONDONTWRITEBYTECODE is set.
     compileall.compile_dir(Path(vlm_edge_runtime.__file__).parent, quiet=1)
     bundle = Path(job["bundle"])
     if not (bundle / "manifest.json").is_file():
