@@ -197,8 +197,64 @@ static void test_steps(const Kernels *k) {
     }
 }
 
+/* Many blocks of equal keys, one lifted to twice the weight, first, last or none: what comes of them does not hang on when they come. */
+static void test_order(const Kernels *k) {
+    enum { BLOCK_KEYS = 256, BLOCKS = 96, ALL = BLOCK_KEYS * BLOCKS };
+    const float query = 1.0f;
+    float *keys = floats(ALL, 0.0f, 0), *values = floats(ALL, 0.0f, 0), out;
+    HeadAttention a = {.size = 1, .group = 1, .rows = 1, .queries = &query, .keys = keys, .values = values, .key_stride = 1, .value_stride = 1, .end = ALL};
+    a.bytes = true;
+    a.scale = 0.69314718f;
+    a.out = &out;
+    a.scratch = memory(attention_bytes(1, 1), 0);
+    for (size_t lifted = 0; lifted < 3; lifted++) {
+        double sum = 0, total = 0;
+        for (size_t i = 0; i < ALL; i++) {
+            const size_t block = i / BLOCK_KEYS;
+            keys[i] = lifted > 0 && block == (lifted == 1 ? 0 : BLOCKS - 1) ? 1.0f : 0.0f;
+            values[i] = block < BLOCKS / 2 ? 1.0f : -1.0f;
+            sum += (1.0 + keys[i]) * values[i];
+            total += 1.0 + keys[i];
+        }
+        k->attention(&a);
+        check("attention: order of blocks", out, sum / total, lifted > 0 ? 4e-6 : 1e-6); /* 8e-5 of a power, of 1 in 96 blocks */
+    }
+    release(a.scratch, 0);
+    release(keys, 0);
+    release(values, 0);
+}
+
+/* Numbers whose sum is no float, and neighbours, between which there is none. */
+static void test_extremes(const Kernels *k) {
+    enum { KEYS = 700 };
+    const float query = 1.0f;
+    float keys[KEYS], values[KEYS], out;
+    HeadAttention a = {.size = 1, .group = 1, .rows = 1, .queries = &query, .keys = keys, .values = values, .key_stride = 1, .value_stride = 1, .end = KEYS};
+    a.bytes = true;
+    a.scale = 1.0f;
+    a.out = &out;
+    a.scratch = memory(attention_bytes(1, 1), 0);
+    for (size_t i = 0; i < KEYS; i++) {
+        keys[i] = 1e36f;
+        values[i] = (1.0f + (float)(i % 2)) * 1e36f;
+    }
+    k->attention(&a);
+    if (strncmp(k->name, "avx512", 6) == 0) { /* other kernels add the values themselves */
+        check("attention: the mean of large numbers", out, 1.5e36, 1e36 / 254);
+    }
+    for (size_t i = 0; i < KEYS; i++) {
+        keys[i] = 1.0f;
+        values[i] = i % 4 > 0 ? 1.0f + 0x1p-23f : 1.0f;
+    }
+    k->attention(&a);
+    check("attention: neighbours", out, 1.0 + 0.75 * 0x1p-23, 1e-5);
+    release(a.scratch, 0);
+}
+
 void test_head_attention(const Kernels *k) {
     test_steps(k);
+    test_order(k);
+    test_extremes(k);
     test_powers(k);
     for (size_t round = 0; round < 120; round++) {
         test_one(k, round, 0, false);
