@@ -9,7 +9,8 @@ typedef struct {
     size_t count; /* taken so far */
     size_t images;
     bool known; /* `images` is */
-    size_t length; /* the size that is open in the plan; 0: not known yet */
+    size_t length; /* the size that is open in the plan; 0 where none is */
+    bool length_known;
 } Arrays;
 
 /* Views of the named arrays, whose first dimensions are so many rows for each of one number of images; other sizes are the plan's. */
@@ -30,7 +31,10 @@ static int take(Arrays *arrays, const SessionCore *core, const ValueInfo *values
         }
         arrays->count++;
         for (size_t d = 1; d < info->rank; d++) {
-            arrays->length = info->shape[d] < 0 && arrays->length == 0 ? (size_t)view->shape[d] : arrays->length;
+            if (info->shape[d] < 0 && !arrays->length_known) {
+                arrays->length = (size_t)view->shape[d];
+                arrays->length_known = true;
+            }
             const int64_t wanted = info->shape[d] < 0 ? (int64_t)arrays->length : info->shape[d];
             if (view->shape[d] != wanted) {
                 PyErr_Format(native_device_error, "graph '%s': '%s' has size %zd in dimension %zu, expected %lld", core->name, info->name, view->shape[d], d,

@@ -8,7 +8,7 @@
 /* --- sizes --- */
 
 int graph_fit(Plan *plan, size_t length, char message[PLAN_MESSAGE_SIZE]) {
-    if (plan->longest == 0 || length == plan->length) {
+    if (plan->longest == 0 || (length != 0 && length == plan->length)) { /* a length of 0: what the last call brought was refused */
         return 0;
     }
     if (length == 0 || length > plan->longest) {

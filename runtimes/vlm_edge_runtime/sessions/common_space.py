@@ -94,7 +94,8 @@ class CommonSpace:
         self._images = images
         self._tokenizer = load_tokenizer(bundle) if tokenizer is None else tokenizer
         self._texts: ByteLRU[str, Floats] = ByteLRU(TEXT_CACHE_BYTES)
-        # With activations quantised on the fly a text's vector would depend on its neighbours in the batch.
+        # In ONNX graphs one scale is for all activations of a call, so a text's vector would depend on its neighbours;
+        # in plans each row has its own.
         self._texts_per_call = 1 if bundle.graphs["text_encoder"].precision == "int8" else TEXTS_PER_CALL
         self.stats = EmbeddingStats()
         """Figures of the last call."""

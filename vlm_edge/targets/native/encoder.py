@@ -19,10 +19,10 @@ from vlm_edge.passes.graph import MICROSOFT, attribute_int, consumers, is_weight
 
 from .encoder_attention import Pending, attention, einsum, pending, scored
 from .encoder_lengths import for_any_length, open_size
-from .encoder_patches import ROWS, Regrouped, convert, cosine, handled, negate, reduce_sum, row_input, whole_patches
+from .encoder_patches import ROWS, Regrouped, convert, cosine, handled, negate, patches, reduce_sum, row_input
 from .encoder_products import Linear, activated, alike, linear, stacked
 from .encoder_rows import activate, average_pool, binary, divide, multiply, norm, skip_norm, unary
-from .encoder_texts import counted, integer_input
+from .encoder_texts import Sight, counted, integer_input
 from .encoder_views import Array, Known, Sources, View, folded, moved
 from .errors import NotExpressible
 from .panels import integers, vector
@@ -70,6 +70,7 @@ class EncoderCompiler:
         self.floats: set[ir.Node] = set()
         self.integers: dict[ir.Value, Buffer] = {}
         self.asked: dict[ir.Value, tuple[int, ...] | None] = {}
+        self.sights: dict[tuple[ir.Value, int, int], Sight] = {}
 
     def compile(self) -> Plan:
         """Raises NotExpressible with what has no step."""
@@ -246,7 +247,7 @@ class EncoderCompiler:
             return
         handlers: dict[tuple[str, str], Callable[[ir.Node], None]] = {
             ("", "Concat"): self._concat,
-            ("", "Conv"): self._patches,
+            ("", "Conv"): lambda one: patches(self, one),
             ("", "MatMul"): self._matmul,
             (MICROSOFT, "MatMulNBits"): self._matmul,
             (MICROSOFT, "MultiHeadAttention"): lambda one: attention(self, one),
@@ -390,42 +391,3 @@ class EncoderCompiler:
             self.add(GraphKind.QUANTIZE, width, [ref], [found])
             self.codes[key] = found
         return found
-
-    def _patches(self, node: ir.Node) -> None:
-        """A convolution whose windows lie side by side: a product of each with the kernels."""
-        x, kernel = self.view(node.inputs[0]), self.constant(node.inputs[1])
-        bias = self.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        if kernel is not None and whole_patches(self, node, x, kernel, bias):
-            return
-        if kernel is None or kernel.ndim != 4 or x.ndim != 4 or x.shape[0] != 1 or attribute_int(node, "group", 1) != 1:
-            raise NotExpressible("a Conv of other than pictures")
-        count, channels, height, width = kernel.shape
-        plain = {"strides": (height, width), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
-        auto = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
-        for name, wanted in plain.items():
-            default = (1, 1) if name == "strides" else wanted
-            if tuple(node.attributes[name].as_ints() if name in node.attributes else default) != wanted or auto not in (
-                "NOTSET",
-                "VALID",
-            ):
-                raise NotExpressible("a Conv whose windows do not lie side by side")
-        down, across = x.shape[2] // height, x.shape[3] // width
-        places = x.places[0, :, : down * height, : across * width].reshape(channels, down, height, across, width)
-        view = View(np.ascontiguousarray(places.transpose(1, 3, 0, 2, 4)).reshape(down * across, channels * height * width))
-        depth = channels * height * width
-        one = Linear(
-            node.inputs[0],  # type: ignore[arg-type]
-            node.outputs[0],
-            depth,
-            count,
-            (lambda: np.ascontiguousarray(kernel.reshape(count, depth).T, np.float32),),
-            (None if bias is None else np.asarray(bias, np.float32),),
-            (node,),
-        )
-        form = BufferKind.BYTES if self.integer and self.kept[0] == 0 else BufferKind.FLOATS
-        ref = self.rows_of(view)
-        given = ref if form == BufferKind.FLOATS else self.quantised(ref, depth, form)
-        out = self.fresh(down * across, count)
-        self.add(GraphKind.MATMUL, count, [given], [out], [one.bytes()] if form == BufferKind.BYTES else one.weights(), [0])
-        rows = self.sources.view(out.buffer, (down, across, count))
-        self.define(node.outputs[0], View(rows.places.transpose(2, 0, 1)[None]))

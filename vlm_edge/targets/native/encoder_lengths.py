@@ -17,8 +17,8 @@ from .errors import NotExpressible
 from .panels import integers
 from .plan_file import Buffer, Format, GraphKind, Plan, Ref, Step, Weight
 
-_LENGTHS = (11, 13, 7)
-"""Two that say how sizes grow, and one to compare."""
+_LENGTHS = (11, 14, 7)
+"""Two that say how sizes grow, and one to compare; not all odd, or a length made even would look like one more."""
 _MOST = 1 << 20
 """`GRAPH_LONGEST` in plan_graph.h."""
 _MOST_TABLE = 1 << 13

@@ -295,12 +295,46 @@ def reduce_sum(c: EncoderCompiler, node: ir.Node) -> None:
     c.result(node.outputs[0], total, shape)
 
 
-def whole_patches(c: EncoderCompiler, node: ir.Node, x: View, kernel: Array, bias: Array | None) -> bool:
+def patches(c: EncoderCompiler, node: ir.Node) -> None:
+    """A convolution whose windows lie side by side: a product of each with the kernels. Raises NotExpressible for others."""
+    x, kernel = c.view(node.inputs[0]), c.constant(node.inputs[1])
+    bias = c.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    if kernel is not None and _whole(c, node, x, kernel, bias):
+        return
+    if kernel is None or kernel.ndim != 4 or x.ndim != 4 or x.shape[0] != 1 or attribute_int(node, "group", 1) != 1:
+        raise NotExpressible("a Conv of other than pictures")
+    count, channels, height, width = kernel.shape
+    plain = {"strides": (height, width), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
+    auto = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
+    for name, wanted in plain.items():
+        default = (1, 1) if name == "strides" else wanted
+        if tuple(node.attributes[name].as_ints() if name in node.attributes else default) != wanted or auto not in (
+            "NOTSET",
+            "VALID",
+        ):
+            raise NotExpressible("a Conv whose windows do not lie side by side")
+    down, across = x.shape[2] // height, x.shape[3] // width
+    places = x.places[0, :, : down * height, : across * width].reshape(channels, down, height, across, width)
+    view = View(np.ascontiguousarray(places.transpose(1, 3, 0, 2, 4)).reshape(down * across, channels * height * width))
+    rows = c.sources.view(_with_kernels(c, node, view, kernel, bias).buffer, (down, across, count))
+    c.define(node.outputs[0], View(rows.places.transpose(2, 0, 1)[None]))
+
+
+def _whole(c: EncoderCompiler, node: ir.Node, x: View, kernel: Array, bias: Array | None) -> bool:
     """Whether a convolution has one window in each of its inputs, all of it: a product of their rows with the kernels."""
     plain = not any(attribute_ints(node, "pads") or ()) and set(attribute_ints(node, "dilations") or (1,)) == {1}
     if x.shape[1:] != kernel.shape[1:] or not plain or attribute_int(node, "group", 1) != 1:
         return False
-    rows, count, depth = x.shape[0], kernel.shape[0], int(np.prod(kernel.shape[1:]))
+    rows, count = x.shape[0], kernel.shape[0]
+    out = _with_kernels(c, node, View(x.places.reshape(rows, int(np.prod(kernel.shape[1:])))), kernel, bias)
+    made = c.sources.view(out.buffer, (rows, count))
+    c.define(node.outputs[0], View(made.places.reshape(rows, count, *[1] * (x.ndim - 2))))
+    return True
+
+
+def _with_kernels(c: EncoderCompiler, node: ir.Node, view: View, kernel: Array, bias: Array | None) -> Ref:
+    """The product of windows, one a row, with a convolution's kernels."""
+    (rows, depth), count = view.shape, kernel.shape[0]
     one = Linear(
         node.inputs[0],  # type: ignore[arg-type]
         node.outputs[0],
@@ -311,10 +345,8 @@ def whole_patches(c: EncoderCompiler, node: ir.Node, x: View, kernel: Array, bia
         (node,),
     )
     form = BufferKind.BYTES if c.integer and c.kept[0] == 0 else BufferKind.FLOATS
-    ref = c.rows_of(View(x.places.reshape(rows, depth)))
+    ref = c.rows_of(view)
     given = ref if form == BufferKind.FLOATS else c.quantised(ref, depth, form)
     out = c.fresh(rows, count)
     c.add(GraphKind.MATMUL, count, [given], [out], [one.bytes()] if form == BufferKind.BYTES else one.weights(), [0])
-    made = c.sources.view(out.buffer, (rows, count))
-    c.define(node.outputs[0], View(made.places.reshape(rows, count, *[1] * (x.ndim - 2))))
-    return True
+    return out

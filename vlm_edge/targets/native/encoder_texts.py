@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from .encoder import EncoderCompiler
 
 Array = npt.NDArray[Any]
-_TEXTS, _SMALL = 4, 20
+_TEXTS = 24
+"""Texts that are drawn; fewer of large masks, of which `_MOST` numbers are enough, but two."""
+_MOST = 1 << 22
+_SMALL, _IDS = 20, 1000
+"""Numbers are drawn below these: so small that some are drawn twice, or as many as tokens."""
+_EXACT = 1 << 24
+"""Floats hold whole numbers up to this."""
 _LARGEST, _EQUAL, _LAST = range(3)
 """`GraphPick` in plan_graph.h."""
 
@@ -73,10 +79,11 @@ def _lookup(c: EncoderCompiler, node: ir.Node) -> bool:
     table, indices = c.constant(node.inputs[0]), node.inputs[1]
     if table is None or table.ndim != 2 or not np.issubdtype(table.dtype, np.floating) or attribute_int(node, "axis", 0) != 0:
         return False
-    feeds = _drawn(c, np.random.default_rng(0), table.shape[0])
+    feeds = _drawn(c, indices, max(table.shape[0], _IDS))  # beyond the table, too: only the index is computed
     found = _evaluated(c, indices, feeds)
     for value, buffer in c.integers.items():
-        if found.size == feeds[str(value.name)].size and np.array_equal(found.reshape(_TEXTS, -1), feeds[str(value.name)]):
+        given = feeds[str(value.name)]
+        if found.shape[:1] == given.shape[:1] and found.size == given.size and np.array_equal(found.reshape(given.shape), given):
             out = c.fresh(buffer.rows, table.shape[1])
             halves = table.dtype == np.float16 or (c.integer and bool(np.abs(table).max() <= np.finfo(np.float16).max))
             stored = half_rows(table) if halves else vector(np.asarray(table, np.float32))
@@ -98,19 +105,29 @@ def sight(c: EncoderCompiler, mask: ir.Value, rows: int, keys: int) -> Sight:
         raise NotExpressible("an attention with a bias")
     if mask not in c.asked:
         raise NotExpressible("an attention with a bias that is computed")
-    feeds = _drawn(c, np.random.default_rng(0), 2)
+    key = (mask, rows, keys)
+    if key not in c.sights:
+        c.sights[key] = _rule(c, mask, causal)
+    return c.sights[key]
+
+
+def _rule(c: EncoderCompiler, mask: ir.Value, causal: npt.NDArray[np.bool_]) -> Sight:
+    """What a mask that is computed hides. Rows that see nothing are compared after a build."""
+    rows, keys = causal.shape
+    texts = max(2, min(_TEXTS, _MOST // (rows * keys)))
+    feeds = _drawn(c, mask, _SMALL, texts)
+    added = _evaluated(c, mask, feeds)
+    inputs = set(graph_inputs_of([mask]))
     for value, buffer in c.integers.items():
-        given, prefix = feeds[str(value.name)], keys - buffer.rows
-        given[:, 0] = 1  # what hides everything is compared after a build
-        if prefix < 0 or value not in graph_inputs_of([mask]):
+        prefix = keys - buffer.rows
+        if prefix < 0 or value not in inputs:
             continue
-        added = _evaluated(c, mask, feeds)
-        seen = np.concatenate([np.ones((_TEXTS, prefix), bool), given != 0], axis=1)[:, None, None]
-        for below in (False, True):
-            if (not below or rows == keys) and _hides(
-                added, np.broadcast_to(seen & causal if below else seen, (_TEXTS, 1, rows, keys))
-            ):
-                return Sight(value, prefix, below)
+        given = feeds[str(value.name)] != 0
+        seen = np.concatenate([np.ones((texts, prefix), bool), given], axis=1)[:, None, None]
+        if _hides(added, np.broadcast_to(seen, (texts, 1, rows, keys))):
+            return Sight(value, prefix)
+        if rows == keys and _hides(added, seen & causal):
+            return Sight(value, prefix, True)
     raise NotExpressible("an attention with a mask of an unknown rule")
 
 
@@ -119,23 +136,22 @@ def _hides(found: Array, seen: npt.NDArray[np.bool_]) -> bool:
         found, seen = np.broadcast_arrays(found, seen)
     except ValueError:
         return False
-    if found.dtype == np.bool_:
-        return bool((found == seen).all())
-    return bool((found[seen] == 0).all() and (found[~seen] < -1e30).all())
+    right = found == seen if found.dtype == np.bool_ else np.where(seen, found == 0, found < -1e30)
+    return bool((right | ~seen.any(axis=-1, keepdims=True)).all())
 
 
 def _pick(c: EncoderCompiler, node: ir.Node) -> None:
-    """One row of each text: of the largest number (CLIP's end of text), of a certain one, or the last that is no padding."""
+    """One row of each text: of the largest number (CLIP's end of text), of a certain one, or as far in as tokens are valid."""
     view, index = c.view(node.inputs[0]), node.inputs[1]
     if attribute_int(node, "batch_dims", 0) or view.ndim != 3 or index is None:
         raise NotExpressible("a GatherND of other than one row of each text")
-    rules = [(_LARGEST, 0), (_LAST, 0), *((_EQUAL, number) for number in _numbers(index))]
+    rules = [(_LARGEST, 0), (_LAST, 0), *((_EQUAL, number) for number in _numbers(c, index))]
     inputs = set(graph_inputs_of([index]))
     for value, buffer in c.integers.items():
         if value not in inputs or buffer.rows != view.shape[1]:
             continue
         for rule, number in rules:
-            if all(_picks(c, index, value, rule, number, seed) for seed in range(6)):
+            if _picks(c, index, value, rule, number):
                 out = c.fresh(1, view.shape[2])
                 c.add(GraphKind.PICK, view.shape[2], [c.rows_of(view), Ref(buffer)], [out], [], [rule, number])
                 c.result(node.outputs[0], out, (1, view.shape[2]))
@@ -143,26 +159,33 @@ def _pick(c: EncoderCompiler, node: ir.Node) -> None:
     raise NotExpressible("a token of each text that is chosen by an unknown rule")
 
 
-def _picks(c: EncoderCompiler, index: ir.Value, value: ir.Value, rule: int, number: int, seed: int) -> bool:
-    generator = np.random.default_rng(seed)
-    feeds = _drawn(c, generator, _SMALL)
-    name, rows = str(value.name), c.integers[value].rows
+def _picks(c: EncoderCompiler, index: ir.Value, value: ir.Value, rule: int, number: int) -> bool:
+    feeds = _drawn(c, index, _SMALL)
+    given, generator = feeds[str(value.name)], np.random.default_rng(1)
+    texts, rows = given.shape
     if rule == _LAST:
-        feeds[name] = (np.arange(rows) < generator.integers(1, rows + 1, (_TEXTS, 1))).astype(np.int64)
-        wanted = feeds[name].sum(axis=1) - 1
+        valid, places = generator.integers(1, rows + 1, (texts, 1)), np.arange(rows)
+        hidden = generator.random((texts, rows)) < 0.5
+        hidden[::3] = (places >= valid)[::3]
+        hidden[1::3] = (places < rows - valid)[1::3]
+        hidden[2] = True  # a text of nothing: the index is -1, the last
+        given[:] = np.where(hidden, 0, np.maximum(given, 1))
+        wanted = (~hidden).sum(axis=1) - 1
     elif rule == _EQUAL:
-        feeds[name][feeds[name] == number] += 1
-        places = generator.random((_TEXTS, rows)) < 0.3
-        places[0] = False  # a text without it
-        feeds[name][places] = number
-        wanted = places.argmax(axis=1)
+        given[given == number] += 1
+        there = generator.random((texts, rows)) < 0.3
+        there[0] = False  # a text without it
+        given[there] = number
+        wanted = there.argmax(axis=1)
     else:
-        wanted = feeds[name].argmax(axis=1)
+        wanted = given.argmax(axis=1)
     found = _evaluated(c, index, feeds)
-    return found.shape == (_TEXTS, 2) and np.array_equal(found, np.stack([np.arange(_TEXTS), wanted], axis=1))
+    if found.shape != (texts, 2) or not np.array_equal(found[:, 0], np.arange(texts)):
+        return False
+    return np.array_equal(np.where(found[:, 1] < 0, found[:, 1] + rows, found[:, 1]), wanted % rows)
 
 
-def _numbers(value: ir.Value) -> list[int]:
+def _numbers(c: EncoderCompiler, value: ir.Value) -> list[int]:
     """The whole numbers that a value is computed with."""
     found: dict[int, None] = {}
     todo, seen = [value], set()
@@ -172,22 +195,36 @@ def _numbers(value: ir.Value) -> list[int]:
             continue
         seen.add(node)
         for one in node.inputs:
-            if one is not None and one.const_value is not None and one.const_value.size == 1:
-                number = np.asarray(one.const_value.numpy()).reshape(-1)[0]
-                if np.issubdtype(number.dtype, np.integer) and abs(int(number)) < 1 << 31:
-                    found[int(number)] = None
-            elif one is not None:
+            if one is None:
+                continue
+            known = c.constant(one)
+            if known is None:
                 todo.append(one)
+            elif known.size <= _TEXTS and known.dtype.kind in "iuf":
+                found.update(
+                    (int(number), None) for number in known.reshape(-1) if abs(number) < _EXACT and number == int(number)
+                )
     return list(found)
 
 
-def _drawn(c: EncoderCompiler, generator: np.random.Generator, limit: int) -> dict[str, Array]:
-    """Inputs of some texts, of whole numbers below `limit`; floats are 0."""
-    feeds: dict[str, Array] = {}
-    for value in c.graph.inputs:
-        shape = (_TEXTS, *c.sized(value)[1:])
-        drawn = value in c.integers
-        feeds[str(value.name)] = generator.integers(0, limit, shape) if drawn else np.zeros(shape, np.float32)
+def _drawn(c: EncoderCompiler, value: ir.Value | None, limit: int, texts: int = _TEXTS) -> dict[str, Array]:
+    """Inputs of some texts: masks of 0 and 1, other whole numbers below `limit` or beside those `value` is computed with.
+
+    Floats are 0. One text is all ones where it is a mask.
+    """
+    generator, feeds = np.random.default_rng(0), {}
+    beside = {number + more for number in (_numbers(c, value) if value is not None else []) for more in (-1, 0, 1)}
+    near = np.asarray(sorted({0, 1} | {number for number in beside if number >= 0}))
+    for one in c.graph.inputs:
+        shape = (texts, *c.sized(one)[1:])
+        if one not in c.integers:
+            feeds[str(one.name)] = np.zeros(shape, np.float32)
+        elif str(one.name).endswith("mask"):
+            share = np.linspace(1, 0.2, texts)[:, None]
+            feeds[str(one.name)] = (generator.random(shape) < share).astype(np.int64)
+        else:
+            known = generator.random(shape) < 0.5
+            feeds[str(one.name)] = np.where(known, generator.choice(near, shape), generator.integers(0, limit, shape))
     return feeds
 
 
