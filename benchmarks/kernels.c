@@ -37,7 +37,14 @@ Bench *bench_open(size_t threads, const char *name) {
 
 const char *bench_name(const Bench *b) { return b->kernels->name; }
 
-double bench_read(Bench *b, const uint8_t *data, size_t bytes) { return limits_read(b->limits, data, bytes); }
+double bench_read(Bench *b, const uint8_t *data, size_t bytes) {
+    double least = limits_read(b->limits, data, bytes, 0);
+    for (int loop = 1; loop < READ_LOOPS; loop++) {
+        const double seconds = limits_read(b->limits, data, bytes, loop);
+        least = seconds < least ? seconds : least;
+    }
+    return least;
+}
 
 double bench_peak(Bench *b, int kind) { return limits_peak(b->limits, b->kernels->name, kind); }
 

@@ -46,25 +46,49 @@ double limits_run(const Limits *l, void (*work)(void *, size_t, size_t, size_t),
     return limits_now(l) - begin;
 }
 
-static void read_work(void *context, size_t step, size_t item, size_t thread) {
-    Limits *l = context;
-    const size_t count = pool_threads(l->pool) * PIECES, each = l->bytes / count / 64 * 64;
-    const uint64_t *p = (const uint64_t *)(const void *)(l->data + item * each);
-    typedef uint64_t wide __attribute__((vector_size(64), aligned(8), may_alias));
-    wide sums[4] = {{0}, {0}, {0}, {0}};
-    (void)step;
-    for (size_t i = 0; i + 32 <= each / 8; i += 32) {
-        for (size_t k = 0; k < 4; k++) {
-            sums[k] ^= *(const wide *)(const void *)(p + i + k * 8);
-        }
+/* Reads a piece as so many streams side by side, four lines at a time; each line is asked for `ahead` bytes before, unless that is 0. A macro:
+ * wide loads are lowered before anything is inlined. Past the end of the data asking does nothing. */
+#define READ(name, target_of, streams, ahead)                                                               \
+    target_of static void name(void *context, size_t step, size_t item, size_t thread) {                    \
+        Limits *l = context;                                                                                \
+        const size_t count = pool_threads(l->pool) * PIECES, each = l->bytes / count / 256 * 256;           \
+        const uint8_t *p = l->data + item * each;                                                           \
+        typedef uint64_t wide __attribute__((vector_size(64), aligned(8), may_alias));                      \
+        wide sums[4] = {{0}, {0}, {0}, {0}};                                                                \
+        for (size_t i = 0; i < each / (streams); i += 256 / (streams)) {                                    \
+            _Pragma("GCC unroll 4") for (size_t k = 0; k < 4; k++) {                                        \
+                const uint8_t *at = p + k % (streams) * (each / (streams)) + i + k / (streams) * 64;        \
+                if ((ahead) > 0) {                                                                          \
+                    __builtin_prefetch((const void *)((uintptr_t)at + (ahead)), 0, 2); /* to the 2nd cache */ \
+                }                                                                                           \
+                sums[k] ^= *(const wide *)(const void *)at;                                                 \
+            }                                                                                               \
+        }                                                                                                   \
+        l->sink[thread * 8] ^= sums[0][0] ^ sums[1][1] ^ sums[2][2] ^ sums[3][3] ^ step;                    \
     }
-    l->sink[thread * 8] ^= sums[0][0] ^ sums[1][1] ^ sums[2][2] ^ sums[3][3];
-}
 
-double limits_read(Limits *l, const uint8_t *data, size_t bytes) {
+READ(read_plain, , 1, 0)
+READ(read_ahead, , 1, AHEAD)
+READ(read_four, , 4, 0)
+#if defined(__x86_64__)
+#define WIDE __attribute__((target("avx512f")))
+READ(wide_plain, WIDE, 1, 0)
+READ(wide_ahead, WIDE, 1, AHEAD)
+READ(wide_four, WIDE, 4, 0)
+#endif
+
+double limits_read(Limits *l, const uint8_t *data, size_t bytes, int loop) {
+    static void (*const narrow[READ_LOOPS])(void *, size_t, size_t, size_t) = {read_plain, read_ahead, read_four};
+    void (*work)(void *, size_t, size_t, size_t) = narrow[loop];
+#if defined(__x86_64__)
+    static void (*const wide[READ_LOOPS])(void *, size_t, size_t, size_t) = {wide_plain, wide_ahead, wide_four};
+    if (__builtin_cpu_supports("avx512f")) {
+        work = wide[loop];
+    }
+#endif
     l->data = data;
     l->bytes = bytes;
-    return limits_run(l, read_work, l);
+    return limits_run(l, work, l);
 }
 
 #if defined(__x86_64__)

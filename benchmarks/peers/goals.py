@@ -39,7 +39,7 @@ METRICS = (
 
 @dataclass(slots=True, frozen=True)
 class Goal:
-    """`ratio`: how many times better than the fastest peer; `share`: of the limit; `stretch_…`: beyond. `within_mb`: above the
+    """`ratio`: how many times better than the best peer; `share`: of the limit; `stretch_…`: beyond. `within_mb`: above the
 
     artefact and the KV cache. A goal without a figure of either side is not measured.
     """
@@ -65,12 +65,12 @@ GOALS = (
     Goal("rss_mb", ("256m",), 1, ratio=1, within_mb=60),
     Goal("cold_s", ("256m",), 1, ratio=2),
 )
-"""The issue's table; cpu-int4 against the fastest peer, by the medians of the rounds' ratios and shares (paired.py)."""
+"""The issue's table; cpu-int4 against the best peer, by the medians of the rounds' ratios and shares (paired.py)."""
 
 
 @dataclass(slots=True, frozen=True)
 class Verdict:
-    """One goal beside what was measured. `ratio` above 1 is better than the fastest peer."""
+    """One goal beside what was measured. `ratio` above 1 is better than the best peer (paired.py)."""
 
     goal: Goal
     ours: float | None
@@ -88,9 +88,14 @@ def ratio_of(metric: Metric, ours: float, other: float) -> float:
     return ours / other if metric.higher else other / ours
 
 
+def is_peer(key: str) -> bool:
+    """Whether a contender is none of ours."""
+    return not key.startswith("ours")
+
+
 def fastest(metric: Metric, medians: Mapping[str, Mapping[str, float]]) -> str | None:
-    """The key of the best peer that has the metric."""
-    having = {key: row[metric.key] for key, row in medians.items() if not key.startswith("ours") and metric.key in row}
+    """The key of the peer that has the best median."""
+    having = {key: row[metric.key] for key, row in medians.items() if is_peer(key) and metric.key in row}
     if not having:
         return None
     return (max if metric.higher else min)(having, key=lambda key: having[key])
@@ -99,15 +104,15 @@ def fastest(metric: Metric, medians: Mapping[str, Mapping[str, float]]) -> str |
 def judge(
     goal: Goal,
     medians: Mapping[str, Mapping[str, float]],
+    peers: Mapping[str, str],
     ratios: Mapping[str, float],
     shares: Mapping[str, float],
     cache_mb: float,
 ) -> Verdict:
-    """Compares. `medians`: contender → metric → value; `ratios`, `shares`: metric → ours against the fastest peer, against the
+    """Compares. `medians`: contender → metric → value; `peers`: metric → the best peer; `ratios`, `shares`: metric → ours against
 
-    limit, medians over the rounds; `cache_mb`: the KV cache of the image prompt's run.
+    that peer, against the limit, medians over the rounds; `cache_mb`: the KV cache of the image prompt's run.
     """
-    metric = next(one for one in METRICS if one.key == goal.metric)
     ours = medians.get(OURS, {}).get(goal.metric)
     ratio, share = ratios.get(goal.metric), shares.get(goal.metric)
     met = _all(_reached(ratio, goal.ratio), _reached(share, goal.share))
@@ -116,7 +121,7 @@ def judge(
         size = medians.get(OURS, {}).get("size_mb")
         further.append(None if ours is None or size is None else ours <= size + cache_mb + goal.within_mb)
     asked = goal.stretch_ratio is not None or goal.stretch_share is not None or goal.within_mb is not None
-    return Verdict(goal, ours, fastest(metric, medians), ratio, share, met, _all(*further) if asked else None)
+    return Verdict(goal, ours, peers.get(goal.metric), ratio, share, met, _all(*further) if asked else None)
 
 
 def _reached(value: float | None, asked: float | None) -> bool | None:

@@ -78,17 +78,22 @@ class Ours:
         return {"files": self._files(bundle), **kept, "note": note, "arithmetic": self._arithmetic(bundle)}
 
     def _arithmetic(self, bundle: Any) -> dict[str, str | None]:
-        """Weights of 4 and 8 bits meet activations of 8; native attention beside them is in bfloat16 where the CPU has it, an
-        encoder's in 8 bits where it multiplies those.
+        """Weights of 4 and 8 bits meet activations of 8. Native attention beside them: the decoder's over a cache of less than
+        float32 is in bfloat16 where the CPU has it, else in float32. The encoder's, whose keys are float32 and all seen, is in 8
+        bits with AVX-512 VNNI, else like the decoder's.
         """
         graphs = bundle.build.graphs if bundle.build else bundle.manifest.graphs
-        narrow = {"decoder": "bf16" if "avx512_bf16" in cpu_flags() else "fp32"}
-        narrow["vision_encoder"] = "int8" if "avx512_vnni" in cpu_flags() else narrow["decoder"]
+        half = "bf16" if "avx512_bf16" in cpu_flags() else "fp32"
+        whole = bundle.kv is not None and bundle.kv.dtype == "float32"
+        narrow = {"decoder": "fp32" if whole else half, "vision_encoder": "int8" if "avx512_vnni" in cpu_flags() else half}
         found: dict[str, tuple[str, str]] = {}
         for role in ("decoder", "vision_encoder"):
             coded, native = graphs[role].precision.startswith("int"), graphs[role].format == "plan"
             found[role] = ("int8" if coded else "fp32", narrow[role] if coded and native else "fp32")
-        known = "precisions in the manifest; native attention in bfloat16, of encoders in 8 bits, where the CPU has it"
+        known = (
+            "precisions in the manifest; native attention: the decoder's in bfloat16 where the CPU has it (cache below float32), "
+            "the encoder's, in which all keys are seen, in 8 bits with AVX-512 VNNI, else in bfloat16 or float32"
+        )
         return arithmetic(*found["decoder"], *found["vision_encoder"], known)
 
     def _files(self, bundle: Any) -> list[str]:

@@ -7,16 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 from .contenders import Contender
-from .goals import GOALS, METRICS, OURS, Metric, Verdict, fastest, judge, words
-from .limits import Limits, best
+from .goals import GOALS, METRICS, OURS, Metric, Verdict, is_peer, judge, words
+from .limits import READING, Limits, best
 from .paired import (
+    APART_S,
     OLD_SHARE,
     RATIO,
     SHARE,
     Spread,
     apart_s,
     counted,
+    far,
     figures,
+    hardest,
     limit_of,
     ratios,
     readings,
@@ -86,6 +89,9 @@ def document(
     taken, otherwise = figures(rows), best(seen)
     middle = {key: {name: figure.median for name, figure in own.items()} for key, own in taken.items()}
     entries: dict[str, Any] = {}
+    chosen = {metric.key: hardest(metric, rows, middle) for metric in METRICS}
+    peers = {name: key for name, key in chosen.items() if key is not None}
+    held = {(OURS, key) for key in middle if is_peer(key)}  # whose ratios are looked at
     apart = 0.0
     for one in contenders:
         own = rows.get(one.key, ())
@@ -102,8 +108,10 @@ def document(
                     entry.setdefault("beyond", []).append(metric.key)
                 elif share is not None:
                     figure["share"] = asdict(share)
-                peer = fastest(metric, middle)
+                peer = peers.get(metric.key)
                 ratio = None if peer is None else ratios(metric, own, rows[peer])
+                if peer is not None and (peer, one.key) not in held:  # of two peers once
+                    held.add((one.key, peer))
                 if peer is not None and ratio is not None:
                     figure["of_best_peer"] = asdict(ratio)
                     apart = max(apart, apart_s(metric, own, rows[peer]))
@@ -118,16 +126,24 @@ def document(
         {name: figure[what]["median"] for name, figure in mine.items() if what in figure} for what in ("of_best_peer", "share")
     )
     goals = [
-        judge(goal, middle, against, part, cache) for goal in GOALS if job["model"] in goal.models and goal.tiles == job["tiles"]
+        judge(goal, middle, peers, against, part, cache)
+        for goal in GOALS
+        if job["model"] in goal.models and goal.tiles == job["tiles"]
     ]
     processes = [row for own in rows.values() for row in own]
     return {
         **head,
         "job": dict(job),
-        "definitions": {"of_best_peer": RATIO, "share": f"{SHARE}; {OLD_SHARE}", "goals": "judged by these medians"},
+        "definitions": {
+            "of_best_peer": RATIO,
+            "share": f"{SHARE}; {OLD_SHARE}",
+            "limits": READING,
+            "goals": "judged by these medians",
+        },
         "processes": len(processes),
         "without_readings": sum(not readings(row) for row in processes),
         "apart_s": apart,
+        "too_far_apart": sum(len(far(rows.get(first, ()), rows.get(second, ()))) for first, second in held),
         "limits": {
             name: {
                 "best": getattr(otherwise, one) / 1e9,
@@ -235,7 +251,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "allows: when decoding, the bytes of its weights and cache for a token at the read bandwidth; for a prompt and for "
         "vision, its matrix products and its attention, each at the peak of the arithmetic that it uses (below). No % where that "
         f"is not known, or where it would be more than {100 * MOST:.0f}; a single round may be beyond, where the machine was "
-        "faster during the process than beside it. "
+        f"faster during the process than beside it. Of the limits: {READING}. "
         "– is what a contender does not have. Weights are random: these are speeds, not answers.",
         "",
         "| | " + " | ".join(label(metric, job) for metric in shown) + " |",
@@ -315,6 +331,11 @@ def _limits(limits: Mapping[str, Any]) -> str:
 def _pairs(found: Mapping[str, Any]) -> str:
     """How near in time are the figures that are held against each other."""
     text = f"The two processes of a ratio ended at most {found['apart_s']:.0f} s apart; "
+    if found["too_far_apart"]:
+        text += (
+            f"**{found['too_far_apart']} pairs of the same round that ended more than {APART_S / 60:.0f} minutes apart are left "
+            "out of the ratios**; "
+        )
     old, count = found["without_readings"], found["processes"]
     if not old:
         return f"{text}beside each process the limits were read twice, before and after."
