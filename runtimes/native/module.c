@@ -29,13 +29,23 @@ static PyObject *native_trim_heap(PyObject *module, PyObject *args) {
 }
 
 static PyObject *native_check_plan(PyObject *module, PyObject *args) {
-    const char *path;
+    PyObject *path;
     char message[PLAN_MESSAGE_SIZE];
-    if (!PyArg_ParseTuple(args, "s:check_plan", &path)) {
+    int failed;
+    if (!PyArg_ParseTuple(args, "O&:check_plan", PyUnicode_FSConverter, &path)) {
         return NULL;
     }
-    if (plan_known(path, message) != 0) {
-        PyErr_SetString(native_device_error, message);
+    const char *name = PyBytes_AsString(path);
+    Py_BEGIN_ALLOW_THREADS;
+    failed = plan_known(name, message);
+    Py_END_ALLOW_THREADS;
+    Py_DECREF(path);
+    PyObject *text = failed ? PyUnicode_DecodeFSDefault(message) : NULL;
+    if (text != NULL) {
+        PyErr_SetObject(native_device_error, text);
+        Py_DECREF(text);
+    }
+    if (failed) {
         return NULL;
     }
     Py_RETURN_NONE;

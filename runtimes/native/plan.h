@@ -72,6 +72,7 @@ typedef enum { BUFFER_FLOATS = 0, BUFFER_CODES, BUFFER_EMBEDS, BUFFER_LOGITS, BU
  * calls of other lengths have others. */
 typedef struct {
     uint32_t kind, width, rows;
+    uint32_t uses; /* of a graph: how often steps name it, found when the plan is opened */
     uint64_t offset, place;
 } PlanBuffer;
 
@@ -83,11 +84,15 @@ typedef struct {
     uint64_t bytes;
 } PlanWeight;
 
+/* What steps write of an output: nothing, some numbers, all. */
+typedef enum { WRITTEN_NONE = 0, WRITTEN_SOME, WRITTEN_ALL } PlanWritten;
+
 typedef struct {
     char *name;
     uint32_t type, rank;
     int64_t shape[PLAN_MAX_RANK];
     char *symbols[PLAN_MAX_RANK];
+    PlanWritten written; /* of a graph's output, found when the plan is opened */
 } PlanValue;
 
 typedef struct {
@@ -181,6 +186,10 @@ const char *plan_check(Plan *plan);
 /* At least `bytes` of memory, aligned to 64; what was in it is lost. NULL, with nothing kept, when there is none. */
 uint8_t *plan_grown(uint8_t *memory, size_t *have, size_t bytes);
 void plan_freed(void *memory); /* what plan_grown gave */
+/* `count` times `each` bytes and a line; more than plan_grown ever has where that is no number. */
+static inline size_t plan_bytes(uint64_t each, size_t count) {
+    return each > (SIZE_MAX / 2 - 64) / (count > 0 ? count : 1) ? SIZE_MAX : (size_t)each * count + 64;
+}
 
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row);
 size_t plan_stride(const PlanCall *call, PlanRef ref);

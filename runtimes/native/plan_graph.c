@@ -7,6 +7,7 @@
 #include <string.h>
 
 #define TOGETHER 512       /* rows that are worth computing together: small images go several at a time; four of 1,024 rows so took 1.08 times as long */
+#define TOGETHER_BYTES ((uint64_t)256 << 20) /* of an arena for several: that of a short text has room for what the plan's own length needs */
 #define MUCH (1 << 20)     /* bytes of an arena that are not kept from call to call: what comes after an image is text, which needs memory too */
 #define LARGE (4 << 20)    /* and for which large pages are asked: a tile of 1,024 patches then has 520 page faults in each call, not 4,400 */
 #define SMALL_NUMBERS 8192 /* a step over fewer numbers is not worth sharing */
@@ -253,6 +254,42 @@ size_t graph_scratch(const PlanStep *step) {
     return (bytes + 63) / 64 * 64;
 }
 
+/* How many images of so many rows are computed together. */
+static size_t together(const Plan *plan, size_t images, size_t rows) {
+    if (plan->joined) {
+        return images;
+    }
+    size_t most = rows < TOGETHER ? TOGETHER / rows : 1;
+    const uint64_t room = plan->token_bytes > 0 ? TOGETHER_BYTES / plan->token_bytes : most;
+    most = room < most ? (size_t)room : most;
+    most = most > 0 ? most : 1;
+    return most < images ? most : images;
+}
+
+/* Outputs of which steps write only some numbers: memory that nobody wrote is not handed out. */
+static void clear_outputs(const Plan *plan, const GraphRun *run) {
+    for (uint32_t i = 0; i < plan->buffer_count; i++) {
+        const PlanBuffer *b = &plan->buffers[i];
+        if (b->kind == BUFFER_OUTPUT && plan->outputs[b->offset].written != WRITTEN_ALL) {
+            memset(run->outputs[b->offset], 0, run->images * b->rows * b->width * sizeof(float));
+        }
+    }
+}
+
+/* −1 with the reason in `message`: the pool does not count so far. */
+static int items_fit(GraphCall *call, char message[PLAN_MESSAGE_SIZE]) {
+    for (uint32_t i = 0; i < call->plan->step_count; i++) {
+        bool small;
+        const size_t items = step_items(call, i, &small);
+        if (items >= POOL_MAX_ITEMS) {
+            snprintf(message, PLAN_MESSAGE_SIZE, "%zu pieces of work for %zu images at once, expected fewer than %zu: bring fewer", items, call->images,
+                     POOL_MAX_ITEMS);
+            return -1;
+        }
+    }
+    return 0;
+}
+
 int graph_run(Plan *plan, const GraphRun *run, char message[PLAN_MESSAGE_SIZE]) {
     if (graph_fit(plan, run->length, message) != 0) {
         return -1;
@@ -261,10 +298,9 @@ int graph_run(Plan *plan, const GraphRun *run, char message[PLAN_MESSAGE_SIZE]) 
     for (uint32_t i = 0; i < plan->buffer_count; i++) {
         rows = plan->buffers[i].kind != BUFFER_INPUT && plan->buffers[i].rows > rows ? plan->buffers[i].rows : rows;
     }
-    const size_t together = plan->joined ? run->images : rows < TOGETHER ? TOGETHER / rows : 1, most = together < run->images ? together : run->images;
-    const size_t before = plan->arena_bytes;
-    plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan->token_bytes * most + 64);
-    plan->scratch = plan_grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * pool_threads(plan->pool) + 64);
+    const size_t most = together(plan, run->images, rows), before = plan->arena_bytes;
+    plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan_bytes(plan->token_bytes, most));
+    plan->scratch = plan_grown(plan->scratch, &plan->scratch_bytes, plan_bytes(plan->thread_bytes, pool_threads(plan->pool)));
     if (plan->arena == NULL || plan->scratch == NULL) {
         snprintf(message, PLAN_MESSAGE_SIZE, "out of memory for %zu images at once", most);
         return -1;
@@ -272,9 +308,14 @@ int graph_run(Plan *plan, const GraphRun *run, char message[PLAN_MESSAGE_SIZE]) 
     if (plan->arena_bytes > before && plan->arena_bytes >= LARGE) {
         platform_large_pages(plan->arena, plan->arena_bytes);
     }
+    clear_outputs(plan, run);
     for (size_t first = 0; first < run->images; first += most) {
         GraphCall call = {.plan = plan, .run = run, .first = first, .images = run->images - first < most ? run->images - first : most};
         if (places_ready(&call, message) != 0) {
+            return -1;
+        }
+        if (items_fit(&call, message) != 0) {
+            free(call.segments);
             return -1;
         }
         const PoolJob job = {.steps = plan->step_count, .items = step_items, .work = step_work, .context = &call};

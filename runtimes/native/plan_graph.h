@@ -81,6 +81,9 @@ ByteMatrix graph_byte_matrix(const PanelMatrix *matrix);
  * time, so that the wide rows of a transformer's two layers are neither written to memory nor read from it. */
 typedef enum { CHAIN_NONE = 0, CHAIN_FIRST, CHAIN_INNER } GraphChain;
 
+/* Finds them, in a plan whose steps were checked and whose uses were counted. */
+void graph_chains(Plan *plan);
+
 /* Bytes of a thread's memory that a step needs. */
 size_t graph_scratch(const PlanStep *step);
 

@@ -143,14 +143,9 @@ static const PlanBuffer *integers_at(const Plan *p, PlanRef ref) {
     return b != NULL && b->kind == BUFFER_INPUT && p->inputs[b->offset].type == TYPE_INT64 && ref.column == 0 ? b : NULL;
 }
 
-/* All attentions that go by integers go by the same, one for each row. */
+/* An integer for each row. */
 static bool segments_fit(const Plan *p, const PlanStep *s) {
     const PlanBuffer *ids = integers_at(p, s->in[3]);
-    for (uint32_t i = 0; i < p->step_count; i++) {
-        if (p->steps[i].kind == GRAPH_ATTENTION && p->steps[i].arg[5] == OVER_SEGMENTS && p->steps[i].in[3].buffer != s->in[3].buffer) {
-            return false;
-        }
-    }
     return ids != NULL && ids->width == 1 && ids->rows == rows_at(p, s->out[0]) && ids->rows == rows_at(p, s->in[1]);
 }
 
@@ -283,20 +278,31 @@ static bool buffer_fits(const Plan *p, const PlanBuffer *b) {
            b->rows * row <= p->token_bytes - b->offset;
 }
 
-/* Every output is written somewhere: memory that nobody wrote is not handed out. */
-static bool outputs_fit(const Plan *p) {
-    for (uint32_t i = 0; i < p->output_count; i++) {
-        bool written = false;
-        for (uint32_t k = 0; k < p->step_count; k++) {
-            const PlanBuffer *b = p->steps[k].kind == GRAPH_NORM && p->steps[k].out[0].buffer < 0 ? NULL : buffer_at(p, p->steps[k].out[0]);
-            const PlanBuffer *sum = buffer_at(p, p->steps[k].out[1]);
-            written = written || (b != NULL && b->kind == BUFFER_OUTPUT && b->offset == i) || (sum != NULL && sum->kind == BUFFER_OUTPUT && sum->offset == i);
-        }
-        if (!written) {
-            return false;
+/* What a step writes of an output it names. */
+static void output_written(const Plan *p, const PlanStep *s, PlanRef ref) {
+    const PlanBuffer *b = buffer_at(p, ref);
+    if (b == NULL || b->kind != BUFFER_OUTPUT) {
+        return;
+    }
+    const bool pieces = s->kind == GRAPH_COPY || s->kind == GRAPH_SPREAD || (s->kind == GRAPH_MATMUL && s->arg[1] != 0); /* or adds to what is there */
+    const PlanWritten written = pieces || ref.column != 0 || s->width != b->width ? WRITTEN_SOME : WRITTEN_ALL;
+    PlanValue *value = &p->outputs[b->offset];
+    value->written = written > value->written ? written : value->written;
+}
+
+static void count_uses(Plan *p, const PlanStep *s) {
+    for (size_t k = 0; k < STEP_INPUTS + STEP_OUTPUTS; k++) {
+        const int32_t buffer = k < STEP_INPUTS ? s->in[k].buffer : s->out[k - STEP_INPUTS].buffer;
+        if (buffer >= 0 && (uint32_t)buffer < p->buffer_count) {
+            p->buffers[buffer].uses++;
         }
     }
-    return p->output_count > 0;
+    if (s->kind != GRAPH_LENGTH) {
+        output_written(p, s, s->out[0]);
+    }
+    if (s->kind == GRAPH_NORM) {
+        output_written(p, s, s->out[1]);
+    }
 }
 
 /* Arrays come in by their first dimension, the images, and by nothing else that is open, but where calls bring a length; integers only come in. */
@@ -313,49 +319,6 @@ static bool signature_fits(const Plan *p) {
         }
     }
     return p->input_count > 0;
-}
-
-/* How many steps read or write a buffer. */
-static size_t uses(const Plan *p, int32_t buffer) {
-    size_t count = 0;
-    for (uint32_t i = 0; i < p->step_count; i++) {
-        for (size_t k = 0; k < STEP_INPUTS; k++) {
-            count += p->steps[i].in[k].buffer == buffer;
-        }
-        for (size_t k = 0; k < STEP_OUTPUTS; k++) {
-            count += p->steps[i].out[k].buffer == buffer;
-        }
-    }
-    return count;
-}
-
-/* Whether two buffers share no memory. Rows of one are written while those of the other are still read. */
-static bool apart(const Plan *p, PlanRef x, PlanRef y) {
-    const PlanBuffer *a = buffer_at(p, x), *b = buffer_at(p, y);
-    if (b->kind != BUFFER_FLOATS) {
-        return true; /* memory of the caller */
-    }
-    const uint64_t a_end = a->offset + a->rows * (byte_stride(a->width) + 8), b_end = b->offset + (uint64_t)b->rows * b->width * sizeof(float);
-    return a_end <= b->offset || b_end <= a->offset;
-}
-
-static bool multiplies_bytes(const Plan *p, const PlanStep *s) { return s->kind == GRAPH_MATMUL && (int)weight_at(p, s->weight[0])->format == WEIGHT_BYTES; }
-
-static void find_chains(Plan *p) {
-    for (uint32_t i = 0; i < p->step_count; i++) {
-        p->steps[i].chain = CHAIN_NONE; /* for another length some were found */
-    }
-    for (uint32_t i = 0; i + 2 < p->step_count; i++) {
-        PlanStep *up = &p->steps[i], *codes = up + 1, *down = up + 2;
-        if (multiplies_bytes(p, up) && codes->kind == GRAPH_QUANTIZE && multiplies_bytes(p, down) && up->arg[1] == 0 && up->out[0].buffer == codes->in[0].buffer &&
-            up->out[0].column == 0 && codes->in[0].column == 0 && codes->width == up->width && buffer_at(p, up->out[0])->kind == BUFFER_FLOATS &&
-            buffer_at(p, up->out[0])->width == up->width && codes->out[0].buffer == down->in[0].buffer && buffer_at(p, down->in[0])->kind == BUFFER_BYTES &&
-            uses(p, up->out[0].buffer) == 2 && uses(p, down->in[0].buffer) == 2 && apart(p, up->in[0], down->out[0])) {
-            up->chain = CHAIN_FIRST;
-            codes->chain = down->chain = CHAIN_INNER;
-            i += 2;
-        }
-    }
 }
 
 /* Whether every buffer has as many rows as the plan says of its length; a plan without a GRAPH_LENGTH has none. */
@@ -394,18 +357,35 @@ const char *graph_check(Plan *p) {
         if (!buffer_fits(p, &p->buffers[i])) {
             return "a buffer lies outside the arena, or is not what the signature says";
         }
+        p->buffers[i].uses = 0;
     }
+    for (uint32_t i = 0; i < p->output_count; i++) {
+        p->outputs[i].written = WRITTEN_NONE;
+    }
+    int32_t segments = -1; /* all attentions that go by integers go by the same */
     for (uint32_t i = 0; i < p->step_count; i++) {
         const PlanStep *s = &p->steps[i];
         if (s->width == 0 || !step_fits(p, s)) {
             return "a step does not fit its buffers or weights";
         }
+        if (s->kind == GRAPH_ATTENTION && s->arg[5] == OVER_SEGMENTS) {
+            if (segments >= 0 && segments != s->in[3].buffer) {
+                return "its attentions go by different integers";
+            }
+            segments = s->in[3].buffer;
+        }
+        count_uses(p, s);
         p->joined = p->joined || joins(s);
     }
-    find_chains(p);
+    graph_chains(p);
     for (uint32_t i = 0; i < p->step_count; i++) {
         const size_t scratch = graph_scratch(&p->steps[i]);
         p->thread_bytes = scratch > p->thread_bytes ? scratch : p->thread_bytes;
     }
-    return outputs_fit(p) ? NULL : "an output is never written";
+    for (uint32_t i = 0; i < p->output_count; i++) {
+        if (p->outputs[i].written == WRITTEN_NONE) {
+            return "an output is never written";
+        }
+    }
+    return p->output_count > 0 ? NULL : "it has no output";
 }

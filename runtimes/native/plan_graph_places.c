@@ -19,6 +19,14 @@ static void rotate(const float *x, size_t heads, size_t size, const float *cosin
     }
 }
 
+/* Which of `rows` rows a place means; negative ones count from the end. Places were checked, but lie in memory of the caller, who may have
+ * changed them since: it is read once, and whatever it is then, a row. */
+static size_t row_of(const volatile int64_t *place, size_t rows) {
+    const int64_t given = *place;
+    const uint64_t row = given < 0 ? (uint64_t)given + rows : (uint64_t)given;
+    return row < rows ? (size_t)row : 0;
+}
+
 void place_work(const GraphCall *call, const PlanStep *step, size_t row) {
     const size_t width = step->width;
     float *out = row_at(call, step->out[0], row);
@@ -35,13 +43,12 @@ void place_work(const GraphCall *call, const PlanStep *step, size_t row) {
     } else if (step->kind == GRAPH_ROTARY) {
         rotate(row_at(call, step->in[0], row), (size_t)step->arg[0], (size_t)step->arg[1], row_at(call, step->in[1], row), row_at(call, step->in[2], row), out);
     } else {
-        const int64_t place = integers_of(call, step->in[1])[row];
-        if (step->in[0].buffer >= 0) {
-            const size_t rows = call->images * buffer_of(call, step->in[0])->rows;
-            memcpy(out, row_at(call, step->in[0], (size_t)(place < 0 ? place + (int64_t)rows : place)), width * sizeof *out);
+        const PanelMatrix *table = step->in[0].buffer < 0 ? matrix_of(call, step->weight[0]) : NULL;
+        const size_t from = row_of(integers_of(call, step->in[1]) + row, table != NULL ? table->depth : call->images * buffer_of(call, step->in[0])->rows);
+        if (table == NULL) {
+            memcpy(out, row_at(call, step->in[0], from), width * sizeof *out);
         } else {
-            const PanelMatrix *table = matrix_of(call, step->weight[0]);
-            const uint8_t *given = table->data + (size_t)(place < 0 ? place + (int64_t)table->depth : place) * rows_stride(table);
+            const uint8_t *given = table->data + from * rows_stride(table);
             if ((int)table->format == WEIGHT_HALF_ROWS) {
                 call->plan->kernels->to_float((const uint16_t *)(const void *)given, width, out);
             } else {

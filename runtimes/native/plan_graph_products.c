@@ -22,6 +22,39 @@ ByteMatrix graph_byte_matrix(const PanelMatrix *matrix) {
                         .codes = (const int8_t *)(const void *)(scales + 3 * padded)};
 }
 
+/* Whether two buffers share no memory. Rows of one are written while those of the other are still read. */
+static bool apart(const PlanBuffer *a, const PlanBuffer *b) {
+    if (b->kind != BUFFER_FLOATS) {
+        return true; /* memory of the caller */
+    }
+    const uint64_t a_end = a->offset + a->rows * (byte_stride(a->width) + 8), b_end = b->offset + (uint64_t)b->rows * b->width * sizeof(float);
+    return a_end <= b->offset || b_end <= a->offset;
+}
+
+static bool multiplies_bytes(const Plan *p, const PlanStep *s) {
+    return s->kind == GRAPH_MATMUL && (int)p->weights[s->weight[0]].matrix.format == WEIGHT_BYTES;
+}
+
+void graph_chains(Plan *p) {
+    for (uint32_t i = 0; i < p->step_count; i++) {
+        p->steps[i].chain = CHAIN_NONE; /* for another length some were found */
+    }
+    for (uint32_t i = 0; i + 2 < p->step_count; i++) {
+        PlanStep *up = &p->steps[i], *codes = up + 1, *down = up + 2;
+        if (!multiplies_bytes(p, up) || codes->kind != GRAPH_QUANTIZE || !multiplies_bytes(p, down)) {
+            continue;
+        }
+        const PlanBuffer *wide = &p->buffers[up->out[0].buffer], *between = &p->buffers[down->in[0].buffer];
+        if (up->arg[1] == 0 && up->out[0].buffer == codes->in[0].buffer && up->out[0].column == 0 && codes->in[0].column == 0 && codes->width == up->width &&
+            wide->kind == BUFFER_FLOATS && wide->width == up->width && codes->out[0].buffer == down->in[0].buffer && between->kind == BUFFER_BYTES &&
+            wide->uses == 2 && between->uses == 2 && apart(&p->buffers[up->in[0].buffer], &p->buffers[down->out[0].buffer])) {
+            up->chain = CHAIN_FIRST;
+            codes->chain = down->chain = CHAIN_INNER;
+            i += 2;
+        }
+    }
+}
+
 static size_t units_of(const GraphCall *call, const PlanStep *step) {
     const size_t panels = (matrix_of(call, step->weight[0])->width + PANEL - 1) / PANEL;
     return (panels + GRAPH_UNIT - 1) / GRAPH_UNIT;

@@ -58,13 +58,14 @@ int rows_run(Plan *plan, const int64_t *tokens, size_t count, float *out, char m
         return -1;
     }
     for (size_t i = 0; i < count; i++, out += table->width) {
-        const uint8_t *mapped = table->data + (size_t)tokens[i] * stride;
+        const uint64_t token = (uint64_t)((const volatile int64_t *)tokens)[i]; /* memory of the caller, who may have changed it since */
+        const uint8_t *mapped = table->data + (size_t)(token < table->depth ? token : 0) * stride;
         const bool plain = (int)table->format == WEIGHT_VECTOR;
         void *to = plain ? (void *)out : plan->scratch;
         if (plan->descriptor < 0) {
             memcpy(to, mapped, stride);
         } else if (!descriptor_read(plan->descriptor, to, stride, (size_t)(mapped - (const uint8_t *)plan->file))) {
-            snprintf(message, PLAN_MESSAGE_SIZE, "row %lld of its file cannot be read", (long long)tokens[i]);
+            snprintf(message, PLAN_MESSAGE_SIZE, "row %llu of its file cannot be read", (unsigned long long)token);
             return -1;
         }
         if (!plain) {

@@ -249,6 +249,10 @@ uint8_t *plan_grown(uint8_t *memory, size_t *have, size_t bytes) {
         return memory;
     }
     plan_freed(memory);
+    if (bytes > SIZE_MAX / 2) {
+        *have = 0;
+        return NULL;
+    }
 #ifdef _WIN32
     memory = _aligned_malloc(bytes, 64);
 #else
@@ -267,9 +271,9 @@ static int reserve(Plan *plan, const PlanCall *call, char message[PLAN_MESSAGE_S
         const size_t needed = attends ? call->rows * (size_t)s->arg[2] * call->parts * ((size_t)s->arg[4] + 2) : 0;
         parts = needed > parts ? needed : parts;
     }
-    plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan->token_bytes * call->rows + 64);
-    plan->scratch = plan_grown(plan->scratch, &plan->scratch_bytes, plan->thread_bytes * threads + 64);
-    plan->parts = (float *)(void *)plan_grown((uint8_t *)plan->parts, &plan->parts_room, parts * sizeof(float) + 64);
+    plan->arena = plan_grown(plan->arena, &plan->arena_bytes, plan_bytes(plan->token_bytes, call->rows));
+    plan->scratch = plan_grown(plan->scratch, &plan->scratch_bytes, plan_bytes(plan->thread_bytes, threads));
+    plan->parts = (float *)(void *)plan_grown((uint8_t *)plan->parts, &plan->parts_room, plan_bytes(parts, sizeof(float)));
     return plan->arena == NULL || plan->scratch == NULL || plan->parts == NULL ? fail(message, "out of memory for %zu tokens at once", call->rows) : 0;
 }
 
