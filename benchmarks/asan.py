@@ -32,6 +32,7 @@ TESTS = (
     "tests/targets/test_targets_native_patches.py",
     "tests/targets/test_targets_native_texts.py",
     "tests/targets/test_targets_native_embed.py",
+    "tests/targets/test_targets_native_hostile_calls.py",
     "tests/targets/test_targets_plan_version.py",
     "tests/runtimes/bundle/test_bundle_verify.py",
 )
