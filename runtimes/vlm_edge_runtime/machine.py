@@ -27,8 +27,14 @@ def available_memory() -> int:
 
 
 def _cores(cpus: Path) -> int:
-    """Different sets of sibling threads that Linux names; 0 where it names none (older than 5.3, or another system)."""
-    return len({file.read_bytes().strip() for file in cpus.glob("cpu[0-9]*/topology/core_cpus_list")})
+    """Different sets of sibling threads that Linux names; 0 where it names none (older than 5.3, or another system).
+
+    0, too, where one cannot be read: access is denied, or that core was taken offline meanwhile.
+    """
+    try:
+        return len({file.read_bytes().strip() for file in cpus.glob("cpu[0-9]*/topology/core_cpus_list")})
+    except OSError:
+        return 0
 
 
 def _available(file: Path) -> int:

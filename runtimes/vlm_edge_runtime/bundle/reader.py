@@ -48,8 +48,10 @@ def read_manifest(path: str | Path) -> Manifest:
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}. Was its export interrupted? Export it again.") from None
     try:
         version = msgspec.json.decode(data, type=_Version).schema_version
-    except msgspec.DecodeError as error:
-        raise BundleError(f"{file} is not valid JSON ({error}): the bundle is damaged; copy or export it again.") from None
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{file} is JSON, but no manifest ({error}): the bundle is damaged; copy or export it again.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _no_json(file, error) from None
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise BundleError(
             f"{file} has schema version {version!r}, this vlm-edge reads up to {SCHEMA_VERSION}: update vlm-edge, "
@@ -59,6 +61,12 @@ def read_manifest(path: str | Path) -> Manifest:
         return msgspec.json.decode(data, type=Manifest)
     except msgspec.ValidationError as error:
         raise BundleError(f"{file} does not follow schema {SCHEMA_VERSION}: {error}. Export the bundle again.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # in a field that was skipped above
+        raise _no_json(file, error) from None
+
+
+def _no_json(file: Path, error: Exception) -> BundleError:
+    return BundleError(f"{file} is not valid JSON ({error}): the bundle is damaged; copy or export it again.")
 
 
 @dataclass(slots=True, frozen=True)

@@ -19,8 +19,8 @@ from .manifest import FileRef
 
 _CHUNK = 16 << 20
 """Bytes that are read and hashed at a time. Each piece waits for the interpreter lock twice, so they are large."""
-_WINDOW = 256 << 20
-"""Bytes of a mapped file that are hashed at a time; between two of them a thread sees that it is to stop."""
+_WINDOW = 16 << 20
+"""Bytes of a mapped file that are brought into memory and then hashed; between two of them a thread sees that it is to stop."""
 _SMALL = 1 << 20
 """Up to so many bytes a file is read: mapping it would not pay."""
 _THREADS = 3
@@ -46,12 +46,13 @@ def _mapped(path: Path) -> mmap.mmap | None:
 
 
 def _digest(path: Path, mapping: mmap.mmap | None, stop: threading.Event) -> str | None:
-    """None when `stop` was set meanwhile. Closes the mapping."""
+    """None when `stop` was set before the whole of a large file was hashed. Closes the mapping."""
     digest = hashlib.sha256()
     done = 0
     if mapping is not None:
-        # Nothing is copied, and the interpreter lock is waited for twice. Pages are filled before they are looked at: unlike
-        # looking, that fails without a signal where a disk cannot give them.
+        # Nothing is copied. Pages are filled before they are looked at: unlike looking, that fails without a signal where a disk
+        # cannot give them. Only a file that is cut short, or pages that are taken back and fail to be read again, within the few
+        # milliseconds between filling a window and having hashed it would still end the process.
         with mapping, memoryview(mapping) as content:
             while done < len(content) and not stop.is_set():
                 with content[done : done + _WINDOW] as piece:
@@ -97,26 +98,46 @@ class Verification:
             self._raise(name)
         self._rest = {name: ref for name, ref in _once(rest).items() if name not in looked}
         largest = sorted(self._rest.values(), key=lambda ref: -ref.bytes)
-        self._left = deque((ref, _mapped(root / ref.file)) for ref in largest)
-        self._threads = [
-            threading.Thread(target=self._work, name=f"vlm-edge verify {index}", daemon=True)
-            for index in range(min(_threads() if threads is None else threads, len(self._left)))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._left: deque[tuple[FileRef, mmap.mmap | None]] = deque()
+        self._threads: list[threading.Thread] = []
+        try:
+            self._left.extend((ref, _mapped(root / ref.file)) for ref in largest)
+            self._start(min(_threads() if threads is None else threads, len(self._left)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, count: int) -> None:
+        """As many threads as the system gives; what they do not hash `wait` does."""
+        for index in range(count):
+            thread = threading.Thread(target=self._work, name=f"vlm-edge verify {index}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # "can't start new thread"
+                return
+            self._threads.append(thread)
 
     def wait(self) -> None:
-        """Waits for `rest`. Raises BundleError with the first of them that is not what the manifest says."""
+        """Waits for `rest`. Raises BundleError with the first of them that is not what the manifest says.
+
+        Raises RuntimeError where `close` ended it before all were hashed: those are not verified.
+        """
         self._work()
         for name in self._rest:
             with self._told:
                 while name not in self._found:
+                    if self._stop.is_set():
+                        raise RuntimeError(
+                            f"{self._root / name} is not verified: the verification was closed before; open it again."
+                        )
                     self._told.wait()
             self._raise(name)
 
     def close(self) -> None:
         """Ends the threads, which finish at most a piece each. Closing twice does no harm."""
         self._stop.set()
+        with self._told:
+            self._told.notify_all()
         for thread in self._threads:
             thread.join()
         while self._left:
@@ -143,11 +164,13 @@ class Verification:
             self._look(ref, mapping)
 
     def _look(self, ref: FileRef, mapping: mmap.mmap | None) -> None:
-        """Hashes a file, and tells what was found."""
+        """Hashes a file, and tells what was found. Of one that was not hashed whole, nothing is told."""
         error: Exception | None = None
         try:
             found = _digest(self._root / ref.file, mapping, self._stop)
-            if found is not None and found != ref.sha256:
+            if found is None:
+                return
+            if found != ref.sha256:
                 error = _changed(self._root, ref, found)
         except OSError as problem:
             error = BundleError(f"{self._root / ref.file} cannot be read ({problem}); {again(ref)}.")

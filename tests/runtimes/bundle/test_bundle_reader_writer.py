@@ -145,10 +145,25 @@ def test_an_unknown_key_is_refused(bundle):
         open_bundle(bundle)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("text", ["", "{", '{"schema_version": 3, "family": tru}', '{"family": "\\ud800"}'])
 def test_a_damaged_manifest(bundle, text):
     (bundle / MANIFEST).write_text(text)
     with pytest.raises(BundleError, match="not valid JSON"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"text"'])
+def test_json_that_is_no_manifest(bundle, text):
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=r"is JSON, but no manifest \(Expected `object`"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("key", ["schema_version", "created"])
+def test_letters_that_are_not_utf_8_are_no_json_wherever_they_stand(bundle, key):
+    data = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_bytes(json.dumps({**data, key: "@"}).encode().replace(b'"@"', b'"\xff"'))
+    with pytest.raises(BundleError, match=r"is not valid JSON \('utf-8' codec"):
         open_bundle(bundle)
 
 
