@@ -163,6 +163,8 @@ INLINE __m512i four_inputs(const int8_t *codes) {
     return _mm512_set1_epi32(four);
 }
 
+#define SOON 6144 /* bytes from what a product of one row reads to what it asks for: the hardware looks no farther than a page, and begins anew with each */
+
 /* One row times a panel of `bits` bits: the memory's speed decides, and two sums side by side hide the latency. What follows SOON is asked
  * for, every line of it: those left out would be waited for. */
 INLINE void tile_row(const int bits, const PanelMatrix *weight, const uint8_t *panel, const QuantRows *x, size_t row, float *out) {
@@ -309,84 +311,7 @@ INLINE void tile(const int bits, const PanelMatrix *weight, const uint8_t *panel
 PRODUCT(product_int4, 4)
 PRODUCT(product_int8, 8)
 
-static void quantize_bytes(const float *x, size_t n, const ByteRows *out, size_t row) {
-    __m512 low = _mm512_setzero_ps(), high = low; /* 0 is a code: beyond the depth, and where a ReLU was */
-    __m512i largest = _mm512_setzero_si512();     /* as integers: from infinity's bits on, something is not finite */
-    const __mmask16 rest = (__mmask16)((1u << (n % 16)) - 1);
-    for (size_t i = 0; i < n; i += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(n - i < 16 ? rest : 0xffff, x + i);
-        low = _mm512_min_ps(low, v);
-        high = _mm512_max_ps(high, v);
-        largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(v)));
-    }
-    float inverse;
-    const bool finite = _mm512_reduce_max_epi32(largest) < 0x7f800000;
-    out->scales[row] = byte_scale(_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), finite, &inverse, &out->zeros[row]);
-    uint8_t *codes = out->codes + row * out->stride;
-    const __m512 factor = _mm512_set1_ps(inverse);
-    const __m512i zero = _mm512_set1_epi32(out->zeros[row]);
-    size_t i = 0;
-    for (; i < n; i += 16) {
-        const __mmask16 some = n - i < 16 ? rest : 0xffff;
-        const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + i), factor)), zero);
-        _mm_mask_storeu_epi8(codes + i, some, _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, _mm512_setzero_si512())));
-    }
-    memset(codes + n, 0, out->stride - n);
-}
-
-/* sums + four products each. GCC 12 copies both sides of the intrinsic from register to register: 32 moves in a loop of 16 of them. */
-INLINE __m512i dot_bytes(__m512i sums, __m512i without_sign, __m512i with_sign) {
-    __asm__("vpdpbusd\t%2, %1, %0" : "+v"(sums) : "v"(without_sign), "v"(with_sign));
-    return sums;
-}
-
-/* `n` rows times `count` panels (constants where it is called): nothing but VPDPBUSD in the loop. */
-INLINE void tile_bytes(const ByteMatrix *weight, size_t panel, const size_t count, const ByteRows *x, size_t first, const size_t n, bool add, float *out,
-                       size_t stride) {
-    const size_t bytes = byte_panel(weight->depth);
-    const int8_t *at = weight->codes + panel * bytes, *end = at + bytes;
-    const uint8_t *codes = x->codes + first * x->stride;
-    __m512i dots[8][2];
-    UNROLL
-    for (size_t t = 0; t < n; t++) {
-        UNROLL
-        for (size_t p = 0; p < count; p++) {
-            dots[t][p] = _mm512_setzero_si512();
-            __builtin_prefetch(out + t * stride + p * PANEL, 1); /* lines of many rows, far apart: written without waiting for them later */
-        }
-    }
-    for (; at < end; at += 64, codes += 4) {
-        __m512i w[2];
-        UNROLL
-        for (size_t p = 0; p < count; p++) {
-            w[p] = _mm512_load_si512((const void *)(at + p * bytes));
-            __asm__("" : "+v"(w[p]));
-        }
-        UNROLL
-        for (size_t t = 0; t < n; t++) {
-            const __m512i four = four_inputs((const int8_t *)codes + t * x->stride);
-            UNROLL
-            for (size_t p = 0; p < count; p++) {
-                dots[t][p] = dot_bytes(dots[t][p], four, w[p]);
-            }
-        }
-    }
-    UNROLL
-    for (size_t p = 0; p < count; p++) {
-        const size_t output = (panel + p) * PANEL;
-        const __m512 scale = _mm512_loadu_ps(weight->scales + output), bias = weight->bias != NULL ? _mm512_loadu_ps(weight->bias + output) : _mm512_setzero_ps();
-        const __m512i sums = _mm512_loadu_si512(weight->sums + output);
-        UNROLL
-        for (size_t t = 0; t < n; t++) {
-            const __m512i dot = _mm512_sub_epi32(dots[t][p], _mm512_mullo_epi32(sums, _mm512_set1_epi32(x->zeros[first + t])));
-            const __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(scale, _mm512_set1_ps(x->scales[first + t])), bias);
-            float *to = out + t * stride + p * PANEL;
-            _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), value) : value);
-        }
-    }
-}
-
-#include "avx512_near.inc"
+#include "avx512_products8.inc"
 
 #include "avx512_flash.inc"
 #include "avx512_cache.inc"

@@ -34,7 +34,6 @@
 
 #define PANEL 16 /* outputs of one panel */
 #define BLOCK 32 /* inputs that share a scale of the activations */
-#define SOON 6144 /* bytes from what a product of one row reads to what it asks for: the hardware looks no farther than a page, and begins anew with each */
 #define HEAD_SIZE_MOST 256 /* numbers of an attention head */
 #define ATTENTION_KEYS 64 /* keys that are taken together */
 #define FLASH_KEYS 128    /* and by many queries */
