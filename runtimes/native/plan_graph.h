@@ -1,6 +1,6 @@
-/* The plan of a graph that is no decoder: a vision encoder, a projector, a resampler. Every image goes through the same steps and knows
- * nothing of the others; what has a size has the same for each, so that shapes are known when the plan is made, and whatever only moves
- * numbers (patches of a picture, pixel shuffle, a class token) is a list of places to copy.
+/* The plan of a graph that is no decoder: an encoder of pictures or texts, a projector, a resampler. Every image, or text, goes through the
+ * same steps and knows nothing of the others; sizes are known when the plan is made, or grow with a length that the call brings
+ * (GRAPH_LENGTH); whatever only moves numbers (patches of a picture, pixel shuffle, a class token) is a list of places to copy.
  *
  * Where the first dimension counts the rows of one picture (patches) an "image" here is as many of them as become one row of whatever has
  * the fewest: the first dimension of an array is a multiple of that, which its shape says (−4: four rows for each). Attention and gathering

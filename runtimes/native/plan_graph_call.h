@@ -78,13 +78,15 @@ void chain_work(const GraphCall *call, size_t index, size_t item, size_t thread,
 /* One row of a step that reads integers or turns by angles. */
 void place_work(const GraphCall *call, const PlanStep *step, size_t row);
 
+/* The row of an image that a GRAPH_PICK chooses. */
+void pick_row(const GraphCall *call, const PlanStep *step, size_t image);
+
 /* What a call's integers say: finds the segments (the caller frees them). −1 with the reason in `message`. */
 int places_ready(GraphCall *call, char message[PLAN_MESSAGE_SIZE]);
 
 /* Sizes for a length. −1 with the reason in `message`: the plan has none for it. */
 int graph_fit(Plan *plan, size_t length, char message[PLAN_MESSAGE_SIZE]);
 void spread_work(const GraphCall *call, const PlanStep *step, size_t unit);
-void pick_row(const GraphCall *call, const PlanStep *step, size_t image);
 
 /* What the queries from `query` on may see of an image's keys; `first`: the first key that the mask shows. For HeadAttention's `hide`. */
 typedef struct {

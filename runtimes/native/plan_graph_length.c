@@ -1,4 +1,4 @@
-/* Plans of graphs over texts and other rows whose number each call brings: sizes as functions of that length, and what integers select. */
+/* Plans of graphs over texts and other rows whose number each call brings: sizes as functions of that length, and what masks hide. */
 #include "plan_graph_call.h"
 
 #include <math.h>
@@ -54,30 +54,6 @@ void spread_work(const GraphCall *call, const PlanStep *step, size_t unit) {
     for (int64_t i = 0; i < s.count; i++) {
         memcpy(to + s.to + i * s.to_step, from + s.from + i * s.from_step, (size_t)s.numbers * sizeof(float));
     }
-}
-
-/* --- integers --- */
-
-void pick_row(const GraphCall *call, const PlanStep *step, size_t image) {
-    const size_t rows = buffer_of(call, step->in[0])->rows;
-    const int64_t *given = integers_of(call, step->in[1]) + image * rows;
-    size_t chosen = 0, valid = 0;
-    for (size_t i = 0; i < rows; i++) {
-        valid += given[i] != 0;
-    }
-    if (step->arg[0] == PICK_LARGEST) {
-        for (size_t i = 1; i < rows; i++) {
-            chosen = given[i] > given[chosen] ? i : chosen;
-        }
-    } else if (step->arg[0] == PICK_EQUAL) {
-        while (chosen < rows && given[chosen] != step->arg[1]) {
-            chosen++;
-        }
-        chosen = chosen < rows ? chosen : 0;
-    } else {
-        chosen = valid > 0 ? valid - 1 : rows - 1;
-    }
-    memcpy(row_at(call, step->out[0], image), row_at(call, step->in[0], image * rows + chosen), step->width * sizeof(float));
 }
 
 /* --- what a query may see --- */

@@ -58,6 +58,28 @@ void place_work(const GraphCall *call, const PlanStep *step, size_t row) {
     }
 }
 
+void pick_row(const GraphCall *call, const PlanStep *step, size_t image) {
+    const size_t rows = buffer_of(call, step->in[0])->rows;
+    const int64_t *given = integers_of(call, step->in[1]) + image * rows;
+    size_t chosen = 0, valid = 0;
+    for (size_t i = 0; i < rows; i++) {
+        valid += given[i] != 0;
+    }
+    if (step->arg[0] == PICK_LARGEST) {
+        for (size_t i = 1; i < rows; i++) {
+            chosen = given[i] > given[chosen] ? i : chosen;
+        }
+    } else if (step->arg[0] == PICK_EQUAL) {
+        while (chosen < rows && given[chosen] != step->arg[1]) {
+            chosen++;
+        }
+        chosen = chosen < rows ? chosen : 0;
+    } else {
+        chosen = valid > 0 ? valid - 1 : rows - 1;
+    }
+    memcpy(row_at(call, step->out[0], image), row_at(call, step->in[0], image * rows + chosen), step->width * sizeof(float));
+}
+
 static const char *input_name(const GraphCall *call, PlanRef ref) { return call->plan->inputs[buffer_of(call, ref)->offset].name; }
 
 /* Every place of a gathering is one of its rows; negative ones count from the end. */

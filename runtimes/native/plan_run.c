@@ -26,7 +26,6 @@ static size_t token_of(const PlanCall *call, bool last, size_t row) {
 
 size_t plan_token(const PlanCall *call, const PlanStep *step, size_t row) { return token_of(call, step->last != 0, row); }
 
-/* Whether a buffer is an input of the call: its rows are [rows][tokens], of which this part of the tokens is used. */
 bool plan_is_given(const PlanBuffer *b) { return b->kind == BUFFER_EMBEDS || b->kind == BUFFER_INPUT; }
 
 float *plan_row(const PlanCall *call, PlanRef ref, bool last, size_t row) {

@@ -46,6 +46,9 @@ double session_run_bound(SessionCore *core, const OrtIoBinding *binding, char me
 /* The core of a `_native.Session` that is open, as a new reference; NULL with TypeError or DeviceError set. */
 SessionCore *session_core_from_object(PyObject *object);
 
+/* `Session.run`: {name: array} → {name: Tensor}; NULL with the error set. The caller's core may be closed meanwhile. */
+PyObject *session_run_feeds(SessionCore *core, PyObject *feeds);
+
 /* The end of an entry point that has such a reference: gives it back, without the interpreter lock since the last one closes the session.
  * Returns None, or NULL where something `failed` and its error is set. */
 PyObject *session_core_done(SessionCore *core, int failed);

@@ -37,7 +37,7 @@
 #define HEAD_SIZE_MOST 256 /* numbers of an attention head */
 #define ATTENTION_KEYS 64 /* keys that are taken together */
 #define FLASH_KEYS 128    /* and by many queries */
-#define FLASH_PACKED 1024 /* keys of bfloat16 that are packed before any query sees them, where all see all */
+#define FLASH_PACKED 1024 /* keys of 8 bits that are packed before any query sees them, where all see all */
 
 typedef enum { WEIGHT_INT4 = 0, WEIGHT_INT8, WEIGHT_FLOAT16, WEIGHT_FLOAT32, WEIGHT_FORMATS } WeightFormat;
 
