@@ -1,5 +1,6 @@
 """The C extension: image arithmetic, sampling, ONNX Runtime sessions and the decode loop. Sources in runtimes/native."""
 
+import os
 from collections.abc import Mapping, Sequence
 from mmap import mmap
 from typing import Any, Literal, Protocol
@@ -154,7 +155,7 @@ def rows_run(session: Session, tokens: Buffer, rows: Buffer) -> None:
     Raises DeviceError for a token that the table has no row of, TypeError and ValueError for other types and shapes.
     """
 
-def check_plan(path: str) -> None:
+def check_plan(path: str | os.PathLike[str]) -> None:
     """Raises DeviceError, saying both versions, for a plan of another one; nothing else of the file is looked at."""
 
 def fill_pages(mapping: Buffer | mmap) -> bool:
