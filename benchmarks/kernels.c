@@ -150,7 +150,7 @@ static void attention_piece(void *context, size_t step, size_t item, size_t thre
     const float *query = b->x, *key = query + b->rows * b->heads * size, *value = key + b->rows * kv * size;
     b->kernels->attention(&(HeadAttention){.size = size, .group = b->group, .rows = tokens * b->group, .queries = query + (first * b->heads + head * b->group) * size,
                                            .query_stride = b->heads * size, .keys = key + head * size, .values = value + head * size, .key_stride = kv * size,
-                                           .value_stride = kv * size, .format = CACHE_FLOAT32, .end = b->causal ? first + tokens : b->rows, .half = b->half,
+                                           .value_stride = kv * size, .format = CACHE_FLOAT32, .end = b->causal ? first + tokens : b->rows, .half = b->half, .bytes = b->half && !b->causal,
                                            .causal = b->causal, .position = first, .scale = 0.125f, .out = b->out + (first * b->heads + head * b->group) * size,
                                            .out_stride = b->heads * size, .scratch = b->scratch[thread]});
     (void)step;
