@@ -43,17 +43,23 @@ def for_any_length(graph: ir.Graph, compiled: Callable[[int], Plan]) -> Plan:
     except NotExpressible:
         raise
     except Exception as error:  # whatever numpy and onnxruntime say of sizes that do not fit each other
-        raise NotExpressible(f"a length of {max(_LENGTHS)} ({str(error).splitlines()[0]})") from None
+        raise NotExpressible(f"a length of {max(_LENGTHS)} ({_said(error)})") from None
     tables = any(one is not None for steps in _together(plans) for one in _grown(steps))
     if not tables:
         return _Merged(plans, _LENGTHS[1], _MOST).plan()
+    why = "no table of more rows is stored"
     for length in _longest(graph):
         try:
             plans[length] = compiled(length)
-        except Exception:
+        except Exception as error:  # as above: a table of something else, longer than positions go
+            why = f"{length} rows: {_said(error)}"
             continue
         return _Merged(plans, length, length).plan()
-    raise NotExpressible("a table of positions whose longest length is not known")
+    raise NotExpressible(f"a table of positions whose longest length is not known ({why})")
+
+
+def _said(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _longest(graph: ir.Graph) -> Iterator[int]:
